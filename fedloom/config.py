@@ -1,0 +1,357 @@
+"""The recipe's schema: every key that a recipe may have, its default, its range and one line about it.
+
+A recipe is frozen. Unknown keys are refused with the nearest valid one; the resolved recipe writes every default out.
+The field descriptions below are the help: `docs/recipes.md` is generated from them. This file does not know what any
+algorithm or corpus does; their own options are checked where they are looked up (experiment.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedloom.errors import UserError, suggest
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ModelConfig(Section):
+    name: str = Field("smollm2-135m", description="a built-in name, a folder, or a hub id of a causal language model")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="dtype of the frozen base weights; the adapter is always float32"
+    )
+    revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
+    trust_remote_code: bool = Field(False, description="run code that a hub repository ships; off unless you ask")
+
+
+class DataConfig(Section):
+    corpus: str | None = Field(None, description="a corpus by name; null with `path` set uses your own file or hub id")
+    path: str | None = Field(
+        None, description="a .json, .jsonl, .csv or .parquet file (.gz too), a folder of them, or a hub id"
+    )
+    columns: dict[Literal["instruction", "input", "output", "category"], str] | None = Field(
+        None, description="which column of your data plays which role, e.g. {instruction: question, output: answer}"
+    )
+    license: str | None = Field(None, description="the licence of your own data, written into the summary")
+    max_length: int = Field(512, ge=8, description="tokens a sequence may have; longer ones are truncated and counted")
+    limit: int | None = Field(
+        None, ge=1, description="use at most this many examples, drawn at random with the seed (all categories alike)"
+    )
+    template: Literal["auto", "chat", "alpaca", "plain"] = Field(
+        "auto", description="how a prompt is written: the model's chat template, Alpaca's, or the bare text; "
+        "auto takes chat where the tokenizer has a template and alpaca elsewhere"
+    )
+
+    @model_validator(mode="after")
+    def _some_source(self) -> DataConfig:
+        if self.corpus is None and self.path is None:
+            raise ValueError("data needs a corpus or a path: set data.corpus=fed-skills or data.path=FILE")
+        return self
+
+
+class SplitConfig(Section):
+    splitter: str | None = Field(None, description="uniform, dirichlet or meta; null takes the corpus's own default")
+    by: str = Field("category", description="the column that meta and dirichlet go by")
+    alpha: float | None = Field(
+        None, gt=0, description="dirichlet's concentration: small is skewed, large is even; needed by dirichlet"
+    )
+    num_clients: int | None = Field(
+        None, ge=1, description="number of clients; null: the corpus's default, under meta one for each value"
+    )
+    min_size: int = Field(
+        1, ge=1, description="the fewest training examples a client may end with; a split that cannot keep it is refused"
+    )
+    validation: Fraction = Field(0.05, description="share of each client's examples held out for validation")
+    test: Fraction = Field(0.1, description="share of each client's examples held out for the test")
+
+    @model_validator(mode="after")
+    def _room_for_training(self) -> SplitConfig:
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"split.validation + split.test = {self.validation + self.test:g} leaves nothing to train on: "
+                "keep their sum under 1"
+            )
+        return self
+
+
+class AdapterConfig(Section):
+    method: Literal["lora"] = Field("lora", description="the PEFT method")
+    rank: int = Field(8, ge=1, description="LoRA's rank r")
+    alpha: float = Field(16.0, gt=0, description="LoRA's α; its scale is α/r")
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="module names that get an adapter, or all-linear for every linear layer but the head"
+    )
+
+
+class AlgorithmConfig(Section):
+    """`name`, and beside it the algorithm's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field("fedavg", description="the federated algorithm; its own options stand beside its name")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TrainConfig(Section):
+    steps: int | None = Field(
+        None, ge=1, description="optimiser steps of a client in a round (8 where neither steps nor epochs is given)"
+    )
+    epochs: int | None = Field(None, ge=1, description="passes over a client's own data in a round, instead of steps")
+    batch_size: int = Field(8, ge=1, description="examples in one forward pass")
+    accumulation: int = Field(1, ge=1, description="forward passes summed into one optimiser step")
+    lr: float = Field(1e-3, ge=0, description="peak learning rate")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the client's optimiser")
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW's β1, β2")
+    eps: float = Field(1e-8, gt=0, description="AdamW's ε")
+    momentum: Fraction = Field(0.0, description="SGD's momentum")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled under adamw, L2 under sgd")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="the learning rate over the whole run, rounds included; linear and cosine end at 0"
+    )
+    warmup: Fraction = Field(0.0, description="share of the whole run over which the learning rate rises from 0")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of a step's gradient; null does not clip")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="whether a client's optimiser starts afresh in each round or goes on from its last one"
+    )
+    nonfinite: Literal["fail", "skip"] = Field(
+        "fail", description="a loss or gradient that is not finite: fail the client, or skip the step and count it"
+    )
+    packing: Literal["auto", "on", "off"] = Field(
+        "auto", description="padding-free batches; auto tries the model once and falls back to padding"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_steps(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("steps") is None and values.get("epochs") is None:
+            return {**values, "steps": 8}
+        return values
+
+    @model_validator(mode="after")
+    def _steps_or_epochs(self) -> TrainConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"train.steps={self.steps} and train.epochs={self.epochs} both say how long a client trains: keep one"
+            )
+        return self
+
+
+class FederationConfig(Section):
+    rounds: int = Field(6, ge=1, description="number of rounds")
+    clients_per_round: int | float | None = Field(
+        None, gt=0, description="clients sampled in a round: a number, or a fraction below 1.0; null takes all"
+    )
+    min_clients: int = Field(1, ge=1, description="the fewest updates a round needs; with fewer the run ends")
+
+    @field_validator("clients_per_round")
+    @classmethod
+    def _number_or_fraction(cls, value: int | float | None) -> int | float | None:
+        if isinstance(value, float) and value >= 1 and not value.is_integer():
+            raise ValueError(f"clients_per_round={value:g} is neither a whole number nor a fraction below 1")
+        return int(value) if isinstance(value, float) and value >= 1 else value
+
+
+class RuntimeConfig(Section):
+    name: str = Field("simulator", description="where the clients run")
+    device: str = Field("auto", description="cpu, cuda, cuda:0 …; auto takes a GPU where there is one")
+    threads: int | None = Field(None, ge=1, description="CPU threads; null takes the cores really available")
+
+
+class EvaluationConfig(Section):
+    every: int = Field(1, ge=0, description="evaluate after every k rounds, and always before and after; 0: only those")
+    suite: str | None = Field("auto", description="the paired evaluation; auto is the corpus's own, null scores nothing")
+    limit: int | None = Field(20, ge=1, description="questions scored for each task, over all clients; null: all")
+    batch_size: int = Field(24, ge=1, description="sequences in one forward pass of evaluation and generation")
+    max_new_tokens: int | None = Field(None, ge=1, description="longest generated answer; null: the suite's own")
+    answers: int = Field(5, ge=0, description="test questions whose answers before and after stand in the report")
+
+
+class TrackingConfig(Section):
+    trackers: list[str] = Field(
+        default_factory=list, description="trackers of accelerate.tracking that mirror the events, e.g. [tensorboard]"
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="how many rounds' checkpoints are kept")
+
+
+class Recipe(Section):
+    """A whole run, frozen. `Recipe.load` reads one; `resolved()` writes every default out."""
+
+    name: str = Field("", description="the run's name; the recipe's file name where it is empty")
+    description: str = Field("", description="what this recipe shows")
+    model: ModelConfig = Field(default_factory=ModelConfig, description="the base model; a bare string is its name")
+    data: DataConfig = Field(default_factory=lambda: DataConfig(corpus="fed-skills"), description="the corpus")
+    split: SplitConfig = Field(default_factory=SplitConfig, description="how the corpus is split among clients")
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig, description="the trainable part of the model")
+    algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="the federated algorithm")
+    train: TrainConfig = Field(default_factory=lambda: TrainConfig(steps=8), description="a client's local training")
+    federation: FederationConfig = Field(default_factory=FederationConfig, description="rounds and sampling")
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="where the clients run")
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and when")
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="events, checkpoints and trackers")
+    seed: int = Field(42, ge=0, description="all randomness follows from it")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _algorithm_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """A recipe from nested values and dotted overrides (``{"train.lr": 1e-3}``). Raises UserError."""
+        merged = _nested_copy(values)
+        for dotted, value in (overrides or {}).items():
+            _set_dotted(merged, dotted, value)
+        try:
+            return cls.model_validate(merged)
+        except ValidationError as error:
+            raise UserError(_one_sentence(error)) from None
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+        """A built-in recipe by name, or a YAML file. Raises UserError where there is none or it is wrong."""
+        path = find_recipe(source)
+        try:
+            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            where = " ".join(str(error).split())
+            raise UserError(f"recipe {path} is not YAML: {where}") from None
+        if not isinstance(values, dict):
+            raise UserError(f"recipe {path} holds {type(values).__name__}, not a mapping of sections: see `fedloom recipes`")
+        if not values.get("name"):
+            values["name"] = path.stem
+        return cls.parse(values, overrides)
+
+    def resolved(self) -> dict[str, Any]:
+        """The recipe as plain JSON values with every default written out."""
+        return self.model_dump(mode="json")
+
+    def with_values(self, values: Mapping[str, Any]) -> Recipe:
+        """A copy with dotted keys replaced, validated again."""
+        return Recipe.parse(self.resolved(), values)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=110)
+
+
+def recipes_folder() -> Path:
+    """The folder of the built-in recipes: inside an installed package, beside it in a checkout."""
+    packaged = Path(__file__).parent / "recipes"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def builtin_recipes() -> dict[str, Path]:
+    """Name → file of every built-in recipe."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The file behind a recipe's name or path. Raises UserError."""
+    builtin = builtin_recipes()
+    if str(source) in builtin:
+        return builtin[str(source)]
+    path = Path(source)
+    if path.is_file():
+        return path
+    if path.suffix in {".yaml", ".yml"} or "/" in str(source):
+        raise UserError(f"there is no recipe file {source}: give a YAML file, or a built-in name (see `fedloom recipes`)")
+    raise UserError(f"unknown recipe {str(source)!r}: {suggest(str(source), builtin)}")
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """``["train.lr=1e-3"]`` → ``{"train.lr": 0.001}``; values are read as YAML. Raises UserError."""
+    values: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise UserError(f"cannot read {argument!r}: an override has the form key=value, such as train.lr=1e-3")
+        try:
+            values[key.strip()] = _scalar(yaml.safe_load(text))
+        except yaml.YAMLError:
+            raise UserError(f"cannot read the value of {argument!r}: it is not YAML") from None
+    return values
+
+
+def _scalar(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as a string; a user means the number."""
+    if isinstance(value, str):
+        try:
+            return float(value) if any(c in value for c in "eE.") and value[0] in "+-.0123456789" else value
+        except ValueError:
+            return value
+    return value
+
+
+def _nested_copy(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: _nested_copy(v) if isinstance(v, Mapping) else _scalar(v) for k, v in values.items()}
+
+
+#: Sections that may be written as a bare string, and the key that the string stands for.
+_SHORTHAND = {"model": "name", "algorithm": "name"}
+
+
+def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
+    keys = dotted.split(".")
+    for i, key in enumerate(keys[:-1]):
+        inner = values.setdefault(key, {})
+        if isinstance(inner, str) and i == 0 and key in _SHORTHAND:
+            inner = values[key] = {_SHORTHAND[key]: inner}
+        if inner is None:
+            inner = values[key] = {}
+        if not isinstance(inner, dict):
+            raise UserError(f"cannot set {dotted}: {'.'.join(keys[: i + 1])} is {inner!r} and has no keys of its own")
+        values = inner
+    last = keys[-1]
+    if len(keys) == 1 and last in _SHORTHAND and isinstance(value, str) and isinstance(values.get(last), dict):
+        values[last] = {**values[last], _SHORTHAND[last]: value}
+        return
+    # train.steps=… on the command line replaces a recipe's train.epochs, and the other way round.
+    other = {"steps": "epochs", "epochs": "steps"}.get(last)
+    if keys[:-1] == ["train"] and other and value is not None:
+        values[other] = None
+    values[last] = value
+
+
+def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for name, info in model.model_fields.items():
+        annotation = info.annotation
+        keys.append(prefix + name)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            keys += _valid_keys(annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _one_sentence(error: ValidationError) -> str:
+    """Pydantic's first complaint as one sentence with the key, the value and the mend."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        valid = _valid_keys(Recipe)
+        section = where.rpartition(".")[0]
+        siblings = [k for k in valid if k.rpartition(".")[0] == section]
+        nearest = suggest(where, valid)
+        if nearest.startswith("valid names"):
+            nearest = suggest(where, siblings).replace("valid names", "valid keys")
+        return f"unknown key {where} in the recipe: {nearest}"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:] if message[:1].isupper() else message
+    if first["type"] == "value_error":
+        return message
+    return f"{where}={first['input']!r} is not valid: {message}"
