@@ -1,0 +1,186 @@
+"""The unified interface: one class holds both halves of a federated algorithm, four steps connect them.
+
+    server                                            client
+    server_model     model pre-processing             client_model
+    initial_payload  initial broadcast         ─────▶ receive
+    aggregate, server_step                     ◀───── shared_state     (after local training with local_loss)
+    round_payload    re-distribution           ─────▶ receive
+    deployed         what is evaluated and saved      deployed
+
+One instance plays the server, another a client; in the simulator the client's instance plays all clients in turn, its
+personal state loaded before and saved after. An algorithm never asks which runtime it is in, and a tensor leaves a
+client only through `shared_state`. The defaults below are plain federated training of the whole adapter; an algorithm
+overrides what it changes and nothing else.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedloom.data.batching import Batch
+from fedloom.errors import UserError, suggest
+from fedloom.models.adapters import AdaptedModel, Models
+from fedloom.models.forward import token_losses
+from fedloom.models.state import Adapter
+from fedloom.types import Payload, Update
+
+
+class Options(BaseModel):
+    """An algorithm's own options, which stand beside its name in a recipe. Unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What is evaluated and saved: an adapter and, where the algorithm changes base weights, their delta."""
+
+    adapter: Adapter
+    base_delta: Mapping[str, torch.Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Properties:
+    """What an algorithm declares of itself; the contract suite tests each.
+
+    Attributes:
+        linear_sum: the server only needs Σ w_k x_k; may be privatised, streams.
+        order_independent: the result does not depend on the order in which clients are listed.
+        exact: aggregation equals the mean of what clients learned, not an approximation.
+        personal: each client ends with a model of its own; those are evaluated and saved.
+        pooled: a baseline that trains on all clients' data in one place (simulator only).
+        methods: the PEFT methods it takes; None takes all.
+        neutral: options under which one client's run equals plain local training.
+    """
+
+    linear_sum: bool = False
+    order_independent: bool = True
+    exact: bool = False
+    personal: bool = False
+    pooled: bool = False
+    methods: frozenset[str] | None = None
+    neutral: Mapping[str, Any] | None = None
+
+
+class Algorithm(ABC):
+    """Subclass, override what differs, and name it in the registry (docs/architecture.md shows one).
+
+    Attributes:
+        model: this process's model; there once `server_model` or `client_model` was called.
+        shared: the server's copy of what all clients share, on the CPU; there once `server_model` was called.
+        personal: client half: what stays with this client between rounds.
+        client: client half: whose turn it is.
+    """
+
+    properties: ClassVar[Properties] = Properties()
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Options, seed: int) -> None:
+        self.options = options
+        self.seed = seed
+        self.model: AdaptedModel
+        self.shared: Adapter
+        self.personal = Payload()
+        self.client = ""
+
+    # ------------------------------------------------------------------ model pre-processing
+
+    def server_model(self, models: Models) -> AdaptedModel:
+        """The model that the server evaluates. Sets `model` and `shared`."""
+        self.model = models.adapted()
+        self.shared = self.model.initial_adapter()
+        return self.model
+
+    def client_model(self, models: Models, payload: Payload) -> AdaptedModel:
+        """The model that a client trains, made once from its first payload. Sets `model`."""
+        self.model = models.adapted()
+        return self.model
+
+    # ------------------------------------------------------------------ initial broadcast, re-distribution
+
+    def initial_payload(self, client: str) -> Payload:
+        """What a client gets first. By default what it gets in every round."""
+        return self.round_payload(client)
+
+    def round_payload(self, client: str) -> Payload:
+        """What a client gets before it trains or evaluates. By default all that is shared."""
+        return Payload(self.shared.tensors())
+
+    # ------------------------------------------------------------------ shared-parameter aggregation
+
+    @abstractmethod
+    def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
+        """Fold this round's updates, in client order, into the server's state; returns numbers worth logging.
+
+        `updates` is read once, so that a rule that sums needs memory for one update and not for all.
+        """
+
+    def server_step(self) -> None:
+        """Training on the server after aggregation, such as an emulator's alignment. By default nothing."""
+
+    # ------------------------------------------------------------------ the client half
+
+    def receive(self, payload: Payload) -> None:
+        """Put the live model into the state that training or evaluation starts from."""
+        self.model.adapter.load(payload.tensors)
+
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
+        """This batch's contribution to the loss of its optimiser step: a scalar to run backward from.
+
+        Args:
+            step_tokens: supervised tokens in the whole step, all accumulation together. Contributions add up to the
+                step's loss, so a penalty on the weights counts `len(batch.labels) / step_tokens` of itself.
+        """
+        return token_losses(model, batch).sum() / step_tokens
+
+    def before_step(self, model: AdaptedModel) -> None:
+        """The gradient of the step stands in `model.grad`, not yet clipped: the place to correct it."""
+
+    def after_step(self, model: AdaptedModel) -> None:
+        """The optimiser has moved `model.adapter`: the place for a projection or a second model."""
+
+    def shared_state(self) -> Payload:
+        """What leaves the client after training. By default the whole adapter."""
+        return Payload(self.model.adapter.tensors())
+
+    # ------------------------------------------------------------------ result and state
+
+    def deployed(self, client: str | None = None) -> Deployed:
+        """The server's result, or (client half, `client` given) the one that stands in the live model."""
+        return Deployed((self.shared if client is None else self.model.adapter).snapshot())
+
+    def server_state(self) -> Payload:
+        """Everything that the server must have to carry on after this round."""
+        return Payload({f"shared/{n}": t for n, t in self.shared.tensors().items()})
+
+    def load_server_state(self, state: Payload) -> None:
+        self.shared.load({n.removeprefix("shared/"): t for n, t in state.tensors.items() if n.startswith("shared/")})
+
+    def begin(self, client: str, personal: Payload | None) -> None:
+        """It is `client`'s turn, with what it kept from its last round, if anything."""
+        self.client = client
+        self.personal = personal or Payload()
+
+    def personal_state(self) -> Payload:
+        """What stays with the client after training; never part of a message."""
+        return self.personal
+
+
+def parse_options(algorithm: type[Algorithm], name: str, values: Mapping[str, Any]) -> Options:
+    """The options of a recipe as the algorithm's own. Raises UserError with the nearest valid one."""
+    try:
+        return algorithm.Options.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            valid = [f"algorithm.{k}" for k in algorithm.Options.model_fields]
+            hint = suggest(f"algorithm.{key}", valid) if valid else f"{name} has no options"
+            raise UserError(f"unknown option algorithm.{key} of {name}: {hint}") from None
+        raise UserError(f"algorithm.{key}={first['input']!r} is not valid for {name}: {first['msg'].lower()}") from None

@@ -1,0 +1,142 @@
+"""Which examples make up a client's next steps, and how a few sequences become one batch.
+
+A client reads an endless stream: its examples in a random order, then in another, and so on (one order for each pass,
+seeded by the pass and the client). Round r takes the stretch of the stream that belongs to it, so nothing has to be
+remembered between rounds, and a resumed run reads on where it stopped. This file does not know the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedloom.data.tokenization import TokenSequence
+from fedloom.randomness import numpy_generator
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many examples go into a forward pass, how many of those into a step, and for how long in a round.
+
+    Exactly one of `steps` and `epochs` is set. With steps, batches run across the ends of passes; with epochs, the last
+    batch and the last step of a pass are smaller.
+    """
+
+    batch_size: int
+    accumulation: int = 1
+    steps: int | None = None
+    epochs: int | None = None
+
+    def steps_per_round(self, num_examples: int) -> int:
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return self.epochs * -(-num_examples // (self.batch_size * self.accumulation))
+
+
+def round_indices(
+    examples: Sequence[int], plan: Plan, round: int, seed: int, client: str
+) -> Iterator[list[list[int]]]:
+    """For each optimiser step of this round (1-based), its forward passes as lists of example indices."""
+    count = plan.batch_size * plan.accumulation
+    if plan.steps is not None:
+        start = (round - 1) * plan.steps * count
+        stream = _stretch(examples, start, plan.steps * count, seed, client)
+        for step in range(plan.steps):
+            yield _chunks(stream[step * count : (step + 1) * count], plan.batch_size)
+        return
+    assert plan.epochs is not None
+    for epoch in range((round - 1) * plan.epochs, round * plan.epochs):
+        order = _order(examples, epoch, seed, client)
+        for start in range(0, len(order), count):
+            yield _chunks(order[start : start + count], plan.batch_size)
+
+
+def _order(examples: Sequence[int], epoch: int, seed: int, client: str) -> list[int]:
+    permutation = numpy_generator(seed, "batches", epoch, client).permutation(len(examples))
+    return [examples[i] for i in permutation]
+
+
+def _stretch(examples: Sequence[int], start: int, length: int, seed: int, client: str) -> list[int]:
+    epoch, offset = divmod(start, len(examples))
+    out: list[int] = []
+    while len(out) < offset + length:
+        out += _order(examples, epoch, seed, client)
+        epoch += 1
+    return out[offset : offset + length]
+
+
+def _chunks(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A few sequences, ready for one forward pass, either packed into one row or padded into several.
+
+    Legend: T tokens in all, N sequences, L the longest, S supervised positions.
+
+    Attributes:
+        ids: [1, T] packed, [N, L] padded.
+        positions: position ids of the same shape; restarted at every sequence.
+        lengths: the N sequence lengths.
+        mask: [N, L] of 0 and 1 under padding, None when packed.
+        where: [S], index into the flattened ids of the position *before* each supervised token: where its logits are.
+        labels: [S], the supervised tokens.
+        owners: [S], which of the N sequences each belongs to.
+        examples: indices of the N examples, for error messages.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    lengths: tuple[int, ...]
+    mask: torch.Tensor | None
+    where: torch.Tensor
+    labels: torch.Tensor
+    owners: torch.Tensor
+    examples: tuple[int, ...]
+
+    @property
+    def packed(self) -> bool:
+        return self.mask is None
+
+    @property
+    def tokens(self) -> int:
+        """Real tokens, padding not counted."""
+        return sum(self.lengths)
+
+    def to(self, device: torch.device | str) -> Batch:
+        move = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
+        return Batch(**move)
+
+
+def collate(sequences: Sequence[TokenSequence], *, packed: bool, pad: int, examples: Sequence[int] = ()) -> Batch:
+    """Sequences → batch. The first token of a sequence is never a label: nothing precedes it."""
+    lengths = tuple(len(s) for s in sequences)
+    stride = 0 if packed else max(lengths)
+    where, labels, owners = [], [], []
+    offset = 0
+    for row, sequence in enumerate(sequences):
+        first = max(sequence.prompt, 1)
+        at = np.arange(first - 1, len(sequence) - 1)
+        where.append(at + (offset if packed else row * stride))
+        labels.append(sequence.ids[first:])
+        owners.append(np.full(len(at), row))
+        offset += len(sequence)
+    if packed:
+        ids = torch.from_numpy(np.concatenate([s.ids for s in sequences]).astype(np.int64))[None]
+        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
+        mask = None
+    else:
+        ids = torch.full((len(sequences), stride), pad, dtype=torch.int64)
+        mask = torch.zeros((len(sequences), stride), dtype=torch.int64)
+        positions = torch.zeros((len(sequences), stride), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.from_numpy(sequence.ids.astype(np.int64))
+            mask[row, : len(sequence)] = 1
+            positions[row, : len(sequence)] = torch.arange(len(sequence))
+    flat = [torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (where, labels, owners)]
+    return Batch(ids, positions, lengths, mask, flat[0], flat[1], flat[2], tuple(examples))

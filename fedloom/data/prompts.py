@@ -1,0 +1,84 @@
+"""How an example becomes a prompt: one place, used by training and by every evaluation.
+
+A prompt ends where the answer begins, and is tokenised by itself, so what the model is asked in a test is, token for
+token, what it was trained to answer. This file does not know how long a sequence may be or what is done with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from fedloom.types import Example
+
+Style = Literal["chat", "alpaca", "plain"]
+
+_ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+_ALPACA = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """Writes prompts and answers as token ids.
+
+    Attributes:
+        tokenizer: the base model's own.
+        style: chat (the model's chat template), alpaca, or plain (the bare text and a newline).
+        system: the system message under chat; None leaves it to the model's template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    style: Style
+    system: str | None = None
+
+    @classmethod
+    def choose(cls, tokenizer: PreTrainedTokenizerBase, wanted: str, system: str | None = None) -> Template:
+        """`wanted` from the recipe; auto takes chat where the tokenizer has a template and alpaca elsewhere."""
+        if wanted == "auto":
+            wanted = "chat" if tokenizer.chat_template else "alpaca"
+        if wanted == "chat" and not tokenizer.chat_template:
+            from fedloom.errors import UserError
+
+            raise UserError("data.template=chat but this model's tokenizer has no chat template: use alpaca or plain")
+        return cls(tokenizer, wanted, system)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """Identifies the template in the tokenised cache's key."""
+        text = self.tokenizer.chat_template if self.style == "chat" else ""
+        return f"{self.style}/{self.system!r}/{text}"
+
+    def prompt_text(self, example: Example) -> str:
+        """The text that the model reads before its answer."""
+        if self.style == "alpaca":
+            form = _ALPACA_WITH_INPUT if example.input else _ALPACA
+            return form.format(instruction=example.instruction, input=example.input)
+        question = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
+        if self.style == "plain":
+            return f"{question}\n"
+        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+        messages.append({"role": "user", "content": question})
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """The prompt as token ids; a chat template writes its own special tokens, the others get the model's own."""
+        ids = self.tokenizer(self.prompt_text(example), add_special_tokens=self.style != "chat")["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        if self.style != "chat" and len(ids) > 1 and ids[-1] == eos and eos != self.tokenizer.bos_token_id:
+            ids = ids[:-1]  # tokenizers that close every text: the answer is still to come
+        return list(ids)
+
+    def answer_ids(self, text: str) -> list[int]:
+        """An answer as token ids, closed by the end-of-sequence token."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id]

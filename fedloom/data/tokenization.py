@@ -1,0 +1,131 @@
+"""A corpus as token ids, made once and kept in a cache whose key is (corpus, tokenizer, template, max_length).
+
+A sequence is prompt ids, then answer ids. One that is over the limit loses tokens by this rule: first the answer's
+end, down to `MIN_ANSWER` tokens; then the prompt's beginning. Every shortened sequence is counted. The cache holds
+text as ids and lies under `$FEDLOOM_HOME/tokenised`; `fedloom fetch --clear tokenised` deletes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers import PreTrainedTokenizerBase
+
+from fedloom.data.prompts import Template
+from fedloom.types import Corpus, Example
+
+#: A truncated sequence keeps at least this many tokens to learn from, as far as the answer has them.
+MIN_ANSWER = 8
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """One tokenised example. ids: [length] int; the first `prompt` of them are not trained on."""
+
+    ids: np.ndarray
+    prompt: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def supervised(self) -> int:
+        return len(self.ids) - self.prompt
+
+
+class TokenisedCorpus:
+    """All sequences of a list of examples in three flat arrays; indexing gives a `TokenSequence`.
+
+    Attributes:
+        truncated: how many sequences were over the limit.
+        truncated_tokens: how many tokens they lost together.
+    """
+
+    def __init__(self, arrays: dict[str, np.ndarray]) -> None:
+        self._ids, self._starts, self._prompts = arrays["ids"], arrays["starts"], arrays["prompts"]
+        self._lost = arrays["lost"]
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> TokenSequence:
+        return TokenSequence(self._ids[self._starts[index] : self._starts[index + 1]], int(self._prompts[index]))
+
+    @property
+    def truncated(self) -> int:
+        return int((self._lost > 0).sum())
+
+    @property
+    def truncated_tokens(self) -> int:
+        return int(self._lost.sum())
+
+    def supervised_tokens(self, indices: Sequence[int]) -> int:
+        """Tokens with a label among these examples."""
+        at = np.asarray(indices, dtype=np.int64)
+        return int((self._starts[at + 1] - self._starts[at] - self._prompts[at]).sum())
+
+
+def tokenise(corpus: Corpus, template: Template, max_length: int, cache: Path | None) -> TokenisedCorpus:
+    """`corpus.examples` as token ids, from the cache where it holds them. `cache` None keeps nothing on disk."""
+    if cache is None:
+        return TokenisedCorpus(encode(corpus.examples, template, max_length))
+    key = f"{corpus.digest()}/{tokenizer_digest(template.tokenizer)}/{template.name}/{max_length}/{MIN_ANSWER}"
+    path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    if path.is_file():
+        try:
+            return TokenisedCorpus(load_file(path))
+        except (SafetensorError, KeyError):
+            path.unlink()  # a torn file of an earlier crash: made again below
+    arrays = encode(corpus.examples, template, max_length)
+    cache.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=cache, suffix=".tmp")
+    os.close(handle)
+    try:
+        save_file(arrays, scratch)
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return TokenisedCorpus(arrays)
+
+
+def encode(examples: Sequence[Example], template: Template, max_length: int) -> dict[str, np.ndarray]:
+    """ids: [all tokens], starts: [n + 1], prompts: [n], lost: [n] tokens cut from each."""
+    sequences = [fit(template.prompt_ids(e), template.answer_ids(e.output), max_length) for e in examples]
+    lengths = [len(prompt) + len(answer) for prompt, answer, _ in sequences]
+    flat = [i for prompt, answer, _ in sequences for i in (*prompt, *answer)]
+    return {
+        "ids": np.asarray(flat, dtype=np.int32),
+        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "prompts": np.asarray([len(prompt) for prompt, _, _ in sequences], dtype=np.int32),
+        "lost": np.asarray([lost for _, _, lost in sequences], dtype=np.int64),
+    }
+
+
+def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int], list[int], int]:
+    """(prompt, answer, tokens lost) within `max_length` by the rule above.
+
+    >>> fit([1, 2, 3], list(range(20)), 12)[1] == list(range(9))
+    True
+    """
+    over = len(prompt) + len(answer) - max_length
+    if over <= 0:
+        return prompt, answer, 0
+    keep = max(len(answer) - over, min(len(answer), MIN_ANSWER, max_length - 1))
+    answer = answer[:keep]
+    kept_prompt = max_length - len(answer)
+    return prompt[max(0, len(prompt) - kept_prompt) :], answer, over
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes whenever the same text could give other ids."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(f"{text}/{tokenizer.eos_token_id}".encode()).hexdigest()

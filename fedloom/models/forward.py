@@ -1,0 +1,89 @@
+"""One forward pass over a batch: the loss at every supervised token, whatever the batch's layout.
+
+Logits are made only where there is a label, which saves most of a small batch's memory. This file does not know who
+asks: training, evaluation and every algorithm's own loss come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedloom.data.batching import Batch, collate
+from fedloom.data.tokenization import TokenSequence
+from fedloom.models import attention
+from fedloom.models.adapters import AdaptedModel
+
+#: How far packed and single losses of the probe may differ; a model that ignores segments is off by 1e-1 and more.
+PROBE_TOLERANCE = 1e-3
+
+
+def token_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
+    """Cross-entropy at each supervised token: [S], float32, in the order of `batch.labels`."""
+    batch = batch.to(model.device)
+    if batch.packed:
+        model.causal_lm.config._attn_implementation = attention.NAME  # stays: a recomputed forward needs it too
+        logits = model.module(
+            input_ids=batch.ids,
+            position_ids=batch.positions,
+            segment_lengths=batch.lengths,
+            logits_to_keep=batch.where,
+            use_cache=False,
+        ).logits[0]
+    else:
+        logits = _padded_logits(model, batch)
+    return cross_entropy(logits.float(), batch.labels, reduction="none")
+
+
+def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
+    """[S, vocabulary], through a padded forward over the columns that any row has a label in."""
+    columns, rows = batch.where % batch.ids.shape[1], batch.where // batch.ids.shape[1]
+    first = int(columns.min()) if len(columns) else 0
+    keep = torch.arange(first, batch.ids.shape[1], device=batch.ids.device)
+    with attention.using(model.causal_lm, plain_attention(model)):
+        logits = model.module(
+            input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=keep, use_cache=False
+        ).logits
+    return logits[rows, columns - first]
+
+
+def plain_attention(model: AdaptedModel) -> str:
+    """The attention function for padded batches and generation."""
+    return "sdpa" if getattr(model.causal_lm, "_supports_sdpa", False) else "eager"
+
+
+@torch.no_grad()
+def supports_packing(model: AdaptedModel) -> bool:
+    """Whether two sequences in one row give the losses that they give alone. Two tiny forwards decide."""
+    size = model.causal_lm.config.get_text_config().vocab_size
+    rng = np.random.default_rng(0)
+    probes = [TokenSequence(rng.integers(3, size, n).astype(np.int32), 1) for n in (9, 6)]
+    alone = torch.cat([token_losses(model, collate([p], packed=False, pad=3)) for p in probes])
+    try:
+        together = token_losses(model, collate(probes, packed=True, pad=3))
+    except (TypeError, ValueError, RuntimeError):  # an architecture that cannot take the keyword, or refuses it
+        model.causal_lm.config._attn_implementation = plain_attention(model)
+        return False
+    close = bool((alone - together).abs().max() <= PROBE_TOLERANCE * alone.abs().max())
+    if not close:
+        model.causal_lm.config._attn_implementation = plain_attention(model)
+    return close
+
+
+def batches_by_length(
+    sequences: Sequence[TokenSequence], size: int, *, packed: bool, pad: int, examples: Sequence[int]
+) -> list[Batch]:
+    """All sequences in batches of `size`, longest together, so that padding and memory peaks stay small."""
+    order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
+    return [
+        collate(
+            [sequences[i] for i in order[start : start + size]],
+            packed=packed,
+            pad=pad,
+            examples=[examples[i] for i in order[start : start + size]],
+        )
+        for start in range(0, len(order), size)
+    ]

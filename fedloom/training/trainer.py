@@ -1,0 +1,172 @@
+"""One client's local training in one round: an optimiser, a schedule over the whole run, and a loop over steps.
+
+The trainer is blind to the algorithm: it calls the three places where an algorithm may act (`local_loss`,
+`before_step`, `after_step`) and knows neither rounds' payloads nor other clients. The loss of a step is the sum of
+its token losses over its supervised tokens, all accumulation together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from fedloom.config import TrainConfig
+from fedloom.data.batching import Batch
+from fedloom.errors import ClientFailed
+from fedloom.models.adapters import AdaptedModel
+from fedloom.training.flops import Flops
+
+
+class Learner(Protocol):
+    """What the trainer needs of an algorithm's client half."""
+
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor: ...
+
+    def before_step(self, model: AdaptedModel) -> None: ...
+
+    def after_step(self, model: AdaptedModel) -> None: ...
+
+
+@dataclass
+class FitResult:
+    """What a client's training was.
+
+    Attributes:
+        loss: mean of the steps' losses, each weighted by its supervised tokens.
+        steps: optimiser steps taken; skipped ones are not among them.
+        tokens: real tokens that went through forward and backward.
+        flops: of those.
+        optimizer_state: name → tensor, enough to carry on exactly.
+    """
+
+    loss: float = 0.0
+    steps: int = 0
+    skipped_steps: int = 0
+    tokens: int = 0
+    flops: int = 0
+    optimizer_state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def learning_rate(config: TrainConfig, step: int, total: int) -> float:
+    """The rate of optimiser step `step` (from 0) of `total`.
+
+    Warm-up rises linearly over the first `warmup · total` steps; then constant, linear to 0, or half a cosine to 0.
+    """
+    warmup = math.ceil(config.warmup * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    if config.schedule == "linear":
+        return config.lr * (1.0 - progress)
+    return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def make_optimizer(config: TrainConfig, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+    """The optimiser over the one flat parameter; fused, since there is a single tensor to step."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            [parameter], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        [parameter], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+    """The optimiser's state of the flat parameter, as copies on the CPU (step, moments)."""
+    state = optimizer.state.get(parameter, {})
+    return {n: t.detach().cpu().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
+
+
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    for name, tensor in tensors.items():
+        device = parameter.device if tensor.numel() > 1 or parameter.device.type == "cuda" else "cpu"
+        optimizer.state[parameter][name] = tensor.to(device).clone()
+
+
+def fit(
+    model: AdaptedModel,
+    learner: Learner,
+    steps: Iterable[Sequence[Batch]],
+    config: TrainConfig,
+    *,
+    first_step: int,
+    total_steps: int,
+    optimizer_state: Mapping[str, torch.Tensor] | None = None,
+) -> FitResult:
+    """Train the live adapter over `steps`, each a list of forward passes.
+
+    Args:
+        first_step: how many optimiser steps of the run lie before this round, for the schedule.
+        total_steps: optimiser steps of the whole run.
+        optimizer_state: from an earlier `FitResult`, to go on from it.
+
+    Raises:
+        ClientFailed: ``non_finite``, naming the step and its examples, where the recipe does not skip.
+    """
+    optimizer = make_optimizer(config, model.parameter)
+    if optimizer_state:
+        load_optimizer_tensors(optimizer, model.parameter, optimizer_state)
+    flops = Flops(model)
+    result = FitResult()
+    weighted, weight = 0.0, 0
+    model.module.train()
+    try:
+        for number, batches in enumerate(steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config, first_step + number, total_steps)
+            loss = _accumulate(model, learner, batches, result, flops)
+            learner.before_step(model)
+            norm = float(model.grad.norm())
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
+                result.skipped_steps += 1
+                continue
+            if config.clip is not None and norm > config.clip:
+                model.grad.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+            optimizer.step()
+            learner.after_step(model)
+            tokens = sum(len(b.labels) for b in batches)
+            weighted, weight = weighted + loss * tokens, weight + tokens
+            result.steps += 1
+    finally:
+        model.module.eval()
+        model.grad.zero_()
+    result.loss = weighted / weight if weight else math.nan
+    result.optimizer_state = optimizer_tensors(optimizer, model.parameter)
+    return result
+
+
+def _accumulate(
+    model: AdaptedModel, learner: Learner, batches: Sequence[Batch], result: FitResult, flops: Flops
+) -> float:
+    """Forward and backward over one step's batches; the gradient stands in `model.grad`. Returns the step's loss."""
+    model.grad.zero_()
+    step_tokens = max(1, sum(len(b.labels) for b in batches))
+    total = 0.0
+    for batch in batches:
+        loss = learner.local_loss(model, batch, step_tokens)
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += float(loss.detach())
+        result.tokens += batch.tokens
+        result.flops += flops.of(batch)
+    return total
+
+
+def _skip_or_fail(config: TrainConfig, number: int, batches: Sequence[Batch], what: str) -> None:
+    if config.nonfinite == "fail":
+        examples = [i for b in batches for i in b.examples]
+        raise ClientFailed(
+            "non_finite",
+            f"the {what} of step {number + 1} is not finite (examples {examples[:16]}): "
+            "lower train.lr, or set train.nonfinite=skip",
+        )
