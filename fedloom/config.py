@@ -56,6 +56,9 @@ class DataConfig(Section):
         if self.corpus is None and self.path is None:
             raise ValueError("data needs a corpus or a path: set data.corpus=fed-skills or data.path=FILE")
         return self
+    system: str | None = Field(
+        None, description="the system message under the chat template; null leaves it to the model's template"
+    )
 
 
 class SplitConfig(Section):

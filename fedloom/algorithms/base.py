@@ -27,7 +27,7 @@ from fedloom.data.batching import Batch
 from fedloom.errors import UserError, suggest
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import token_losses
-from fedloom.models.state import Adapter
+from fedloom.models.state import Adapter, Layout, check_names
 from fedloom.types import Payload, Update
 
 
@@ -120,6 +120,22 @@ class Algorithm(ABC):
 
         `updates` is read once, so that a rule that sums needs memory for one update and not for all.
         """
+
+    def update_layout(self) -> Layout | None:
+        """Names and shapes that an update must have; None where they differ from client to client."""
+        return self.shared.layout
+
+    def accept(self, update: Update) -> None:
+        """Refuse an update that must not reach `aggregate`: foreign names or shapes, or numbers that are not finite.
+
+        Raises ValueError with a sentence; the coordinator makes a `Failure` of it.
+        """
+        layout = self.update_layout()
+        if layout is not None:
+            check_names(layout, update.payload.tensors)
+        for name, tensor in update.payload.tensors.items():
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} has numbers that are not finite")
 
     def server_step(self) -> None:
         """Training on the server after aggregation, such as an emulator's alignment. By default nothing."""

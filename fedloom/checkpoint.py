@@ -1,0 +1,227 @@
+"""State that survives a kill: the server's after each round, each client's after each of its own.
+
+A file appears whole or not at all: it is written under a temporary name, flushed to the disk and renamed. Tensors are
+safetensors, the rest JSON with a version and the digest of the tensors beside it, so a torn file is recognised and the
+one before it used. This file does not know what the state means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedloom.errors import RunFailed
+from fedloom.types import Payload
+
+VERSION = 1
+
+
+class Damaged(ValueError):
+    """A checkpoint that cannot be used; the message says why."""
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all. Raises OSError, and then leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException:
+        Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """`write_bytes` of readable JSON; refuses numbers that are not finite."""
+    write_bytes(path, (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+def to_bytes(payload: Payload) -> bytes:
+    """Tensors and metadata in one safetensors file."""
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in payload.tensors.items()}
+    return save(tensors, metadata={"version": str(VERSION), "meta": json.dumps(payload.meta)})
+
+
+def from_bytes(data: bytes) -> Payload:
+    """The inverse of `to_bytes`. Raises Damaged."""
+    try:
+        (length,) = (int.from_bytes(data[:8], "little"),)
+        header = json.loads(data[8 : 8 + length])["__metadata__"]
+        return Payload(load(data), json.loads(header["meta"]))
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise Damaged(f"its tensors cannot be read ({type(error).__name__})") from error
+
+
+@dataclass
+class RoundState:
+    """A server checkpoint: after `round` finished rounds, the algorithm's state and the coordinator's own notes."""
+
+    round: int
+    server: Payload
+    notes: dict[str, Any]
+
+
+class Checkpoints:
+    """The server's checkpoints of one run: `checkpoints/round-0003/{server.safetensors,state.json}`, the last `keep`."""
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def path(self, round: int) -> Path:
+        return self.folder / f"round-{round:04d}"
+
+    def rounds(self) -> list[int]:
+        """Rounds that have a checkpoint folder, newest first; some may be damaged."""
+        found = [re.fullmatch(r"round-(\d+)", p.name) for p in self.folder.glob("round-*")]
+        return sorted((int(m.group(1)) for m in found if m), reverse=True)
+
+    def save(self, state: RoundState) -> Path:
+        """Write one round's checkpoint whole, then delete those older than the last `keep`."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for left_over in self.folder.glob(".round-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        scratch = self.folder / f".round-{state.round:04d}-{os.getpid()}"
+        scratch.mkdir()
+        try:
+            data = to_bytes(state.server)
+            write_bytes(scratch / "server.safetensors", data)
+            write_json(scratch / "state.json", _described(state, data))
+            target = self.path(state.round)
+            if target.exists():  # a damaged one that this run passed over and did again
+                shutil.rmtree(target)
+            os.replace(scratch, target)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+        for old in self.rounds()[self.keep :]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        return self.path(state.round)
+
+    def amend(self, state: RoundState) -> None:
+        """Replace the notes of a round that is already there, such as with its evaluation."""
+        data = (self.path(state.round) / "server.safetensors").read_bytes()
+        write_json(self.path(state.round) / "state.json", _described(state, data))
+
+    def load(self, round: int) -> RoundState:
+        """One round's checkpoint. Raises Damaged."""
+        folder = self.path(round)
+        try:
+            described = json.loads((folder / "state.json").read_text())
+            data = (folder / "server.safetensors").read_bytes()
+        except (OSError, ValueError) as error:
+            raise Damaged(f"it cannot be read ({type(error).__name__})") from error
+        if described.get("version") != VERSION:
+            raise Damaged(f"it has version {described.get('version')}; this is fedloom's version {VERSION}")
+        if len(data) != described["tensors"]["bytes"]:
+            raise Damaged(f"server.safetensors has {len(data)} of {described['tensors']['bytes']} bytes")
+        if hashlib.sha256(data).hexdigest() != described["tensors"]["sha256"]:
+            raise Damaged("server.safetensors was altered")
+        return RoundState(described["round"], from_bytes(data), described["notes"])
+
+    def newest(self) -> tuple[RoundState | None, list[str]]:
+        """(the newest checkpoint that is whole, a sentence for each damaged one passed over).
+
+        Raises RunFailed where there are checkpoints and none is whole.
+        """
+        said: list[str] = []
+        rounds = self.rounds()
+        for round in rounds:
+            try:
+                return self.load(round), said
+            except Damaged as damage:
+                said.append(f"the checkpoint of round {round} is damaged: {damage}; using the one before it")
+        if rounds:
+            raise RunFailed(
+                f"no checkpoint in {self.folder} can be read ({said[-1].split(';')[0]}): "
+                "start again with --overwrite, or restore the folder from a backup"
+            )
+        return None, said
+
+
+def _described(state: RoundState, data: bytes) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "round": state.round,
+        "tensors": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
+        "notes": state.notes,
+    }
+
+
+class ClientStore:
+    """What clients keep between rounds, on their own disk: `clients/<client>/round-0003.safetensors`.
+
+    One state more than the server keeps checkpoints, so that a server that falls back a round finds its clients' past.
+    A client without state has no file: ten thousand clients of a stateless algorithm cost nothing.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def _folder(self, client: str) -> Path:
+        return self.folder / folder_name(client)
+
+    def _rounds(self, client: str) -> list[int]:
+        found = [re.fullmatch(r"round-(\d+)\.safetensors", p.name) for p in self._folder(client).glob("round-*")]
+        return sorted((int(m.group(1)) for m in found if m), reverse=True)
+
+    def save(self, client: str, round: int, state: Mapping[str, Payload]) -> None:
+        """Keep `state` (section → payload) as of the end of `round`; nothing is written where all are empty."""
+        if not any(p.tensors or p.meta for p in state.values()):
+            return
+        tensors = {f"{section}/{n}": t for section, p in state.items() for n, t in p.tensors.items()}
+        meta = {section: p.meta for section, p in state.items()}
+        path = self._folder(client) / f"round-{round:04d}.safetensors"
+        write_bytes(path, to_bytes(Payload(tensors, meta)))
+        older = [r for r in self._rounds(client) if r <= round]
+        for old in older[self.keep :]:
+            (self._folder(client) / f"round-{old:04d}.safetensors").unlink(missing_ok=True)
+
+    def load(self, client: str, up_to: int) -> dict[str, Payload]:
+        """Section → payload of the newest state of round `up_to` or older; empty where there is none.
+
+        Raises Damaged for a state that is there and cannot be read: starting afresh would be silently another run.
+        """
+        rounds = [r for r in self._rounds(client) if r <= up_to]
+        if not rounds:
+            return {}
+        payload = from_bytes((self._folder(client) / f"round-{rounds[0]:04d}.safetensors").read_bytes())
+        sections: dict[str, Payload] = {s: Payload({}, meta) for s, meta in payload.meta.items()}
+        for name, tensor in payload.tensors.items():
+            section, _, plain = name.partition("/")
+            sections[section].tensors[plain] = tensor
+        return sections
+
+
+def folder_name(client: str) -> str:
+    """A client's name as a folder's: readable, without separators, never hidden and never too long."""
+    name = quote(client, safe=" +#")
+    if name.startswith("."):
+        name = f"%2E{name[1:]}"
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """A safetensors file. Raises Damaged."""
+    try:
+        return load(path.read_bytes())
+    except SafetensorError as error:
+        raise Damaged(f"{path} cannot be read") from error

@@ -1,0 +1,181 @@
+"""A client: it takes an assignment and gives back an update, or a failure. It knows no runtime and no other client.
+
+The order of its work is the order of `_train`: its own state from before, the server's payload, local steps, what it
+shares, and its own state for later. The recipe comes with the first assignment.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom import registry
+from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.checkpoint import ClientStore, Damaged, folder_name
+from fedloom.config import Recipe
+from fedloom.data.batching import Batch, Plan, collate, round_indices
+from fedloom.data.federated import ClientData, FederatedData
+from fedloom.data.prompts import Template
+from fedloom.errors import ClientFailed
+from fedloom.evaluation.loss import loss_sums
+from fedloom.evaluation.score import score
+from fedloom.evaluation.suites import Suite
+from fedloom.models.adapters import AdaptedModel, Models
+from fedloom.randomness import forked_torch
+from fedloom.training.trainer import fit
+from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
+
+
+class Client:
+    """Serves any number of clients, one at a time, from one model.
+
+    Args:
+        models: what can be made of the base model in this process.
+        data: this site's data, or in a simulation everybody's.
+        template: how prompts are written.
+        store: where a client's own state rests.
+        results: the folder that `save` writes personal adapters under.
+        suite: the paired evaluation, or None.
+    """
+
+    def __init__(
+        self,
+        models: Models,
+        data: FederatedData,
+        template: Template,
+        store: ClientStore,
+        results: Path,
+        suite: Suite | None = None,
+    ) -> None:
+        self._models = models
+        self._data = data
+        self._template = template
+        self._store = store
+        self._results = results
+        self._suite = suite
+        self._recipe: Recipe
+        self._algorithm: Algorithm
+        self._model: AdaptedModel | None = None
+        self._configured: Mapping[str, Any] | None = None
+
+    def handle(self, assignment: Assignment) -> Outcome:
+        """Do one piece of work. A failure of the work is a value; a programming error propagates."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            if assignment.recipe is not None:
+                self._configure(assignment.recipe)
+            work = {"train": self._train, "evaluate": self._evaluate, "save": self._save}[assignment.kind]
+            self._prepare(assignment)
+            outcome: Outcome = work(assignment)
+        except ClientFailed as failure:
+            outcome = Failure(assignment.client, assignment.round, failure.reason, failure.detail)
+        except Damaged as damage:
+            outcome = Failure(assignment.client, assignment.round, "damaged_state", str(damage))
+        except torch.OutOfMemoryError:
+            outcome = Failure(
+                assignment.client, assignment.round, "out_of_memory", "out of memory: lower train.batch_size"
+            )
+        spent = Cost(wall_seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
+        return replace(outcome, cost=outcome.cost + spent)
+
+    def close(self) -> None:
+        self._model = None
+
+    def _configure(self, values: Mapping[str, Any]) -> None:
+        if values == self._configured:
+            return
+        self._configured = values
+        self._recipe = Recipe.parse(values)
+        chosen = self._recipe.algorithm
+        cls = registry.algorithms.get(chosen.name)
+        self._algorithm = cls(parse_options(cls, chosen.name, chosen.options), self._recipe.seed)
+
+    def _prepare(self, assignment: Assignment) -> None:
+        """Model and state, as they were after the rounds before this one."""
+        if self._model is None:
+            self._model = self._algorithm.client_model(self._models, assignment.payload)
+        up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
+        self._state = self._store.load(assignment.client, up_to)
+        self._algorithm.begin(assignment.client, self._state.get("personal"))
+        self._algorithm.receive(assignment.payload)
+
+    def _train(self, assignment: Assignment) -> Update:
+        assert self._model is not None
+        train, client, round = self._recipe.train, assignment.client, assignment.round
+        data = self._data.client(client)
+        if not data.train:
+            raise ClientFailed("no_data", "this client has no training examples")
+        plan = Plan(train.batch_size, train.accumulation, assignment.steps, None if assignment.steps else train.epochs)
+        per_round = plan.steps_per_round(len(data.train))
+        optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
+        with forked_torch(self._recipe.seed, "dropout", round, client):
+            result = fit(
+                self._model,
+                self._algorithm,
+                self._steps(data, plan, round, client),
+                train,
+                first_step=(round - 1) * per_round,
+                total_steps=assignment.rounds * per_round,
+                optimizer_state=optimizer.tensors if optimizer else None,
+            )
+        if not result.steps:
+            raise ClientFailed("non_finite", f"all {result.skipped_steps} steps of this round were skipped")
+        payload = self._algorithm.shared_state()
+        kept = Payload(result.optimizer_state) if train.optimizer_state == "keep" else Payload()
+        self._store.save(client, round, {"personal": self._algorithm.personal_state(), "optimizer": kept})
+        return Update(
+            client,
+            round,
+            payload,
+            num_examples=len(data.train),
+            num_tokens=data.sequences.supervised_tokens(data.train),
+            metrics={"loss": result.loss, "skipped_steps": result.skipped_steps},
+            cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps),
+        )
+
+    def _steps(self, data: ClientData, plan: Plan, round: int, client: str) -> Iterator[list[Batch]]:
+        pad = self._template.tokenizer.pad_token_id or 0
+        packed = self._recipe.train.packing == "on"
+        for passes in round_indices(data.train, plan, round, self._recipe.seed, client):
+            yield [
+                collate([data.sequences[i] for i in indices], packed=packed, pad=pad, examples=indices)
+                for indices in passes
+            ]
+
+    def _evaluate(self, assignment: Assignment) -> Update:
+        assert self._model is not None
+        settings = self._recipe.evaluation
+        packed = self._recipe.train.packing == "on"
+        pooled = assignment.dataset == "pooled"
+        data = self._data.pooled() if pooled else self._data.client(assignment.client)
+        indices = data.validation if assignment.dataset == "validation" else data.test
+        loss, tokens = loss_sums(self._model, data.sequences, indices, batch_size=settings.batch_size, packed=packed)
+        if not math.isfinite(loss):
+            raise ClientFailed("non_finite", "the held-out loss of this model is not finite")
+        right: list[bool] = []
+        if self._suite is not None and assignment.score and data.questions:
+            right = score(
+                self._model,
+                self._template,
+                self._suite,
+                data.questions,
+                batch_size=settings.batch_size,
+                max_length=self._recipe.data.max_length,
+                max_new_tokens=settings.max_new_tokens,
+                packed=packed,
+            )
+        metrics = {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right)}
+        return Update(assignment.client, assignment.round, Payload(), metrics=metrics)
+
+    def _save(self, assignment: Assignment) -> Update:
+        assert self._model is not None
+        deployed = self._algorithm.deployed(assignment.client)
+        folder = self._results / folder_name(assignment.client)
+        self._model.save(folder, self._recipe.model.name)
+        return Update(assignment.client, assignment.round, Payload(meta={"adapter_sha256": deployed.adapter.sha256()}))

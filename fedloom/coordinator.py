@@ -1,0 +1,293 @@
+"""The only round loop in the project, the same for every runtime and every algorithm.
+
+    before the first round, after every k-th and after the last: evaluate
+    each round: sample clients → send → gather → aggregate → server step → checkpoint
+
+A round is finished once its checkpoint is on disk; whatever kills the process after that costs nothing of it. The
+coordinator does not know where clients run nor what is in a payload.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedloom.algorithms.base import Algorithm, Deployed
+from fedloom.arrival import in_order
+from fedloom.checkpoint import Checkpoints, RoundState
+from fedloom.errors import RunFailed
+from fedloom.rounds import Progress, Schedule
+from fedloom.tracking import Events
+from fedloom.types import Assignment, Cost, Failure, Outcome, Update, pooled_mean
+
+
+class Runtime(Protocol):
+    """What the coordinator needs of a runtime (runtimes/base.py)."""
+
+    def run(self, assignments: Iterable[Assignment]) -> Iterator[Outcome]: ...
+
+
+#: Scores the server's own questions with a deployed model: (right, questions).
+ServerScorer = Callable[[Deployed], tuple[int, int]]
+
+#: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
+Tick = Callable[[str, int, int, int], None]
+
+
+class Coordinator:
+    """Runs rounds until the recipe's last.
+
+    Args:
+        recipe: the resolved recipe, sent with the first assignment of each client.
+        score: whether clients answer questions besides the loss.
+        server_scorer: for a corpus whose test set the server holds.
+        tick: called as clients come back.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        runtime: Runtime,
+        schedule: Schedule,
+        checkpoints: Checkpoints,
+        events: Events,
+        recipe: Mapping[str, Any],
+        *,
+        score: bool,
+        server_scorer: ServerScorer | None = None,
+        tick: Tick = lambda what, round, done, total: None,
+    ) -> None:
+        self.algorithm = algorithm
+        self.runtime = runtime
+        self.schedule = schedule
+        self.checkpoints = checkpoints
+        self.events = events
+        self.recipe = recipe
+        self.score = score
+        self.server_scorer = server_scorer
+        self.tick = tick
+        self.progress = Progress()
+        self._contacted: set[str] = set()
+
+    @property
+    def rounds(self) -> int:
+        return self.schedule.federation.rounds
+
+    def resume(self, state: RoundState) -> None:
+        """Go on from a checkpoint. Clients are sent the recipe and the initial payload again."""
+        self.algorithm.load_server_state(state.server)
+        self.progress = Progress.from_notes(state.round, state.notes)
+
+    def run(self) -> Progress:
+        """All rounds that are left. Raises RunFailed below quorum; every finished round is on disk then."""
+        if self.progress.finished == 0 and not self.checkpoints.rounds():
+            self._checkpoint()  # so that an interrupted first evaluation or round leaves something to resume
+        while True:
+            finished = self.progress.finished
+            if self.schedule.evaluates(finished) and finished not in self.progress.evaluations:
+                self._evaluate(finished)
+                self.checkpoints.amend(self._state())
+            if finished >= self.rounds:
+                return self.progress
+            self._round(finished + 1)
+
+    def save_personal(self) -> dict[str, str]:
+        """Have every testing client write its own adapter; returns client → sha256 of it."""
+        digests: dict[str, str] = {}
+        for outcome in self.runtime.run(self._assign(c, "save", self.rounds) for c in self.schedule.testing):
+            self.progress.cost += outcome.cost
+            if isinstance(outcome, Failure):
+                raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")
+            digests[outcome.client] = str(outcome.payload.meta["adapter_sha256"])
+        return digests
+
+    # ------------------------------------------------------------------ one round
+
+    def _round(self, number: int) -> None:
+        started = time.perf_counter()
+        clients = self.schedule.sample(number)
+        self.events.write("round_started", round=number, clients=list(clients))
+        tally = _Tally()
+        outcomes = self._counted("train", number, clients)
+        updates = self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
+        metrics = self.algorithm.aggregate(updates)
+        self.algorithm.server_step()
+        self.progress.finished = number
+        self.progress.cost += tally.cost
+        self.progress.failures += tally.failures
+        self.progress.skipped_steps += tally.skipped_steps
+        path = self._checkpoint()
+        self.events.write(
+            "round_finished",
+            round=number,
+            updates=tally.updates,
+            failures=tally.failures,
+            loss=pooled_mean(tally.losses),
+            upload_bytes=tally.cost.upload_bytes,
+            download_bytes=tally.cost.download_bytes,
+            seconds=round(time.perf_counter() - started, 3),
+            metrics=dict(metrics),
+        )
+        self.events.write("checkpoint", round=number, path=path.name)
+
+    def _accepted(self, outcomes: Iterator[Outcome], number: int, tally: _Tally) -> Iterator[Update]:
+        """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
+        for outcome in outcomes:
+            tally.cost += outcome.cost
+            refused = self._refused(outcome)
+            if refused is not None:
+                tally.failures += 1
+                self._failed(refused, "train")
+                continue
+            assert isinstance(outcome, Update)
+            skipped = int(outcome.metrics.get("skipped_steps", 0))
+            tally.updates += 1
+            tally.skipped_steps += skipped
+            tally.losses.append((outcome.metrics["loss"] * outcome.num_examples, outcome.num_examples))
+            self.events.write(
+                "client_update",
+                round=number,
+                client=outcome.client,
+                examples=outcome.num_examples,
+                tokens=outcome.cost.train_tokens,
+                steps=outcome.cost.steps,
+                skipped_steps=skipped,
+                loss=outcome.metrics["loss"],
+                upload_bytes=outcome.cost.upload_bytes,
+                download_bytes=outcome.cost.download_bytes,
+                seconds=round(outcome.cost.wall_seconds, 3),
+            )
+            yield outcome
+        if tally.updates < self.schedule.federation.min_clients:
+            raise RunFailed(
+                f"round {number} got {tally.updates} usable updates and needs {self.schedule.federation.min_clients} "
+                f"(federation.min_clients): {self.progress.finished} finished rounds are kept"
+            )
+
+    def _refused(self, outcome: Outcome) -> Failure | None:
+        if isinstance(outcome, Failure):
+            return outcome
+        try:
+            self.algorithm.accept(outcome)
+        except ValueError as error:
+            return Failure(outcome.client, outcome.round, "bad_payload", str(error))
+        return None
+
+    def _failed(self, failure: Failure, kind: str) -> None:
+        self.events.write(
+            "client_failed",
+            round=failure.round,
+            client=failure.client,
+            kind=kind,
+            reason=failure.reason,
+            detail=failure.detail,
+        )
+
+    def _counted(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
+        """Send one assignment to each client; outcomes as they arrive."""
+        self.tick(kind, round, 0, len(clients))
+        outcomes = self.runtime.run(self._assign(client, kind, round, dataset) for client in clients)
+        for done, outcome in enumerate(outcomes, 1):
+            self.tick(kind, round, done, len(clients))
+            yield outcome
+
+    def _assign(self, client: str, kind: Any, round: int, dataset: Any = "test") -> Assignment:
+        """One assignment; the first one to a client carries the recipe and the initial broadcast."""
+        first = client not in self._contacted
+        self._contacted.add(client)
+        payload = self.algorithm.initial_payload(client) if first else self.algorithm.round_payload(client)
+        return Assignment(
+            kind=kind,
+            client=client,
+            round=round,
+            rounds=self.rounds,
+            payload=payload,
+            steps=self.schedule.steps if kind == "train" else None,
+            dataset=dataset,
+            score=self.score,
+            recipe=self.recipe if first else None,
+        )
+
+    # ------------------------------------------------------------------ evaluation
+
+    def _evaluate(self, finished: int) -> None:
+        """Loss and score of what is deployed, on each client's own test data and on all of it together.
+
+        Personal models differ from client to client, so after the last round each is also measured on everybody's test
+        data: the mean of that is what other settings are compared with.
+        """
+        started = time.perf_counter()
+        cost = Cost()
+        own, spent = self._measure(finished, "test")
+        cost += spent
+        pooled = self.algorithm.properties.personal and finished == self.rounds
+        if pooled:
+            everywhere, spent = self._measure(finished, "pooled")
+            cost += spent
+            loss = pooled_mean([(m["loss_sum"] / m["tokens"], 1) for m in everywhere.values() if m["tokens"]])
+            score = pooled_mean([(m["right"] / m["questions"], 1) for m in everywhere.values() if m["questions"]])
+            questions = max((int(m["questions"]) for m in everywhere.values()), default=0)
+        else:
+            loss = pooled_mean([(m["loss_sum"], m["tokens"]) for m in own.values()])
+            right, questions = sum(m["right"] for m in own.values()), int(sum(m["questions"] for m in own.values()))
+            if self.server_scorer and self.score and not (self.algorithm.properties.personal and finished):
+                right, questions = self.server_scorer(self.algorithm.deployed())
+            score = right / questions if questions else None
+        result = {
+            "loss": loss,
+            "score": score,
+            "questions": questions,
+            "tokens": int(sum(m["tokens"] for m in own.values())),
+            "clients": {name: _means(m) for name, m in own.items()},
+            "seconds": round(time.perf_counter() - started, 3),
+            "pooled": pooled,
+        }
+        self.progress.cost += cost
+        self.progress.evaluation_cost += cost
+        self.progress.evaluations[finished] = result
+        self.events.write("evaluation", round=finished, **result)
+
+    def _measure(self, finished: int, dataset: str) -> tuple[dict[str, Mapping[str, float]], Cost]:
+        """Client → sums (loss_sum, tokens, right, questions)."""
+        sums: dict[str, Mapping[str, float]] = {}
+        cost = Cost()
+        for outcome in self._counted("evaluate", finished, self.schedule.testing, dataset):
+            cost += outcome.cost
+            if isinstance(outcome, Failure):
+                self._failed(outcome, "evaluate")
+                self.progress.failures += 1
+            else:
+                sums[outcome.client] = outcome.metrics
+        return {c: sums[c] for c in self.schedule.testing if c in sums}, cost
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _state(self) -> RoundState:
+        return RoundState(self.progress.finished, self.algorithm.server_state(), self.progress.notes())
+
+    def _checkpoint(self) -> Path:
+        return self.checkpoints.save(self._state())
+
+
+@dataclass
+class _Tally:
+    """What one round's outcomes add up to."""
+
+    updates: int = 0
+    failures: int = 0
+    skipped_steps: int = 0
+    cost: Cost = Cost()
+    losses: list[tuple[float, float]] = field(default_factory=list)
+
+
+def _means(sums: Mapping[str, float]) -> dict[str, Any]:
+    tokens, questions = int(sums["tokens"]), int(sums["questions"])
+    return {
+        "loss": sums["loss_sum"] / tokens if tokens else None,
+        "tokens": tokens,
+        "score": sums["right"] / questions if questions else None,
+        "questions": questions,
+    }

@@ -1,0 +1,143 @@
+"""What torch and the machine must be told before torch is imported, and what of the machine goes into a summary.
+
+`MKL_CBWR=AVX2` makes matrix products give the same bits whatever the number of threads; `OMP_WAIT_POLICY=PASSIVE`
+keeps idle threads from spinning, which on a shared machine costs a factor of ten. Both are only defaults: what the
+user has set stays. Children inherit them.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+SETTINGS = {
+    "MKL_CBWR": "AVX2",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+#: Packages whose versions decide what a run computes.
+PACKAGES = ("fedloom", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets", "numpy",
+            "pydantic", "reasoning-gym")  # fmt: skip
+
+
+def prepare() -> None:
+    """Set the defaults. Has no effect on a torch that is already imported; `notes` then says so."""
+    for name, value in SETTINGS.items():
+        if name == "ATEN_CPU_CAPABILITY" or name == "ONEDNN_MAX_CPU_ISA":
+            if not _has_avx512():
+                continue
+        if "torch" in sys.modules and name not in os.environ:
+            _LATE.append(name)
+        os.environ.setdefault(name, value)
+
+
+_LATE: list[str] = []
+
+
+def _has_avx512() -> bool:
+    try:
+        return "avx512f" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+
+
+def late_settings() -> list[str]:
+    """Settings that came after torch was imported, so that bit-for-bit repetition across thread counts is not sure."""
+    return list(_LATE)
+
+
+def available_cores() -> int:
+    """Cores that this process may use, by affinity and by its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):
+        pass
+    return cores
+
+
+def peak_memory_bytes() -> int | None:
+    """The most resident memory that this process had; with a GPU, its memory comes on top."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak if sys.platform == "darwin" else peak * 1024
+    import torch
+
+    return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def gpu_utilisation() -> float | None:
+    """Percent, as the driver sees it now; None without a GPU or without its management library."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return float(torch.cuda.utilization())
+    except (ModuleNotFoundError, RuntimeError):
+        return None
+
+
+def versions() -> dict[str, str]:
+    """Package → version of those that decide what a run computes, and Python's own."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if "fedloom" not in found:
+        from fedloom import __version__
+
+        found["fedloom"] = __version__
+    return found
+
+
+def describe() -> dict[str, Any]:
+    """The machine and the settings that a repeated run has to share."""
+    import torch
+
+    return {
+        "platform": platform.platform(terse=True),
+        "processor": _processor(),
+        "cores": available_cores(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        **{name: os.environ[name] for name in SETTINGS if name in os.environ},
+        **({"set_after_torch": ", ".join(_LATE)} if _LATE else {}),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that fedloom runs from, with a mark if it was changed; None for an installed wheel."""
+    folder = Path(__file__).resolve().parent
+    if not (folder.parent / ".git").exists():
+        return None
+    try:
+        run = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+        return subprocess.run(run, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,26 @@
+"""Held-out loss: the sum of token losses over supervised tokens, as sums that a site may send and a server may add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from fedloom.data.tokenization import TokenisedCorpus
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.forward import batches_by_length, token_losses
+from fedloom.models.state import block_sum
+
+
+@torch.no_grad()
+def loss_sums(
+    model: AdaptedModel, sequences: TokenisedCorpus, indices: Sequence[int], *, batch_size: int, packed: bool
+) -> tuple[float, int]:
+    """(Σ token losses, number of supervised tokens) of the live model over these examples."""
+    total, tokens = 0.0, 0
+    chosen = [sequences[i] for i in indices]
+    pad = model.tokenizer.pad_token_id or 0
+    for batch in batches_by_length(chosen, batch_size, packed=packed, pad=pad, examples=list(indices)):
+        total += float(block_sum(token_losses(model, batch)))
+        tokens += len(batch.labels)
+    return total, tokens

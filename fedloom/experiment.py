@@ -1,0 +1,403 @@
+"""READ THIS FIRST: one run, from a recipe to a report, in the order in which data flows.
+
+    recipe → corpus → partition → model → algorithm → runtime → rounds and evaluation → adapter, summary, report
+
+`prepare` goes as far as the model and refuses whatever cannot be, before anything is written; `assemble` connects the
+coordinator to its clients; `run` drives both and keeps the results. No arithmetic and no loop over rounds stands here.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom import carriers, environment, registry
+from fedloom.algorithms.base import Algorithm, Deployed, parse_options
+from fedloom.answers import Asker, Sample, pick
+from fedloom.checkpoint import Checkpoints, ClientStore, folder_name, load_tensors
+from fedloom.client import Client
+from fedloom.config import Recipe
+from fedloom.coordinator import Coordinator, ServerScorer, Tick
+from fedloom.data.federated import FederatedData
+from fedloom.data.prompts import Template
+from fedloom.data.sources import load_corpus, resolve_split, source_of
+from fedloom.data.splitters import partition, select_questions, select_test_set, split_table
+from fedloom.data.tokenization import tokenise
+from fedloom.errors import RunFailed, UserError
+from fedloom.evaluation.score import score
+from fedloom.evaluation.suites import Suite
+from fedloom.models.adapters import AdaptedModel, Models, save_base_delta
+from fedloom.models.forward import supports_packing
+from fedloom.models.loading import pick_device
+from fedloom.report.html import write_report
+from fedloom.rounds import Schedule
+from fedloom.runfolder import RunFolder, continued, opened
+from fedloom.summary import personal_digest, summarise
+from fedloom.tracking import Events, open_trackers
+from fedloom.types import Corpus, Partition
+
+
+@dataclass
+class Watch:
+    """Who is told what while a run goes on; the CLI draws its progress from it."""
+
+    say: Callable[[str], None] = lambda text: None
+    event: Callable[[dict[str, Any]], None] | None = None
+    tick: Tick = lambda what, round, done, total: None
+
+
+@dataclass
+class Result:
+    """A finished run.
+
+    Attributes:
+        summary: what summary.json holds.
+        folder: the run's folder.
+        report: its report.html.
+        model: peft's model with the result in it, ready for `model.generate(...)`; after an algorithm whose clients end
+            with models of their own, the one that all started from.
+        tokenizer: the model's.
+    """
+
+    summary: dict[str, Any]
+    folder: Path
+    report: Path
+    model: Any
+    tokenizer: Any
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+) -> Result:
+    """Run a recipe to its end.
+
+    Args:
+        out: the run's folder; `runs/<name>` where it is None.
+        resume: go on from the newest whole checkpoint in `out`. The recipe that is stored there counts; of `recipe`
+            only what may change is taken (runfolder.continued), such as more rounds.
+        overwrite: replace the run that lies in `out`.
+
+    Raises:
+        UserError: the recipe asks for what cannot be. Nothing was written or deleted.
+        RunFailed: the work failed; finished rounds are kept and `resume` goes on from them.
+    """
+    path = Path(out) if out is not None else Path("runs") / (recipe.name or "run")
+    watch = watch or Watch()
+    try:
+        with opened(path, resume=resume, overwrite=overwrite) as folder:
+            if resume:
+                recipe = continued(folder.stored_recipe(), recipe)
+            setting = prepare(recipe, watch)
+            if overwrite:
+                folder.clear()
+            return _run(setting, folder, resume, watch)
+    except OSError as error:
+        raise _disk_trouble(error, path) from error
+
+
+@dataclass
+class Setting:
+    """All that a run needs before its first round; `recipe` has every default and every choice of a probe written out."""
+
+    recipe: Recipe
+    corpus: Corpus
+    clients: Partition
+    data: FederatedData
+    models: Models
+    model: AdaptedModel
+    algorithm: Algorithm
+    template: Template
+    suite: Suite | None
+    score_note: str
+    schedule: Schedule
+
+
+def prepare(recipe: Recipe, watch: Watch) -> Setting:
+    """From a recipe to data, model and algorithm. Raises UserError for whatever cannot be."""
+    threads = recipe.runtime.threads or environment.available_cores()
+    torch.set_num_threads(threads)
+    registry.runtimes.get(recipe.runtime.name)
+    algorithm = make_algorithm(recipe)
+
+    # A corpus, split among clients.
+    corpus, recipe = load_data(recipe, watch.say)
+    clients = partition(corpus, recipe.split, recipe.seed)
+    schedule = make_schedule(recipe, algorithm, clients)
+
+    # A frozen base with one adapter in it, and how it is spoken to.
+    models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
+    model = algorithm.server_model(models)
+    template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
+    recipe = recipe.with_values(
+        {
+            "runtime.threads": threads,
+            "data.template": template.style,
+            "train.packing": _packing(recipe.train.packing, model, watch.say),
+        }
+    )
+    sequences = tokenise(corpus, template, recipe.data.max_length, carriers.home() / "tokenised")
+    if sequences.truncated:
+        watch.say(
+            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and were "
+            f"shortened by {sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
+        )
+
+    # What is scored, and by whom.
+    suite, score_note = pick_suite(recipe, corpus)
+    recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
+    limit = recipe.evaluation.limit
+    own = {} if corpus.test or suite is None else select_questions(corpus, clients, limit, recipe.seed)
+    server = [corpus.test[i] for i in select_test_set(corpus, limit, recipe.seed)] if suite is not None else []
+    holders = clients.pooled() if algorithm.properties.pooled else clients
+    data = FederatedData(corpus, sequences, holders, own, server)
+    return Setting(
+        recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule
+    )  # fmt: skip
+
+
+def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Coordinator:
+    """The runtime with its clients, and the coordinator in front of it, at the round where it has to begin."""
+    recipe = setting.recipe
+    checkpoints = Checkpoints(folder / "checkpoints", recipe.tracking.keep_checkpoints)
+    state, damages = checkpoints.newest() if resume else (None, [])
+    for damage in damages:
+        watch.say(damage)
+    if state is not None and state.round > recipe.federation.rounds:
+        raise UserError(
+            f"federation.rounds={recipe.federation.rounds} but {state.round} rounds are finished: ask for more, not fewer"
+        )
+    folder.write_recipe(recipe)
+    folder.write("split.json", split_table(setting.corpus, setting.clients))
+    trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
+    events = Events(folder / "events.jsonl", watch.event, trackers)
+    client = Client(
+        setting.models,
+        setting.data,
+        setting.template,
+        ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1),
+        folder / "adapters",
+        setting.suite,
+    )
+    runtime = registry.runtimes.get(recipe.runtime.name)(client, setting.data.partition.clients)
+    coordinator = Coordinator(
+        setting.algorithm,
+        runtime,
+        setting.schedule,
+        checkpoints,
+        events,
+        recipe.resolved(),
+        score=setting.suite is not None,
+        server_scorer=_server_scorer(setting),
+        tick=watch.tick,
+    )
+    if state is None:
+        events.write("run_started", **_headline(setting))
+    else:
+        coordinator.resume(state)
+        events.write("run_resumed", round=state.round, rounds=recipe.federation.rounds, note="; ".join(damages))
+    return coordinator
+
+
+def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Result:
+    """Rounds, then results."""
+    recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
+    coordinator = assemble(setting, folder, resume, watch)
+    settings = recipe.evaluation
+    asker = Asker(
+        setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
+    )  # fmt: skip
+    samples: list[Sample] = pick(setting.data, settings.answers)
+    answers = folder.read("answers.json")
+    if answers is None:
+        watch.say(f"asking {len(samples)} test questions before training")
+        answers = asker.before(samples, model)  # the adapter is as the seed made it
+        folder.write("answers.json", answers)
+
+    progress = coordinator.run()
+
+    digest = _save_result(setting, folder, coordinator)
+    watch.say("asking the same questions after training")
+    load = _result_loader(setting, folder)
+    folder.write("answers.json", asker.after(answers, samples, model, load))
+    load("")
+    summary = summarise(
+        recipe,
+        setting.data,
+        setting.clients,
+        progress,
+        algorithm.deployed().adapter,
+        digest,
+        setting.suite.name if setting.suite else None,
+        setting.score_note,
+    )
+    folder.write("summary.json", summary)
+    seconds = summary["cost"]["wall_seconds"]
+    coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
+    coordinator.events.close()
+    coordinator.runtime.close()
+    return Result(summary, folder.path, write_report(folder.path), model.module, model.tokenizer)
+
+
+# ---------------------------------------------------------------------- the pieces, in the order of their use
+
+
+def make_algorithm(recipe: Recipe) -> Algorithm:
+    """The server's half of the recipe's algorithm. Raises UserError for an unknown name, option or PEFT method."""
+    name = recipe.algorithm.name
+    cls = registry.algorithms.get(name)
+    methods = cls.properties.methods
+    if methods is not None and recipe.adapter.method not in methods:
+        raise UserError(
+            f"algorithm {name} does not take adapter.method={recipe.adapter.method}: it takes {', '.join(sorted(methods))}"
+        )
+    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed)
+    return algorithm
+
+
+def load_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[Corpus, Recipe]:
+    """The corpus, and the recipe with the split's open fields filled in from the corpus's default."""
+    split = resolve_split(recipe.split, source_of(recipe.data))
+    recipe = recipe.with_values({f"split.{key}": value for key, value in split.model_dump(mode="json").items()})
+    say(f"loading {recipe.data.corpus or recipe.data.path}")
+    corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
+    return corpus, recipe
+
+
+def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
+    """Who trains when. Under a pooled baseline one client takes everybody's steps."""
+    federation = recipe.federation
+    training = clients.training_clients
+    schedule = Schedule(
+        training, clients.testing_clients, federation, recipe.train.steps, recipe.evaluation.every, recipe.seed
+    )  # fmt: skip
+    if schedule.sampled() > len(training):
+        raise UserError(
+            f"federation.clients_per_round={federation.clients_per_round} but only {len(training)} clients hold training "
+            "data: ask for fewer, or split among more (split.num_clients)"
+        )
+    if federation.min_clients > schedule.sampled():
+        raise UserError(
+            f"federation.min_clients={federation.min_clients} but a round has {schedule.sampled()} clients: "
+            "no round could succeed, lower it"
+        )
+    if not algorithm.properties.pooled:
+        return schedule
+    alone = federation.model_copy(update={"clients_per_round": None, "min_clients": 1})
+    steps = recipe.train.steps * schedule.sampled() if recipe.train.steps else None
+    return Schedule(
+        clients.pooled().training_clients, clients.testing_clients, alone, steps, schedule.every, schedule.seed
+    )  # fmt: skip
+
+
+def _packing(wanted: str, model: AdaptedModel, say: Callable[[str], None]) -> str:
+    """Whether batches are padding-free: on or off. Under auto the model is tried once."""
+    if wanted == "off":
+        return "off"
+    if supports_packing(model):
+        return "on"
+    if wanted == "on":
+        raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
+    say("this model does not keep packed sequences apart: batches are padded")
+    return "off"
+
+
+def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:
+    """The paired evaluation, or None and why there is none."""
+    wanted = recipe.evaluation.suite
+    if wanted is None:
+        return None, "the recipe asks for no score (evaluation.suite=null)"
+    if wanted != "auto":
+        return registry.suites.get(wanted), ""
+    if corpus.suite is None:
+        return None, source_of(recipe.data).suite_note or f"{corpus.name} has no paired evaluation that runs here"
+    return registry.suites.get(corpus.suite), ""
+
+
+def _server_scorer(setting: Setting) -> ServerScorer | None:
+    """Scores the corpus's own test set, which no client holds; None where it has none."""
+    suite, questions, recipe = setting.suite, setting.data.server_questions, setting.recipe
+    if suite is None or not questions:
+        return None
+
+    def scorer(deployed: Deployed) -> tuple[int, int]:
+        deploy(setting.model, deployed)
+        right = score(
+            setting.model,
+            setting.template,
+            suite,
+            questions,
+            batch_size=recipe.evaluation.batch_size,
+            max_length=recipe.data.max_length,
+            max_new_tokens=recipe.evaluation.max_new_tokens,
+            packed=recipe.train.packing == "on",
+        )
+        return sum(right), len(right)
+
+    return scorer
+
+
+def deploy(model: AdaptedModel, deployed: Deployed) -> None:
+    """Put a result into the live model."""
+    model.set_base_delta(deployed.base_delta)
+    model.adapter.copy_(deployed.adapter.flat)
+
+
+def _headline(setting: Setting) -> dict[str, Any]:
+    recipe = setting.recipe
+    return {
+        "name": recipe.name,
+        "algorithm": recipe.algorithm.name,
+        "model": recipe.model.name,
+        "corpus": setting.corpus.name,
+        "clients": len(setting.clients.clients),
+        "rounds": recipe.federation.rounds,
+        "parameters": setting.model.adapter.layout.numel,
+    }
+
+
+def _save_result(setting: Setting, folder: RunFolder, coordinator: Coordinator) -> str:
+    """Write what the run is for: `adapter/`, or `adapters/<client>/`. Returns the digest of the deployed tensors."""
+    if setting.algorithm.properties.personal:
+        return personal_digest(coordinator.save_personal())
+    deployed = setting.algorithm.deployed()
+    deploy(setting.model, deployed)
+    setting.model.save(folder / "adapter", setting.recipe.model.name)
+    if deployed.base_delta:
+        save_base_delta(folder / "adapter", deployed.base_delta)
+    return deployed.adapter.sha256()
+
+
+def _result_loader(setting: Setting, folder: RunFolder) -> Callable[[str], None]:
+    """Puts the result that serves a client into the live model: its own where it has one, the global one otherwise."""
+    model, algorithm = setting.model, setting.algorithm
+
+    def load(client: str) -> None:
+        own = folder / "adapters" / folder_name(client) / "adapter_model.safetensors"
+        if algorithm.properties.personal and client and own.is_file():
+            model.adapter.load(load_tensors(own))
+        else:
+            deploy(model, algorithm.deployed())
+
+    return load
+
+
+def _disk_trouble(error: OSError, path: Path) -> Exception:
+    """A full or unwritable disk as one sentence; any other OSError is a programming error and stays what it is."""
+    known = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
+    if error.errno not in known:
+        return error
+    where = error.filename or path
+    finished = Checkpoints(path / "checkpoints").rounds()
+    kept = f"{finished[0]} finished rounds are kept in {path}" if finished else "no round was finished"
+    return RunFailed(f"cannot write {where} ({error.strerror}): {kept}; make room or name another --out, then --resume")
+

@@ -1,0 +1,105 @@
+"""When clients train and when they are measured (`Schedule`), and how far a run has come (`Progress`).
+
+Both are plain data with a little arithmetic: they do not send, train or measure anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fedloom.config import FederationConfig
+from fedloom.randomness import numpy_generator
+from fedloom.types import Cost
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When and with whom.
+
+    Attributes:
+        training: clients that can be sampled, in order.
+        testing: clients that hold test data, in order.
+        steps: optimiser steps of an assignment, None where clients count epochs.
+        every: evaluate after every k rounds; 0 only before and after.
+    """
+
+    training: tuple[str, ...]
+    testing: tuple[str, ...]
+    federation: FederationConfig
+    steps: int | None
+    every: int
+    seed: int
+
+    def sampled(self) -> int:
+        """Clients in a round."""
+        wanted = self.federation.clients_per_round
+        if wanted is None:
+            return len(self.training)
+        return max(1, round(wanted * len(self.training))) if isinstance(wanted, float) else wanted
+
+    def sample(self, round: int) -> tuple[str, ...]:
+        """The clients of one round, in their fixed order."""
+        count = self.sampled()
+        if count >= len(self.training):
+            return self.training
+        rng = numpy_generator(self.seed, "sample", round)
+        return tuple(self.training[i] for i in sorted(rng.choice(len(self.training), count, replace=False)))
+
+    def evaluates(self, finished: int) -> bool:
+        """Whether an evaluation belongs after `finished` rounds."""
+        if finished in (0, self.federation.rounds):
+            return True
+        return self.every > 0 and finished % self.every == 0
+
+
+@dataclass
+class Progress:
+    """The coordinator's own notes, part of every checkpoint.
+
+    Attributes:
+        finished: rounds finished.
+        cost: of all messages and work, evaluation included.
+        evaluation_cost: the part of it that evaluation took.
+        evaluations: rounds finished → what was measured then.
+        failures, skipped_steps: counted over the run.
+        earlier: (wall, CPU) seconds of the sessions before this one.
+    """
+
+    finished: int = 0
+    cost: Cost = Cost()
+    evaluation_cost: Cost = Cost()
+    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    failures: int = 0
+    skipped_steps: int = 0
+    earlier: tuple[float, float] = (0.0, 0.0)
+    _started: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
+
+    def elapsed(self) -> tuple[float, float]:
+        """(wall, CPU) seconds of the run so far, all sessions that left a checkpoint together."""
+        wall, cpu = time.perf_counter() - self._started[0], time.process_time() - self._started[1]
+        return self.earlier[0] + wall, self.earlier[1] + cpu
+
+    def notes(self) -> dict[str, Any]:
+        return {
+            "cost": asdict(self.cost),
+            "evaluation_cost": asdict(self.evaluation_cost),
+            "evaluations": {str(k): v for k, v in self.evaluations.items()},
+            "failures": self.failures,
+            "skipped_steps": self.skipped_steps,
+            "elapsed": list(self.elapsed()),
+        }
+
+    @classmethod
+    def from_notes(cls, finished: int, notes: Mapping[str, Any]) -> Progress:
+        return cls(
+            finished,
+            Cost(**notes["cost"]),
+            Cost(**notes["evaluation_cost"]),
+            {int(k): v for k, v in notes["evaluations"].items()},
+            notes["failures"],
+            notes["skipped_steps"],
+            (notes["elapsed"][0], notes["elapsed"][1]),
+        )

@@ -1,0 +1,128 @@
+"""A run's folder: who may write into it, what is in it, and how an interrupted run is found again.
+
+One process at a time holds a folder (a file lock that ends with the process, however it ends). This file does not
+know what a run does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedloom.checkpoint import write_bytes, write_json
+from fedloom.config import Recipe
+from fedloom.errors import UserError
+
+#: What a run writes, and all that `--overwrite` deletes.
+CONTENTS = (
+    "recipe.yaml", "events.jsonl", "summary.json", "split.json", "answers.json", "report.html",
+    "checkpoints", "clients", "adapter", "adapters", "trackers",
+)  # fmt: skip
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def holds_a_run(self) -> bool:
+        return (self.path / "recipe.yaml").is_file()
+
+    def stored_recipe(self) -> Recipe:
+        """The resolved recipe of the run that lies here. Raises UserError where it cannot be read."""
+        try:
+            return Recipe.parse(yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8")))
+        except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
+            raise UserError(f"{self.path / 'recipe.yaml'} cannot be read ({type(error).__name__}): the run is lost") from None
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        write_bytes(self.path / "recipe.yaml", recipe.to_yaml().encode())
+
+    def write(self, name: str, values: Mapping[str, Any]) -> None:
+        write_json(self.path / name, values)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the run, None where it is not there."""
+        path = self.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+    def clear(self) -> None:
+        for name in CONTENTS:
+            target = self.path / name
+            if target.is_dir():
+                shutil.rmtree(target)
+            else:
+                target.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Hold a run's folder for the length of a block.
+
+    Raises:
+        UserError: the folder is in use, holds a run that is neither resumed nor overwritten, holds something else, or
+            has nothing to resume.
+        OSError: the folder cannot be written.
+    """
+    folder = RunFolder(path)
+    if resume and not folder.holds_a_run:
+        raise UserError(f"there is no run to resume in {path}: start it without --resume, or name its folder with --out")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file: name a folder with --out")
+    if not folder.holds_a_run and path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+        raise UserError(f"{path} is not empty and holds no run: name another folder with --out")
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run folder {path} is in use by another process: wait for it, or use another --out") from None
+        if folder.holds_a_run and not (resume or overwrite):
+            raise UserError(
+                f"run folder {path} already holds a run: continue it with --resume, replace it with --overwrite, "
+                "or name another folder with --out"
+            )
+        yield folder
+
+
+#: What may differ between a run and its continuation; everything else would make it another run.
+CHANGEABLE = ("federation.rounds", "evaluation.", "tracking.", "runtime.", "name", "description")
+
+
+def continued(stored: Recipe, given: Recipe) -> Recipe:
+    """The stored recipe with what `given` may change. Raises UserError for anything else that differs.
+
+    Open values of `given` (null, auto) leave the stored ones, which a probe or a corpus's default had filled in.
+    """
+    before, now = _flat(stored.resolved()), _flat(given.resolved())
+    changes = {k: v for k, v in now.items() if v != before.get(k)}
+    for key, value in changes.items():
+        if key.startswith(CHANGEABLE) or value in (None, "auto"):
+            continue
+        raise UserError(
+            f"{key} is {before.get(key)!r} in the run and cannot become {value!r} when it is resumed: "
+            "start another run with --out"
+        )
+    return stored.with_values({k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in (None, "auto")})
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key != "columns":
+            out |= _flat(value, f"{prefix}{key}.")
+        else:
+            out[prefix + key] = value
+    return out

@@ -1,0 +1,126 @@
+"""summary.json: what a run scored and what it cost, from what the coordinator counted. No measuring of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fedloom import environment
+from fedloom.config import Recipe
+from fedloom.data.federated import FederatedData
+from fedloom.models.state import Adapter
+from fedloom.rounds import Progress
+from fedloom.types import Partition
+
+
+def summarise(
+    recipe: Recipe,
+    data: FederatedData,
+    partition: Partition,
+    progress: Progress,
+    adapter: Adapter,
+    adapter_sha256: str,
+    suite: str | None,
+    score_note: str,
+) -> dict[str, Any]:
+    """The summary as JSON values; docs/run-folder.md explains each key.
+
+    Args:
+        partition: the clients of the recipe, before the `global` baseline pools them.
+        adapter_sha256: of the deployed tensors; of all personal ones together where clients end with their own.
+        score_note: why there is no score, or the empty string.
+    """
+    first, last = progress.evaluations[0], progress.evaluations[progress.finished]
+    clients = {name: _client(name, partition, first, last) for name in partition.clients}
+    corpus = data.corpus
+    shards = partition.shards.values()
+    return {
+        "name": recipe.name,
+        "description": recipe.description,
+        "algorithm": recipe.algorithm.name,
+        "corpus": corpus.name,
+        "corpus_license": corpus.license,
+        "corpus_source": corpus.source,
+        "model": recipe.model.name,
+        "adapter": {"method": recipe.adapter.method, "parameters": adapter.layout.numel, "bytes": adapter.nbytes},
+        "score": {
+            "before": first["score"],
+            "after": last["score"],
+            "worst_client": _worst(clients, "score", worst=min),
+            "suite": suite,
+            "questions": last["questions"],
+            "note": score_note,
+        },
+        "loss": {
+            "before": first["loss"],
+            "after": last["loss"],
+            "worst_client": _worst(clients, "loss", worst=max),
+        },
+        "cost": _cost(progress),
+        "clients": len(partition.clients),
+        "rounds": progress.finished,
+        "seed": recipe.seed,
+        "failures": progress.failures,
+        "skipped_steps": progress.skipped_steps,
+        "data": {
+            "examples": len(corpus.examples),
+            "train": sum(len(s.train) for s in shards),
+            "validation": sum(len(s.validation) for s in shards),
+            "test": sum(len(s.test) for s in shards),
+            "dropped": {"empty_answer": 0, **corpus.dropped},
+            "truncated": data.sequences.truncated,
+            "truncated_tokens": data.sequences.truncated_tokens,
+            "max_length": recipe.data.max_length,
+        },
+        "per_client": clients,
+        "adapter_sha256": adapter_sha256,
+        "versions": environment.versions(),
+        "environment": environment.describe(),
+        "git": environment.git_commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _cost(progress: Progress) -> dict[str, Any]:
+    """All messages and work of the run; the part that evaluation took stands beside it."""
+    total, evaluation = asdict(progress.cost), progress.evaluation_cost
+    wall, cpu = progress.elapsed()
+    return {
+        **total,
+        "evaluation_upload_bytes": evaluation.upload_bytes,
+        "evaluation_download_bytes": evaluation.download_bytes,
+        "evaluation_seconds": round(evaluation.wall_seconds, 3),
+        "wall_seconds": round(wall, 3),
+        "cpu_seconds": round(cpu, 3),
+        "peak_memory_bytes": environment.peak_memory_bytes(),
+        "gpu_utilisation": environment.gpu_utilisation(),
+    }
+
+
+def _client(name: str, partition: Partition, first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    shard = partition.shards[name]
+    before, after = first["clients"].get(name, {}), last["clients"].get(name, {})
+    return {
+        "train": len(shard.train),
+        "test": len(shard.test),
+        "loss": {"before": before.get("loss"), "after": after.get("loss")},
+        "score": {"before": before.get("score"), "after": after.get("score")},
+    }
+
+
+def _worst(clients: Mapping[str, Mapping[str, Any]], what: str, *, worst: Any) -> dict[str, Any] | None:
+    """The client that the result serves least, by its value after training."""
+    known = {name: c[what] for name, c in clients.items() if c[what]["after"] is not None}
+    if not known:
+        return None
+    name = worst(known, key=lambda n: known[n]["after"])
+    return {"client": name, **known[name]}
+
+
+def personal_digest(digests: Mapping[str, str]) -> str:
+    """One sha256 (hex) over the clients' own, in name order."""
+    lines = "".join(f"{client}\0{digest}\n" for client, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
