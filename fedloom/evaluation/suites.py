@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # fedloom.types imports torch
 #: A verifier's score from which an answer counts as right: full marks, up to rounding.
 FULL_MARKS = 0.999
 
-_NUMBER = re.compile(r"\s*\$?\s*([-+]?)\s*\$?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)")
+_NUMBER = re.compile(r"\s*\$?\s*([-+]?)\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
 
 @dataclass(frozen=True)
