@@ -1,9 +1,9 @@
 """fedloom: fine-tune large language models across many owners of data, none of whom hands its data over.
 
-    from fedloom import Recipe, run
+from fedloom import Recipe, run
 
-    result = run(Recipe.load("quickstart", {"train.lr": 1e-3}), out="runs/mine")
-    result.summary["score"]["after"]
+result = run(Recipe.load("quickstart", {"train.lr": 1e-3}), out="runs/mine")
+result.summary["score"]["after"]
 """
 
 from __future__ import annotations

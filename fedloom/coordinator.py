@@ -29,6 +29,8 @@ class Runtime(Protocol):
 
     def run(self, assignments: Iterable[Assignment]) -> Iterator[Outcome]: ...
 
+    def close(self) -> None: ...
+
 
 #: Scores the server's own questions with a deployed model: (right, questions).
 ServerScorer = Callable[[Deployed], tuple[int, int]]

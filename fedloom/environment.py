@@ -29,11 +29,10 @@ PACKAGES = ("fedloom", "torch", "transformers", "peft", "accelerate", "safetenso
 
 
 def prepare() -> None:
-    """Set the defaults. Has no effect on a torch that is already imported; `notes` then says so."""
+    """Set the defaults. Has no effect on a torch that is already imported; `late_settings` then says so."""
     for name, value in SETTINGS.items():
-        if name == "ATEN_CPU_CAPABILITY" or name == "ONEDNN_MAX_CPU_ISA":
-            if not _has_avx512():
-                continue
+        if name in {"ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA"} and not _has_avx512():
+            continue
         if "torch" in sys.modules and name not in os.environ:
             _LATE.append(name)
         os.environ.setdefault(name, value)

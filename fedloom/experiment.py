@@ -148,8 +148,8 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     sequences = tokenise(corpus, template, recipe.data.max_length, carriers.home() / "tokenised")
     if sequences.truncated:
         watch.say(
-            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and were "
-            f"shortened by {sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
+            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and were shortened "
+            f"by {sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
         )
 
     # What is scored, and by whom.
@@ -400,4 +400,3 @@ def _disk_trouble(error: OSError, path: Path) -> Exception:
     finished = Checkpoints(path / "checkpoints").rounds()
     kept = f"{finished[0]} finished rounds are kept in {path}" if finished else "no round was finished"
     return RunFailed(f"cannot write {where} ({error.strerror}): {kept}; make room or name another --out, then --resume")
-

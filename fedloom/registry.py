@@ -1,7 +1,8 @@
 """One lazy name table for each extension point, open to other packages through entry points.
 
 A name maps to ``module:attribute``, imported on first use, so that listing algorithms does not import torch models. A
-package adds names under an entry-point group (``fedloom.algorithms``, ``fedloom.corpora`` …); Python code adds them with `register`.
+package adds names under an entry-point group (``fedloom.algorithms``, ``fedloom.corpora`` …); Python code adds them
+with `register`.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ class RunFolder:
         try:
             return Recipe.parse(yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path / 'recipe.yaml'} cannot be read ({type(error).__name__}): the run is lost") from None
+            raise UserError(
+                f"{self.path / 'recipe.yaml'} cannot be read ({type(error).__name__}): the run is lost"
+            ) from None
 
     def write_recipe(self, recipe: Recipe) -> None:
         write_bytes(self.path / "recipe.yaml", recipe.to_yaml().encode())
@@ -78,7 +80,9 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     """
     folder = RunFolder(path)
     if resume and not folder.holds_a_run:
-        raise UserError(f"there is no run to resume in {path}: start it without --resume, or name its folder with --out")
+        raise UserError(
+            f"there is no run to resume in {path}: start it without --resume, or name its folder with --out"
+        )
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: name a folder with --out")
     if not folder.holds_a_run and path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
@@ -88,7 +92,9 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"run folder {path} is in use by another process: wait for it, or use another --out") from None
+            raise UserError(
+                f"run folder {path} is in use by another process: wait for it, or use another --out"
+            ) from None
         if folder.holds_a_run and not (resume or overwrite):
             raise UserError(
                 f"run folder {path} already holds a run: continue it with --resume, replace it with --overwrite, "
@@ -115,7 +121,9 @@ def continued(stored: Recipe, given: Recipe) -> Recipe:
             f"{key} is {before.get(key)!r} in the run and cannot become {value!r} when it is resumed: "
             "start another run with --out"
         )
-    return stored.with_values({k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in (None, "auto")})
+    return stored.with_values(
+        {k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in (None, "auto")}
+    )
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -99,7 +99,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
 def _belongs_after(event: Mapping[str, Any], finished: int) -> bool:
     if event["event"] in {"run_started", "run_resumed"}:
         return False
-    return event["event"] == "run_finished" or event["round"] > finished
+    return event["event"] == "run_finished" or bool(event["round"] > finished)
 
 
 def _is_number(value: Any) -> bool:

@@ -31,7 +31,7 @@ from fedloom.models.state import Adapter, Layout, check_names
 from fedloom.types import Payload, Update
 
 
-class Options(BaseModel):
+class AlgorithmOptions(BaseModel):
     """An algorithm's own options, which stand beside its name in a recipe. Unknown ones are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -79,9 +79,9 @@ class Algorithm(ABC):
     """
 
     properties: ClassVar[Properties] = Properties()
-    Options: ClassVar[type[Options]] = Options
+    Options: ClassVar[type[AlgorithmOptions]] = AlgorithmOptions
 
-    def __init__(self, options: Options, seed: int) -> None:
+    def __init__(self, options: AlgorithmOptions, seed: int) -> None:
         self.options = options
         self.seed = seed
         self.model: AdaptedModel
@@ -188,7 +188,7 @@ class Algorithm(ABC):
         return self.personal
 
 
-def parse_options(algorithm: type[Algorithm], name: str, values: Mapping[str, Any]) -> Options:
+def parse_options(algorithm: type[Algorithm], name: str, values: Mapping[str, Any]) -> AlgorithmOptions:
     """The options of a recipe as the algorithm's own. Raises UserError with the nearest valid one."""
     try:
         return algorithm.Options.model_validate(dict(values))

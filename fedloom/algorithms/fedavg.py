@@ -19,7 +19,7 @@ from fedloom.types import Update
 class FedAvg(base.Algorithm):
     properties: ClassVar = base.Properties(linear_sum=True, neutral={})
 
-    class Options(base.Options):
+    class Options(base.AlgorithmOptions):
         weight_by: Literal["examples", "tokens"] = Field(
             "examples", description="n_k: a client's training examples, or the supervised tokens in them"
         )

@@ -8,7 +8,8 @@ remembered between rounds, and a resumed run reads on where it stopped. This fil
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +38,7 @@ class Plan:
         return self.epochs * -(-num_examples // (self.batch_size * self.accumulation))
 
 
-def round_indices(
-    examples: Sequence[int], plan: Plan, round: int, seed: int, client: str
-) -> Iterator[list[list[int]]]:
+def round_indices(examples: Sequence[int], plan: Plan, round: int, seed: int, client: str) -> Iterator[list[list[int]]]:
     """For each optimiser step of this round (1-based), its forward passes as lists of example indices."""
     count = plan.batch_size * plan.accumulation
     if plan.steps is not None:
@@ -109,8 +108,8 @@ class Batch:
         return sum(self.lengths)
 
     def to(self, device: torch.device | str) -> Batch:
-        move = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self.__dict__.items()}
-        return Batch(**move)
+        moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def collate(sequences: Sequence[TokenSequence], *, packed: bool, pad: int, examples: Sequence[int] = ()) -> Batch:

@@ -222,6 +222,6 @@ def _explicit(path: str, say: Say) -> Rows:
         return _from_hub(ref, say)
     except hub.HubUnavailable as error:
         raise UserError(
-            f"data.path={path} is no file here, and as a hub id it could not be loaded ({error}): check the spelling, or the "
-            "connection"
+            f"data.path={path} is no file here, and as a hub id it could not be loaded ({error}): check the spelling, "
+            "or the connection"
         ) from None

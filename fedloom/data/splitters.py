@@ -220,7 +220,7 @@ def select_questions(corpus: Corpus, parts: Partition, limit: int | None, seed: 
 
 
 def select_test_set(corpus: Corpus, limit: int | None, seed: int) -> tuple[int, ...]:
-    """The questions of the corpus's own test set that are scored, at most `limit` for each task: indices into `corpus.test`."""
+    """Questions of the corpus's own test set, at most `limit` for each task: indices into `corpus.test`."""
     order = numpy_generator(seed, "questions").permutation(len(corpus.test)).tolist()
     return _evenly(corpus.test, {"": order}, limit)[""]
 

@@ -28,7 +28,7 @@ from fedloom.randomness import forked_torch
 METHODS: dict[str, Callable[[AdapterConfig], PeftConfig]] = {
     "lora": lambda c: LoraConfig(
         r=c.rank,
-        lora_alpha=c.alpha,  # type: ignore[arg-type]  # peft's annotation says int; it divides by r
+        lora_alpha=c.alpha,  # peft's annotation says int; it divides by r
         lora_dropout=c.dropout,
         target_modules=c.target_modules,
         task_type="CAUSAL_LM",
@@ -132,7 +132,7 @@ def attach(base: Base, config: AdapterConfig, seed: int) -> AdaptedModel:
     """`base` with a fresh adapter, initialised from the seed. Raises UserError where peft refuses the configuration."""
     try:
         with forked_torch(seed, "init"):
-            module = get_peft_model(base.model, METHODS[config.method](config))  # type: ignore[arg-type]
+            module = get_peft_model(base.model, METHODS[config.method](config))
     except ValueError as error:
         first = str(error).splitlines()[0]
         raise UserError(f"adapter.target_modules={config.target_modules!r} does not fit this model: {first}") from error

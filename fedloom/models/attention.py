@@ -44,7 +44,7 @@ def packed_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     lengths = list(segment_lengths)
     outputs = []
-    for q, k, v in zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True):
+    for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
         mask = _window(q.shape[2], sliding_window, q.device) if sliding_window else None
         outputs.append(
             scaled_dot_product_attention(

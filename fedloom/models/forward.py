@@ -47,7 +47,8 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
         logits = model.module(
             input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=keep, use_cache=False
         ).logits
-    return logits[rows, columns - first]
+    chosen: torch.Tensor = logits[rows, columns - first]
+    return chosen
 
 
 def plain_attention(model: AdaptedModel) -> str:

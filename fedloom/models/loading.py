@@ -39,7 +39,8 @@ class Base:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
 
 def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: None) -> Base:
@@ -73,7 +74,9 @@ def locate(config: ModelConfig, say: Say) -> tuple[str, str]:
             raise UserError(f"model folder {path} has no config.json: point model at a folder made by save_pretrained")
         return str(path), f"folder {path.name}"
     if config.name.startswith((".", "/", "~")) or config.name.count("/") > 1:
-        raise UserError(f"there is no model folder {config.name}: give a folder, a hub id or one of {', '.join(BUILTIN)}")
+        raise UserError(
+            f"there is no model folder {config.name}: give a folder, a hub id or one of {', '.join(BUILTIN)}"
+        )
     return config.name, f"hub {config.name}" + (f" at {config.revision}" if config.revision else "")
 
 
@@ -170,5 +173,7 @@ def pick_device(wanted: str) -> str:
     except RuntimeError:
         raise UserError(f"runtime.device={wanted} is no device: use auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"runtime.device={wanted} but torch sees no GPU: use runtime.device=cpu, or install a CUDA build")
+        raise UserError(
+            f"runtime.device={wanted} but torch sees no GPU: use runtime.device=cpu, or install a CUDA build"
+        )
     return wanted

@@ -117,7 +117,7 @@ def block_sum(values: torch.Tensor) -> torch.Tensor:
     """The sum of a 1-D tensor in fixed blocks, so that it does not depend on the number of threads. Scalar."""
     values = values.flatten()
     while values.numel() > SUM_BLOCK:
-        values = torch.stack([block.sum() for block in values.split(SUM_BLOCK)])
+        values = torch.stack([block.sum() for block in torch.split(values, SUM_BLOCK)])
     return values.sum()
 
 

@@ -41,7 +41,9 @@ def decode_assignment(message: bytes, max_bytes: int | None = None) -> Assignmen
 
 
 def encode_outcome(outcome: Outcome) -> bytes:
-    fields = {f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome) if f.name not in {"payload", "cost"}}
+    fields = {
+        f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome) if f.name not in {"payload", "cost"}
+    }
     if isinstance(outcome, Update):
         fields["metrics"] = dict(outcome.metrics)
     header = {

@@ -1,0 +1,48 @@
+# Two commands set everything up on a fresh machine: `make quickstart` and `make test`.
+# Each target creates .venv itself, with the versions of constraints.txt.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+# Idle threads sleep, matrix products give the same bits for any number of threads; see fedloom/environment.py.
+export OMP_WAIT_POLICY := PASSIVE
+export MKL_CBWR := AVX2
+
+.PHONY: quickstart test test-slow check docs wheel clean
+
+quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
+	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
+
+test: $(VENV)/.dev  ## all tests but the slow ones, with coverage
+	rm -f .coverage .coverage.*
+	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadgroup --cov --cov-report=term tests
+
+test-slow: $(VENV)/.dev  ## real models for minutes: learning, resume at random moments
+	$(BIN)/python -m pytest -q -m slow -s tests
+
+check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
+	$(BIN)/ruff format --check fedloom tests
+	$(BIN)/ruff check fedloom tests
+	$(BIN)/mypy
+	$(MAKE) test
+
+docs: $(VENV)/.dev  ## write the generated pages again
+	$(BIN)/python -m fedloom.docs
+
+wheel: $(VENV)/.dev  ## dist/fedloom-*.whl
+	$(BIN)/python -m build --quiet --wheel
+
+clean:  ## everything that these targets made, runs excepted
+	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
+
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[skills]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[dev]"
+	touch $@ $(VENV)/.run

@@ -1,0 +1,269 @@
+"""The command line: thin commands over the same functions that Python code calls.
+
+Each command ends by naming the file to look at next. Exit codes: 0 done; 1 the work failed, one sentence and what was
+kept; 2 a mistake of the user's, one sentence that names the mend; 130 interrupted, to be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedloom.errors import RunFailed, UserError
+
+app = typer.Typer(
+    name="fedloom",
+    help="Fine-tune large language models across many owners of data, none of whom hands its data over.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a built-in recipe, a YAML file, or a run's folder")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="recipe keys to change, such as train.lr=1e-3")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Turn the two kinds of error into one sentence and their exit code."""
+
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except UserError as error:
+            err.print(f"fedloom: {error}", markup=False)
+            raise typer.Exit(2) from None
+        except RunFailed as error:
+            err.print(f"fedloom: {error}", markup=False)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            err.print("fedloom: interrupted; finished rounds are kept, go on with --resume", markup=False)
+            raise typer.Exit(130) from None
+
+    app.command(name=function.__name__.rstrip("_"))(wrapped)
+    return wrapped
+
+
+@command
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
+) -> None:
+    """Run a recipe: fine-tune, evaluate, report."""
+    from fedloom.config import Recipe, parse_overrides
+    from fedloom.console import Display
+    from fedloom.runfolder import RunFolder
+
+    values = parse_overrides(overrides or [])
+    chosen = Recipe.load(recipe)
+    folder = out_ or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / chosen.name)
+    if resume and RunFolder(folder).holds_a_run:
+        chosen = RunFolder(folder).stored_recipe().with_values(values)
+    else:
+        chosen = Recipe.load(recipe, values)
+    with Display(err, quiet=quiet) as display:
+        from fedloom.experiment import run as run_recipe
+
+        result = run_recipe(chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch())
+    from fedloom.console import result_table
+
+    out.print(result_table(result.summary))
+    out.print(f"adapter  {_adapter_place(result.folder)}", markup=False)
+    out.print(f"report   {result.report}", markup=False)
+
+
+def _adapter_place(folder: Path) -> Path:
+    return next((folder / n for n in ("adapter", "adapters") if (folder / n).is_dir()), folder)
+
+
+@command
+def recipes() -> None:
+    """List the built-in recipes."""
+    from fedloom.config import Recipe, builtin_recipes
+
+    table = Table("recipe", "what it shows", "corpus", "algorithm", box=None, pad_edge=False)
+    for name, path in builtin_recipes().items():
+        recipe = Recipe.load(path)
+        table.add_row(name, recipe.description, str(recipe.data.corpus or recipe.data.path), recipe.algorithm.name)
+    out.print(table)
+    out.print("run one with: fedloom run RECIPE; look at one with: fedloom recipe RECIPE", markup=False)
+
+
+@command
+def recipe_(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Print a recipe with every default written out, ready to be saved and changed."""
+    from fedloom.config import Recipe, parse_overrides
+
+    out.print(Recipe.load(recipe, parse_overrides(overrides or [])).to_yaml(), markup=False, end="")
+
+
+@command
+def split(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out_: Annotated[Path, typer.Option("--out", help="the picture to write: .svg, .png or .html")] = Path("split.svg"),
+) -> None:
+    """Show how a recipe's corpus is split among clients; trains nothing."""
+    from fedloom.config import Recipe, parse_overrides
+    from fedloom.console import split_rows
+    from fedloom.data.splitters import partition, split_table
+    from fedloom.experiment import load_data
+    from fedloom.report.charts import split_picture
+
+    chosen = Recipe.load(recipe, parse_overrides(overrides or []))
+    corpus, chosen = load_data(chosen, lambda text: err.print(text, markup=False))
+    described = split_table(corpus, partition(corpus, chosen.split, chosen.seed))
+    out.print(split_rows(described))
+    out.print(f"{corpus.name}: {len(corpus.examples):,} examples from {corpus.source} ({corpus.license})", markup=False)
+    out.print(f"picture  {split_picture(described, out_)}", markup=False)
+
+
+@command
+def evaluate(
+    target: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="a run's folder, an adapter, or a model")],
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="whose data and evaluation to use; a run brings its own")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the recipe, e.g. evaluation.limit=50")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", help="the evaluation suite; the recipe's own by default")
+    ] = None,
+    client: Annotated[
+        str | None, typer.Option("--client", help="a client's own result, after a personal algorithm")
+    ] = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="write the numbers as JSON as well")] = None,
+) -> None:
+    """Measure held-out loss and score of a run's result, an adapter or a plain model."""
+    from fedloom.config import parse_overrides
+    from fedloom.console import evaluation_table
+    from fedloom.evaluate import evaluate as measure
+
+    values = parse_overrides(overrides or [])
+    if suite is not None:
+        values["evaluation.suite"] = suite
+    measured = measure(target, recipe, values, client, say=lambda text: err.print(text, markup=False))
+    out.print(evaluation_table(measured))
+    if out_ is not None:
+        from fedloom.checkpoint import write_json
+
+        write_json(out_, measured)
+        out.print(f"numbers  {out_}", markup=False)
+
+
+@command
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="one run's folder, or several to compare")],
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="the page; report.html in the run's folder by default")
+    ] = None,
+) -> None:
+    """Write a run's report again, or one page that sets several runs side by side."""
+    from fedloom.report.html import report_many, write_report
+
+    alone = len(runs) == 1 and out_ is None
+    page = write_report(runs[0]) if alone else report_many(runs, out_ or Path("comparison.html"))
+    out.print(f"report   {page}", markup=False)
+
+
+@command
+def export(
+    run: RunArgument,
+    format_: Annotated[str, typer.Option("--format", help="peft (the adapter) or merged (a plain model)")] = "peft",
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="the folder to write; RUN/export-FORMAT by default")
+    ] = None,
+    client: Annotated[str | None, typer.Option("--client", help="a client's own result")] = None,
+) -> None:
+    """Write a run's result for use elsewhere."""
+    from fedloom.export import export_run
+
+    folder = export_run(
+        run, format_, out_ or run / f"export-{format_}", client, lambda text: err.print(text, markup=False)
+    )
+    out.print(f"{format_:8} {folder}", markup=False)
+
+
+@command
+def fetch(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]…", help="built-in models, corpora, or all of them: all")
+    ] = None,
+    clear: Annotated[
+        str | None, typer.Option("--clear", help="delete from the cache: carriers, models, tokenised or all")
+    ] = None,
+) -> None:
+    """Get built-in models and corpora into the cache, for later without a network; installs nothing."""
+    from fedloom.fetching import clear_cache, fetch_named, fetchable
+
+    def say(text: str) -> None:
+        err.print(text, markup=False)
+
+    if clear is not None:
+        out.print(f"cleared  {clear_cache(clear)}", markup=False)
+    elif not names:
+        table = Table("name", "what", "in the cache", box=None, pad_edge=False)
+        for name, what, there in fetchable():
+            table.add_row(name, what, "yes" if there else "no")
+        out.print(table)
+    for name in names or []:
+        out.print(f"fetched  {fetch_named(name, say)}", markup=False)
+
+
+@command
+def doctor() -> None:
+    """Check this machine: versions, cores, memory, disk, cache, what can be reached, and what to mend."""
+    from fedloom.doctor import checks
+
+    table = Table("", "check", "found", "mend", box=None, pad_edge=False)
+    bad = 0
+    for check in checks():
+        bad += check.level == "bad"
+        mark = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}[check.level]
+        table.add_row(mark, check.name, check.found, check.mend)
+    out.print(table)
+    if bad:
+        raise RunFailed(f"{bad} check{'s' * (bad != 1)} failed: see the last column for the mend")
+
+
+def version_(value: bool) -> None:
+    if value:
+        from fedloom import __version__
+
+        out.print(f"fedloom {__version__}", markup=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=version_, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+def main() -> None:
+    """The entry point of the `fedloom` command."""
+    app(prog_name="fedloom")
+
+
+if __name__ == "__main__":
+    main()

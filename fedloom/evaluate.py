@@ -1,0 +1,111 @@
+"""`fedloom evaluate`: a run's result, an adapter's folder or a plain model, measured on a recipe's held-out data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom import carriers, environment
+from fedloom.config import ModelConfig, Recipe
+from fedloom.data.federated import ClientData, FederatedData
+from fedloom.data.prompts import Template
+from fedloom.data.splitters import partition, select_questions, select_test_set
+from fedloom.data.tokenization import tokenise
+from fedloom.evaluation.loss import loss_sums
+from fedloom.evaluation.score import score
+from fedloom.experiment import load_data, pick_suite
+from fedloom.export import result_folder
+from fedloom.models.adapters import AdaptedModel, Models, load_adapted
+from fedloom.models.forward import supports_packing
+from fedloom.models.loading import pick_device
+from fedloom.runfolder import RunFolder
+from fedloom.types import pooled_mean
+
+
+def evaluate(
+    target: str,
+    recipe: str | None,
+    values: Mapping[str, Any],
+    client: str | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Held-out loss and score, for all and for each client.
+
+    Args:
+        target: a run's folder, a folder with an adapter in peft's format, or a model's name or folder.
+        recipe: whose corpus, split and evaluation to use; a run brings its own, `quickstart` serves otherwise.
+        values: dotted recipe keys to change.
+        client: after a personal algorithm, whose result.
+
+    Returns:
+        {"target", "loss", "score", "questions", "suite", "note", "clients": {client: {loss, score, questions}}}
+    """
+    run = RunFolder(Path(target))
+    if run.holds_a_run:
+        chosen = (Recipe.load(recipe) if recipe else run.stored_recipe()).with_values(values)
+    else:
+        chosen = Recipe.load(recipe or "quickstart").with_values(values)
+    torch.set_num_threads(chosen.runtime.threads or environment.available_cores())
+    model = _model(target, run, chosen, client, say)
+    corpus, chosen = load_data(chosen, say)
+    clients = partition(corpus, chosen.split, chosen.seed)
+    template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
+    sequences = tokenise(corpus, template, chosen.data.max_length, carriers.home() / "tokenised")
+    suite, note = pick_suite(chosen, corpus)
+    limit = chosen.evaluation.limit
+    own = {} if corpus.test or suite is None else select_questions(corpus, clients, limit, chosen.seed)
+    server = [corpus.test[i] for i in select_test_set(corpus, limit, chosen.seed)] if suite else []
+    data = FederatedData(corpus, sequences, clients, own, server)
+    packed = supports_packing(model)
+
+    def measured(part: ClientData) -> dict[str, float]:
+        loss, tokens = loss_sums(model, sequences, part.test, batch_size=chosen.evaluation.batch_size, packed=packed)
+        right = (
+            score(
+                model,
+                template,
+                suite,
+                part.questions,
+                batch_size=chosen.evaluation.batch_size,
+                max_length=chosen.data.max_length,
+                max_new_tokens=chosen.evaluation.max_new_tokens,
+                packed=packed,
+            )
+            if suite and part.questions
+            else []
+        )
+        return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right)}
+
+    say(f"measuring {target} on {corpus.name}, {len(clients.testing_clients)} clients")
+    sums = {name: measured(data.client(name)) for name in clients.testing_clients}
+    everything = list(sums.values())
+    if server:
+        everything.append(measured(ClientData(sequences, (), (), (), tuple(server))))
+    return {
+        "target": target,
+        **_means(everything),
+        "suite": suite.name if suite else None,
+        "note": note,
+        "clients": {name: _means([s]) for name, s in sums.items()},
+    }
+
+
+def _model(target: str, run: RunFolder, recipe: Recipe, client: str | None, say: Callable[[str], None]) -> AdaptedModel:
+    device = pick_device(recipe.runtime.device)
+    if run.holds_a_run:
+        return load_adapted(run.stored_recipe().model, result_folder(run.path, client), device, say)
+    if (Path(target) / "adapter_config.json").is_file():
+        return load_adapted(recipe.model, Path(target), device, say)
+    # A fresh adapter changes nothing: a plain model is measured by the same code.
+    return Models(ModelConfig(name=target), recipe.adapter, recipe.seed, device, say).adapted()
+
+
+def _means(sums: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "loss": pooled_mean([(s["loss_sum"], s["tokens"]) for s in sums]),
+        "score": pooled_mean([(s["right"], s["questions"]) for s in sums]),
+        "questions": int(sum(s["questions"] for s in sums)),
+    }

@@ -1,0 +1,51 @@
+"""A run's result for use elsewhere: the adapter in peft's format, or a plain model with the adapter merged in."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from fedloom.checkpoint import folder_name
+from fedloom.errors import UserError, suggest
+from fedloom.runfolder import RunFolder
+
+FORMATS = ("peft", "merged")
+
+
+def result_folder(run: Path, client: str | None = None) -> Path:
+    """Where a run's adapter lies: the global one, or a client's own. Raises UserError where there is none."""
+    if not RunFolder(run).holds_a_run:
+        raise UserError(f"{run} is not a run's folder: it has no recipe.yaml")
+    if client is None and (run / "adapter").is_dir():
+        return run / "adapter"
+    personal = run / "adapters"
+    if personal.is_dir():
+        names = sorted(p.name for p in personal.iterdir())
+        if client is not None and (personal / folder_name(client)).is_dir():
+            return personal / folder_name(client)
+        if client is None:
+            raise UserError(
+                f"each client of {run} has a result of its own: name one with --client ({', '.join(names[:8])})"
+            )
+        raise UserError(f"no client {client!r} in {run}: {suggest(client, names)}")
+    if client is not None and (run / "adapter").is_dir():
+        raise UserError(f"{run} has one result for all clients: leave --client out")
+    raise UserError(f"{run} has no result yet: finish it with `fedloom run {run} --resume`")
+
+
+def export_run(run: Path, format: str, out: Path, client: str | None, say: Callable[[str], None]) -> Path:
+    """Write the result of `run` into the new folder `out` and return it. Raises UserError."""
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}: {suggest(format, FORMATS)}")
+    source = result_folder(run, client)
+    if out.exists():
+        raise UserError(f"{out} is there already: name another folder with --out")
+    if format == "peft":
+        shutil.copytree(source, out)
+        return out
+    from fedloom.models.adapters import export_merged
+
+    say("merging the adapter into the base model's weights")
+    export_merged(RunFolder(run).stored_recipe().model, source, out, say)
+    return out
