@@ -1,0 +1,11 @@
+"""The page that a run ends with, and pages that put several runs side by side.
+
+write_report(run)        run/report.html from the files of the run folder
+report_many(runs, out)   several runs on one page
+split_picture(split, p)  clients × categories as .svg, .html, .png or .pdf
+"""
+
+from fedloom.report.charts import split_picture
+from fedloom.report.html import report_many, write_report
+
+__all__ = ["report_many", "split_picture", "write_report"]

@@ -1,0 +1,196 @@
+"""What of a run is worth drawing: loss and score over rounds, bytes and seconds a round, and the split.
+
+How many clients there are decides the drawing: up to nine each get a colour; up to thirty are thin lines behind the
+mean and the worst one; more become bands (all clients, and their middle half). This file does not know how a page
+looks: it turns events into `svg` charts, and a split into a picture of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from fedloom.errors import UserError
+from fedloom.report import formats, matrix
+from fedloom.report.svg import Band, BarChart, Line, LineChart, Points
+
+COLOURED = 9
+DRAWN = 30
+
+Event = Mapping[str, Any]
+
+_BARE_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{}</title><style>body {{ background: var(--paper); margin: 24px auto; max-width: 900px }}</style>
+{}
+</html>"""
+
+
+def stylesheet() -> str:
+    """charts.css: the palette, light and dark, and how each part of a drawing looks."""
+    return files("fedloom.report").joinpath("charts.css").read_text(encoding="utf-8")
+
+
+def evaluation_chart(
+    events: Iterable[Event], key: str, worst: str | None, order: Sequence[str] = ()
+) -> LineChart | None:
+    """`key` (loss or score) of every evaluation, for all and for each client; None where nothing was measured.
+
+    `order` is all clients' names: a client keeps its colour from chart to chart.
+    """
+    evaluations = [e for e in events if e["event"] == "evaluation"]
+    together = tuple((e["round"], float(e[key])) for e in evaluations if e[key] is not None)
+    clients: dict[str, list[tuple[int, float]]] = {}
+    for e in evaluations:
+        for client, values in e["clients"].items():
+            if values.get(key) is not None:
+                clients.setdefault(client, []).append((e["round"], float(values[key])))
+    title = "Loss on the test data over rounds" if key == "loss" else "Score over rounds"
+    return _lines(title, "loss" if key == "loss" else "percent", together, clients, worst, order)
+
+
+def training_chart(events: Iterable[Event], worst: str | None, order: Sequence[str] = ()) -> LineChart | None:
+    """The mean training loss of each round, for all and for each client; None before the first."""
+    events = list(events)
+    together = _points((e["round"], e["loss"]) for e in events if e["event"] == "round_finished")
+    clients: dict[str, list[tuple[int, float]]] = {}
+    for e in events:
+        if e["event"] == "client_update" and e["loss"] is not None:
+            clients.setdefault(e["client"], []).append((e["round"], float(e["loss"])))
+    return _lines("Training loss over rounds", "loss", together, clients, worst, order)
+
+
+def bytes_chart(events: Iterable[Event]) -> BarChart | None:
+    """Bytes that went up and down in each finished round."""
+    rounds = [e for e in events if e["event"] == "round_finished"]
+    up = {e["round"]: float(e["upload_bytes"]) for e in rounds}
+    down = {e["round"]: float(e["download_bytes"]) for e in rounds}
+    return BarChart("Bytes for each round", "size", (("up", up, "up"), ("down", down, "down"))) if rounds else None
+
+
+def seconds_chart(events: Iterable[Event]) -> BarChart | None:
+    """Wall seconds of each finished round."""
+    seconds = {e["round"]: float(e["seconds"]) for e in events if e["event"] == "round_finished"}
+    return BarChart("Time for each round", "duration", (("seconds", seconds, "plain"),)) if seconds else None
+
+
+def overlay_chart(runs: Mapping[str, Sequence[Event]], key: str) -> LineChart | None:
+    """`key` over all clients, one line for each run."""
+    lines = []
+    for i, (name, events) in enumerate(runs.items()):
+        points = _points((e["round"], e[key]) for e in events if e["event"] == "evaluation")
+        if points:
+            lines.append(Line(name, points, f"c{i % COLOURED}"))
+    title = "Loss on the test data, all clients" if key == "loss" else "Score, all clients"
+    unit = "loss" if key == "loss" else "percent"
+    return LineChart(title, unit, tuple(lines), zero=key == "score") if lines else None
+
+
+def _points(pairs: Iterable[tuple[int, Any]]) -> Points:
+    return tuple((x, float(y)) for x, y in pairs if formats.is_number(y))
+
+
+def _lines(
+    title: str,
+    unit: str,
+    together: Points,
+    clients: Mapping[str, Sequence[tuple[int, float]]],
+    worst: str | None,
+    order: Sequence[str],
+) -> LineChart | None:
+    rank = {name: i for i, name in enumerate(order)}
+    ordered = {n: tuple(clients[n]) for n in sorted(clients, key=lambda n: (rank.get(n, len(rank)), n))}
+    many = max(len(clients), len(order))
+    lines = [Line("all clients", together, "all")] if together else []
+    bands: list[Band] = []
+    if many <= COLOURED:
+        colour = {name: rank.get(name, i if not rank else len(rank)) % COLOURED for i, name in enumerate(ordered)}
+        lines += [Line(name, points, f"c{colour[name]}") for name, points in ordered.items()]
+    elif many <= DRAWN:
+        lines += [Line(n, points, "worst" if n == worst else "context") for n, points in ordered.items()]
+    else:
+        bands = _bands(clients)
+        lines += [Line(n, points, "worst") for n, points in ordered.items() if n == worst]
+    return LineChart(title, unit, tuple(lines), tuple(bands), zero=unit == "percent") if lines else None
+
+
+def _bands(clients: Mapping[str, Sequence[tuple[int, float]]]) -> list[Band]:
+    by_round: dict[int, list[float]] = {}
+    for points in clients.values():
+        for x, y in points:
+            by_round.setdefault(x, []).append(y)
+
+    def edge(share: float) -> Points:
+        return tuple((x, _quantile(sorted(ys), share)) for x, ys in sorted(by_round.items()))
+
+    return [
+        Band("lowest client to highest client", edge(0.0), edge(1.0), "outer"),
+        Band("lower quartile to upper quartile", edge(0.25), edge(0.75), "inner"),
+    ]
+
+
+def _quantile(ordered: Sequence[float], share: float) -> float:
+    """The value at `share` of sorted values, interpolated."""
+    place = share * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def split_picture(split: dict[str, Any], path: Path) -> Path:
+    """Write clients × categories of a split.json to `path`, as its suffix says; returns `path`.
+
+    .svg and .html need nothing more; .png and .pdf go through matplotlib. Raises UserError for another suffix, or
+    where matplotlib is not installed.
+    """
+    table = matrix.build(split)
+    title = f"{table.clients} clients by {len(table.columns)} categories, split by {split['splitter']}"
+    suffix = path.suffix.lower()
+    if suffix not in {".svg", ".html", ".png", ".pdf"}:
+        raise UserError(f"cannot draw a split as {path.name!r}: name a .svg, .html, .png or .pdf file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if suffix in {".png", ".pdf"}:
+        _picture_by_matplotlib(table, title, path)
+        return path
+    paper = "svg.chart { background: var(--paper); }"
+    svg = matrix.draw(table, 900, title, stylesheet() + paper)
+    if suffix == ".html":
+        svg = Markup(_BARE_PAGE).format(title, svg)
+    path.write_text(str(svg) + "\n", encoding="utf-8")
+    return path
+
+
+def _picture_by_matplotlib(table: matrix.Matrix, title: str, path: Path) -> None:
+    try:
+        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            f'drawing {path.name} needs matplotlib: pip install "fedloom[report]", or name a .svg file instead'
+        ) from None
+    rows, columns = len(table.rows), len(table.columns)
+    figure = Figure(figsize=(2.5 + 0.65 * columns, 1.8 + (5.0 if table.thin else 0.32 * rows)), layout="constrained")
+    axes = figure.add_subplot()
+    shades = LinearSegmentedColormap.from_list("split", ["#f5f6f4", "#0f6b5e"])
+    axes.imshow([[c**0.5 for c in row] for row in table.cells], cmap=shades, aspect="auto", interpolation="nearest")
+    axes.set_xticks(range(columns), table.columns, rotation=35, ha="left")
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel(title)
+    if table.thin:
+        axes.set_yticks([])
+        axes.set_ylabel(f"{table.clients} clients, by largest category")
+    else:
+        axes.set_yticks(range(rows), [f"{n}  ({s:,.0f})" for n, s in zip(table.rows, table.sizes, strict=True)])
+        most = max((c for row in table.cells for c in row), default=0.0)
+        for r, row in enumerate(table.cells):
+            for c, cell in enumerate(row):
+                colour = "white" if cell > 0.6 * most else "black"
+                if cell:
+                    axes.text(c, r, f"{cell:.0f}", ha="center", va="center", fontsize=8, color=colour)
+    figure.savefig(path, dpi=160)

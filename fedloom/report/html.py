@@ -1,0 +1,239 @@
+"""One page from run folders: numbers and charts put into template.html, which escapes everything that it is given.
+
+The page asks for nothing: style, script and drawings are inside, and its content-security policy forbids the rest. This
+file does not know how a run is made; it reads what folder.py found.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import ChainableUndefined, Environment, PackageLoader
+from markupsafe import Markup
+
+from fedloom.errors import UserError
+from fedloom.report import charts, formats, matrix, svg
+from fedloom.report.folder import FILES, RunFolder, read_run
+
+#: The drawing's units for a desktop and for a phone; the stylesheet shows one of the two.
+WIDE, NARROW = 860, 352
+#: Rows shown of tables that grow with the number of clients; the text below the table says what was left out.
+MOST_ROWS = 200
+
+Chart = svg.LineChart | svg.BarChart
+
+
+def write_report(run: Path) -> Path:
+    """Build `run`/report.html from the files of the run folder; returns its path.
+
+    Missing files and unfinished runs give a page that says what is missing. Raises UserError where
+    `run` is no run folder.
+    """
+    folder = read_run(run)
+    return _write(run / "report.html", _environment().get_template("template.html").render(**run_view(folder)))
+
+
+def report_many(runs: list[Path], out: Path) -> Path:
+    """Put several runs side by side on one page `out` (a file, or a folder to put report.html into); returns its path.
+
+    Raises UserError where there are no runs, or one is no run folder.
+    """
+    if not runs:
+        raise UserError("no runs to report: name at least one run folder, such as `fedloom report runs/NAME`")
+    target = out / "report.html" if out.is_dir() else out
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folders = dict(zip(_names(runs), map(read_run, runs), strict=True))
+    return _write(target, _environment().get_template("many.html").render(**many_view(folders)))
+
+
+def run_view(run: RunFolder) -> dict[str, Any]:
+    """Everything that template.html shows of one run."""
+    events, order, worst = run.events, run.client_names, run.worst_client("loss")
+    split = matrix.build(run.split) if run.split.get("clients") else None
+    clients = _clients(run)
+    return {
+        "title": run.name,
+        "run": run,
+        "s": run.headline,
+        "missing": [f"{name} {why}: {FILES[name]}" for name, why in run.missing.items()],
+        "loss": _figure(charts.evaluation_chart(events, "loss", worst, order), 380),
+        "training": _figure(charts.training_chart(events, worst, order), 300),
+        "score": _figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
+        "bytes": _figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
+        "seconds": _figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
+        "split": split and {"caption": split.caption(), **_matrix(split)},
+        "split_rows": _split_rows(run.split) if split and not split.thin else [],
+        "pooled": any(e["pooled"] for e in run.of("evaluation")),
+        "failures": run.of("client_failed"),
+        "updates": len(run.of("client_update")),
+        "clients": clients[:MOST_ROWS],
+        "clients_left_out": max(0, len(clients) - MOST_ROWS),
+        "answers": run.answers.get("answers", []),
+        "strip": _strip(run) if split and len(clients) <= charts.COLOURED else [],
+    }
+
+
+def many_view(runs: Mapping[str, RunFolder]) -> dict[str, Any]:
+    """Everything that many.html shows of several runs."""
+    events = {name: run.events for name, run in runs.items()}
+    settings = {name: _flat(run.recipe) for name, run in runs.items()}
+    keys = sorted({key for values in settings.values() for key in values} - {"name", "description"})
+    differing = [
+        (key, [values.get(key, formats.DASH) for values in settings.values()])
+        for key in keys
+        if len({repr(values.get(key)) for values in settings.values() if values}) > 1
+    ]
+    return {
+        "title": f"{len(runs)} runs side by side" if len(runs) > 1 else next(iter(runs)),
+        "runs": [(name, run, run.headline, f"c{i % charts.COLOURED}") for i, (name, run) in enumerate(runs.items())],
+        "loss": _figure(charts.overlay_chart(events, "loss"), 380),
+        "score": _figure(charts.overlay_chart(events, "score"), 340),
+        "differing": differing,
+        "missing": [f"{name}: {file} {why}" for name, run in runs.items() for file, why in run.missing.items()],
+    }
+
+
+def _figure(chart: Chart | None, height: int, wide: int = WIDE) -> dict[str, Any] | None:
+    """A chart drawn twice, for a desktop and a phone, with its numbers as a table and its names for the legend."""
+    if chart is None:
+        return None
+    names: list[tuple[str, str]]
+    if isinstance(chart, svg.LineChart):
+        label = f"{chart.title}: {_spoken(chart)}"
+        drawn = svg.line_chart(chart, wide, height, 150), svg.line_chart(chart, NARROW, min(height, 290))
+        names = [(line.name, line.style) for line in chart.lines if line.style != "context"]
+        names += [(band.name, f"band {band.style}") for band in chart.bands]
+    else:
+        label = chart.title
+        drawn = svg.bar_chart(chart, wide, height), svg.bar_chart(chart, NARROW, min(height, 230))
+        names = [(name, style) for name, _, style in chart.stacks]
+    return {
+        "label": label, "wide": drawn[0], "narrow": drawn[1], "names": names, "context": _context(chart),
+        "rounds": chart.rounds, "rows": chart.rows(), "unit": chart.unit,
+    }  # fmt: skip
+
+
+def _context(chart: Chart) -> int:
+    """How many lines are drawn without a name."""
+    return sum(line.style == "context" for line in chart.lines) if isinstance(chart, svg.LineChart) else 0
+
+
+def _spoken(chart: svg.LineChart) -> str:
+    """What the first line does, for those who do not see it."""
+    line = chart.lines[0]
+    (first, before), (last, after) = line.points[0], line.points[-1]
+    before_text, after_text = formats.text(before, chart.unit), formats.text(after, chart.unit)
+    return f"{line.name} from {before_text} in round {first} to {after_text} in round {last}"
+
+
+def _matrix(table: matrix.Matrix) -> dict[str, Markup]:
+    title = f"Examples of {table.clients} clients in {len(table.columns)} categories"
+    return {"wide": matrix.draw(table, WIDE, title), "narrow": matrix.draw(table, NARROW, title)}
+
+
+def _split_rows(split: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The split as table rows: each client's sets, and its categories largest first."""
+    rows = []
+    for client in split["clients"]:
+        held = sorted((client.get("categories") or {}).items(), key=lambda item: -item[1])
+        text = ", ".join(f"{name or '(no category)'} {number}" for name, number in held if number)
+        rows.append({**client, "text": text})
+    return rows
+
+
+def _clients(run: RunFolder) -> list[dict[str, Any]]:
+    """The client table, worst final loss first where there are too many for one screen; else in the split's order."""
+    rows = [{"client": name, **values} for name, values in (run.headline.get("per_client") or {}).items()]
+    sizes = {c["client"]: c for c in run.split.get("clients", [])}
+    for row in rows:
+        row.setdefault("train", sizes.get(row["client"], {}).get("train"))
+        row.setdefault("test", sizes.get(row["client"], {}).get("test"))
+    if len(rows) > charts.DRAWN:
+        rows.sort(key=lambda row: -((row.get("loss") or {}).get("after") or 0.0))
+    return rows
+
+
+def _strip(run: RunFolder) -> list[tuple[str, int, str]]:
+    """Client, training examples and colour, for the strip above the title."""
+    return [(c["client"], c["train"], f"c{i}") for i, c in enumerate(run.split["clients"]) if c["train"]]
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _names(runs: Sequence[Path]) -> list[str]:
+    """A name for each run: its folder's, with as many parents as tell two of the same name apart."""
+    paths = [run.resolve() for run in runs]
+    if len(set(paths)) < len(paths):
+        twice = next(str(run) for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1)
+        raise UserError(f"run {twice} is named twice: name each run once")
+    depth = 1
+    while len({path.parts[-depth:] for path in paths}) < len(paths):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def _difference(pair: Any, kind: str) -> Markup:
+    """After − before of a {"before", "after"} mapping, as the format `kind`."""
+    pair = pair if isinstance(pair, Mapping) else {}
+    before, after = pair.get("before"), pair.get("after")
+    known = formats.is_number(before) and formats.is_number(after)
+    return formats.data(after - before if known else None, kind)
+
+
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("fedloom", "report"),
+        autoescape=True,
+        undefined=ChainableUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    kinds: dict[str, Callable[..., Any]] = {name: partial(formats.data, kind=name) for name in formats.FORMATS}
+    environment.filters.update(kinds, difference=_difference, moment=formats.moment)
+    script = _part("report.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    environment.globals.update(
+        charts_css=Markup(charts.stylesheet()),
+        page_css=Markup(_part("report.css")),
+        script=Markup(script),
+        script_hash=f"sha256-{digest}",
+        version=_version(),
+    )
+    return environment
+
+
+def _part(name: str) -> str:
+    return files("fedloom.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("fedloom")
+    except PackageNotFoundError:
+        return ""
+
+
+def _write(path: Path, page: str) -> Path:
+    """Write whole or not at all: a reader never sees half a page."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, path)
+    return path
