@@ -1,7 +1,7 @@
 """Numbers as a reader wants them: 48.2 MB, 3 min 12 s, 62.5 %. None, or a value that is not there, is a dash.
 
-`data` keeps the exact value beside the rounded one, as HTML's <data value="…">. This file does not know what a number
-means.
+Units are joined by no-break spaces. `data` keeps the exact value beside the rounded one, as HTML's
+<data value="…">. This file does not know what a number means.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from markupsafe import Markup
 
 DASH = "–"
+GAP = "\u00a0"
 BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -21,12 +22,12 @@ def loss(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+    return f"{100 * value:.1f}{GAP}%"
 
 
 def points(value: float) -> str:
     """A difference of two shares, in percentage points, signed."""
-    return f"{100 * value:+.1f} points".replace("-", "−")
+    return f"{100 * value:+.1f}{GAP}points".replace("-", "−")
 
 
 def change(value: float) -> str:
@@ -51,12 +52,12 @@ def short(value: float) -> str:
 def duration(value: float) -> str:
     """Seconds as at most two units."""
     if value < 60:
-        return f"{value:.1f} s"
+        return f"{value:.1f}{GAP}s"
     minutes, seconds = divmod(round(value), 60)
     if minutes < 60:
-        return f"{minutes} min {seconds} s"
+        return f"{minutes}{GAP}min {seconds}{GAP}s"
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min"
+    return f"{hours}{GAP}h {minutes}{GAP}min"
 
 
 def moment(value: Any) -> str:
@@ -74,7 +75,7 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
     while step + 1 < len(units) and abs(value) >= 999.95:
         value /= 1000
         step += 1
-    return f"{value:.0f} {units[0]}" if step == 0 else f"{value:.1f} {units[step]}"
+    return f"{value:.0f}{GAP}{units[0]}" if step == 0 else f"{value:.1f}{GAP}{units[step]}"
 
 
 FORMATS: dict[str, Callable[[float], str]] = {

@@ -1,7 +1,7 @@
 (() => {
   "use strict";
   const format = (value, unit) => {
-    if (unit === "percent") return (100 * value).toFixed(1) + " %";
+    if (unit === "percent") return (100 * value).toFixed(1) + "\u00a0%";
     if (unit === "loss") return value.toFixed(3);
     if (unit === "duration") return value < 60 ? value.toFixed(1) + " s" : Math.floor(value / 60) + " min " + Math.round(value % 60) + " s";
     const units = ["B", "kB", "MB", "GB", "TB"];

@@ -41,9 +41,12 @@ def write_run(
     split = _split(clients, named, draw)
     (path / "split.json").write_text(json.dumps(split), encoding="utf-8")
     _write_events(path, recipe, split, score, finished, draw)
+    answers = _answers(clients, score)
     if finished:
         (path / "summary.json").write_text(json.dumps(_summary(path, recipe, split, score)), encoding="utf-8")
-        (path / "answers.json").write_text(json.dumps(_answers(clients, score)), encoding="utf-8")
+    else:
+        answers["answers"] = [{**a, "after": None, "right_after": None} for a in answers["answers"]]
+    (path / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
     return path
 
 
@@ -104,7 +107,7 @@ def _write_events(
         done = {"updates": len(losses), "failures": len(names) - len(losses), "loss": sum(losses) / len(losses)}
         events.write("round_finished", round=r, seconds=35 + 3.1 * draw.random(), metrics={}, **done, **moved)
         evaluate(r)
-        events.write("checkpoint", round=r, path=f"checkpoints/{r}")
+        events.write("checkpoint", round=r, path=f"round-{r}")
     if finished:
         events.write("run_finished", rounds=rounds, adapter_sha256="ab" * 32, seconds=252.3)
 
@@ -129,7 +132,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
         "score": {
             "before": first["score"], "after": last["score"], "suite": "skills" if score else None,
             "worst_client": {"client": poorest, **pair("score", poorest)} if score else None,
-            "questions": last["questions"], "note": note,
+            "questions": last["questions"], "note": note or "",
         },
         "loss": {
             "before": first["loss"], "after": last["loss"], "worst_client": {"client": worst, **pair("loss", worst)},
@@ -137,6 +140,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
         "cost": {
             "upload_bytes": 95_202_900, "download_bytes": 97_643_840, "train_tokens": 316_797,
             "train_flops": 2.59e14, "steps": 312, "wall_seconds": 252.3, "cpu_seconds": 498.1,
+            "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
         },
         "clients": len(rows), "rounds": recipe.federation.rounds, "seed": 42, "failures": 1, "skipped_steps": 0,

@@ -115,7 +115,7 @@ def test_every_number_of_the_summary_is_on_the_page(run_folder: Make) -> None:
     for package, version in summary["versions"].items():
         assert package in page.text
         assert version in page.text
-    assert formats.percent(summary["score"]["after"]) in page.text
+    assert formats.percent(summary["score"]["after"]).replace("\u00a0", " ") in page.text
     assert formats.loss(summary["loss"]["after"]) in page.text
 
 
@@ -201,6 +201,7 @@ def test_interrupted_run_is_built_from_its_events(run_folder: Make) -> None:
     assert "up to round 3 of 5" in page.text
     assert "summary.json is not there" in page.text
     assert "--resume" in page.text
+    assert "not asked yet" in page.text
     events = read_events(run / "events.jsonl")
     evaluations = [e for e in events if e["event"] == "evaluation"]
     assert {evaluations[0]["loss"], evaluations[-1]["loss"], evaluations[-1]["score"]} <= page.values
