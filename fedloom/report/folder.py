@@ -21,7 +21,7 @@ from fedloom.tracking import read_events
 FILES = {
     "recipe.yaml": "the recipe",
     "events.jsonl": "the curves, the rounds and the failures",
-    "summary.json": "costs, environment and the table of clients",
+    "summary.json": "the whole cost, the data notes and the environment",
     "split.json": "the split",
     "answers.json": "answers before and after",
 }

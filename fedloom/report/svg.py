@@ -177,7 +177,7 @@ def line_chart(chart: LineChart, width: int, height: int, label_room: int = 0) -
     ticks = nice_ticks(0.0 if chart.zero else min(values), max(values))
     last = max(*rounds, min(rounds) + 1)
     frame = Frame(width, height, (min(rounds), last), (ticks[0], ticks[-1]), label_room or 14, ticks=ticks)
-    parts = [_axes(frame, rounds, chart.unit)]
+    parts = [_axes(frame, rounds, chart.unit), _end_labels(frame, chart.lines) if label_room else Markup("")]
     for band in chart.bands:
         outline = _path(frame, band.lower) + "L" + _path(frame, tuple(reversed(band.upper)))[1:] + "Z"
         parts.append(Markup('<path class="band {}" d="{}"/>').format(band.style, outline))
@@ -193,8 +193,6 @@ def line_chart(chart: LineChart, width: int, height: int, label_room: int = 0) -
                 line.style, line.name, json.dumps(line.points), _path(frame, line.points), dots
             )
         )
-    if label_room:
-        parts.append(_end_labels(frame, chart.lines))
     return _svg(frame, chart.title, chart.unit, Markup("").join(parts))
 
 
@@ -212,13 +210,14 @@ def _end_labels(frame: Frame, lines: Sequence[Line]) -> Markup:
     parts = []
     for (y, i), place in zip(ends, places, strict=True):
         line, x = lines[i], frame.right
-        name = line.name if len(line.name) <= 19 else line.name[:18] + "…"
-        lead = f"M{frame.at(*line.points[-1])[0] + 5:.1f},{y:.1f}H{x + 5}L{x + 15},{place:.1f}"
+        name = line.name if len(line.name) <= 18 else line.name[:17] + "…"
+        end = frame.at(*line.points[-1])[0]
+        lead = f"M{end + 5:.1f},{y:.1f}H{x + 5}L{x + 15},{place:.1f}"
         parts.append(
             Markup(
                 '<g class="end {}" data-name="{}" data-toggle="{}" tabindex="0" role="button" aria-pressed="true">'
-                '<path class="lead" d="{}"/><text x="{}" y="{:.1f}">{}</text></g>'
-            ).format(line.style, line.name, line.name, lead, x + 19, place + 4, name)
+                '<path class="lead{}" d="{}"/><text x="{}" y="{:.1f}">{}</text></g>'
+            ).format(line.style, line.name, line.name, " early" * (end < x), lead, x + 19, place + 4, name)
         )
     return Markup("").join(parts)
 

@@ -336,3 +336,8 @@ def test_docs_name_every_key_of_the_summary(run_folder: Make) -> None:
     free = re.compile(r"^(data\.dropped|per_client|versions|environment)\.[^.]+")
     keys = {free.sub(r"\1.*", key) for key in leaves(summary_of(run_folder("a-run")))}
     assert keys == set(re.findall(r"`([^`]+)`", first_cells))
+
+
+def test_a_model_from_a_folder_is_named_without_its_path(run_folder: Make) -> None:
+    run = run_folder("a-run", overrides={"model": "/home/somebody/models/tiny"})
+    assert ": tiny with a LoRA adapter" in Page(write_report(run)).text
