@@ -1,0 +1,105 @@
+"""Shared fixtures. fedloom comes first, since it sets what torch reads when it is imported."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fedloom  # isort: skip
+import pytest
+import tiny
+import torch
+
+from fedloom.config import ModelConfig, Recipe
+from fedloom.models.loading import locate
+
+#: The cache that downloads go to; every other test has an empty one of its own.
+REAL_HOME = os.environ.get("FEDLOOM_HOME")
+
+assert fedloom.environment.late_settings() == [], "something imported torch before fedloom"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group: tests that run in one worker (pytest-xdist)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    offline = os.environ.get("FEDLOOM_OFFLINE") == "1"
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):  # one worker holds the real model
+            item.add_marker(pytest.mark.network)
+            item.add_marker(pytest.mark.xdist_group("smollm2"))
+        if offline and item.get_closest_marker("network"):
+            item.add_marker(pytest.mark.skip(reason="FEDLOOM_OFFLINE=1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fedloom_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """An empty cache for this session, so that no test sees or leaves anything in the user's."""
+    home = tmp_path_factory.mktemp("fedloom-home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDLOOM_HOME", str(home))
+        patch.delenv("FEDLOOM_DATA", raising=False)
+        yield home
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Workers share the cores; a test that needs other thread counts sets them and is cleaned up after."""
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random two-layer Llama and a byte tokenizer, for `model: FOLDER`."""
+    return tiny.save_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 made-up rows in three categories of 10, 20 and 30."""
+    return tiny.write_rows(tmp_path_factory.mktemp("tiny-data") / "rows.jsonl")
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, tiny_data: Path) -> Callable[..., Recipe]:
+    """A function of dotted overrides: ``tiny_recipe({"train.lr": 1e-2}, seed=3)``.
+
+    Three clients (8, 15 and 22 training examples), two rounds of two steps, no score, under a second a run.
+    """
+
+    def make(overrides: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
+        values: dict[str, Any] = {
+            "name": "tiny",
+            "model": str(tiny_model),
+            "data": {"path": str(tiny_data), "max_length": 96, "template": "plain"},
+            "split": {"splitter": "meta", "test": 0.2, "validation": 0.05},
+            "adapter": {"rank": 2, "alpha": 4},
+            "train": {"steps": 2, "batch_size": 2, "lr": 1e-2},
+            "federation": {"rounds": 2},
+            "runtime": {"threads": 1, "device": "cpu"},
+            "evaluation": {"suite": None, "answers": 0},
+        }
+        return Recipe.parse(values, {**(overrides or {}), **more})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def smollm2(fedloom_home: Path) -> Path:
+    """The folder of the built-in model, from the user's own cache, fetched there on first use. Implies `network`."""
+    with pytest.MonkeyPatch.context() as patch:
+        if REAL_HOME is None:
+            patch.delenv("FEDLOOM_HOME")
+        else:
+            patch.setenv("FEDLOOM_HOME", REAL_HOME)
+        folder = Path(locate(ModelConfig(name="smollm2-135m"), print)[0])
+    link = fedloom_home / "models" / folder.name  # under its name it is found in the session's cache as well
+    link.parent.mkdir(exist_ok=True)
+    if not link.exists():
+        link.symlink_to(folder)
+    return folder
