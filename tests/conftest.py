@@ -41,7 +41,6 @@ def fedloom_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     home = tmp_path_factory.mktemp("fedloom-home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLOOM_HOME", str(home))
-        patch.delenv("FEDLOOM_DATA", raising=False)
         yield home
 
 
