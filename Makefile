@@ -29,7 +29,7 @@ check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
 	$(MAKE) test
 
 docs: $(VENV)/.dev  ## write the generated pages again
-	$(BIN)/python -m fedloom.docs
+	$(BIN)/python docs/generate.py
 
 wheel: $(VENV)/.dev  ## dist/fedloom-*.whl
 	$(BIN)/python -m build --quiet --wheel

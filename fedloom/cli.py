@@ -66,17 +66,17 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
 ) -> None:
     """Run a recipe: fine-tune, evaluate, report."""
-    from fedloom.config import Recipe, parse_overrides
+    from fedloom.config import Recipe, find_recipe, parse_overrides
     from fedloom.console import Display
     from fedloom.runfolder import RunFolder
 
     values = parse_overrides(overrides or [])
-    chosen = Recipe.load(recipe)
-    folder = out_ or (Path(recipe) if Path(recipe).is_dir() else Path("runs") / chosen.name)
+    source = find_recipe(recipe)
+    folder = out_ or (source.parent if resume and source == Path(recipe) / "recipe.yaml" else None)
+    chosen = Recipe.load(source, values)
+    folder = folder or Path("runs") / chosen.name
     if resume and RunFolder(folder).holds_a_run:
         chosen = RunFolder(folder).stored_recipe().with_values(values)
-    else:
-        chosen = Recipe.load(recipe, values)
     with Display(err, quiet=quiet) as display:
         from fedloom.experiment import run as run_recipe
 

@@ -51,16 +51,15 @@ class DataConfig(Section):
         description="how a prompt is written: the model's chat template, Alpaca's, or the bare text; "
         "auto takes chat where the tokenizer has a template and alpaca elsewhere",
     )
+    system: str | None = Field(
+        None, description="the system message under the chat template; null leaves it to the model's template"
+    )
 
     @model_validator(mode="after")
     def _some_source(self) -> DataConfig:
         if self.corpus is None and self.path is None:
             raise ValueError("data needs a corpus or a path: set data.corpus=fed-skills or data.path=FILE")
         return self
-
-    system: str | None = Field(
-        None, description="the system message under the chat template; null leaves it to the model's template"
-    )
 
 
 class SplitConfig(Section):
@@ -268,16 +267,19 @@ def recipes_folder() -> Path:
 
 
 def builtin_recipes() -> dict[str, Path]:
-    """Name → file of every built-in recipe."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+    """Name → file of every built-in recipe, the quickstart first."""
+    found = {path.stem: path for path in recipes_folder().glob("*.yaml")}
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "quickstart", item[0])))
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file behind a recipe's name or path. Raises UserError."""
+    """The file behind a recipe's name, its path, or a run's folder. Raises UserError."""
     builtin = builtin_recipes()
     if str(source) in builtin:
         return builtin[str(source)]
     path = Path(source)
+    if (path / "recipe.yaml").is_file():  # a run's folder: the recipe that it was run with
+        return path / "recipe.yaml"
     if path.is_file():
         return path
     if path.suffix in {".yaml", ".yml"} or "/" in str(source):

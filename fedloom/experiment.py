@@ -148,8 +148,8 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     sequences = tokenise(corpus, template, recipe.data.max_length, carriers.home() / "tokenised")
     if sequences.truncated:
         watch.say(
-            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and were shortened "
-            f"by {sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
+            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and lost "
+            f"{sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
         )
 
     # What is scored, and by whom.

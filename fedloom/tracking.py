@@ -89,6 +89,8 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(event, dict) or event.get("event") not in SCHEMA:
+            continue
         if event["event"] == "run_resumed":
             kept = event["round"]
             events = [e for e in events if not _belongs_after(e, kept)]

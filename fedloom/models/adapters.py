@@ -8,6 +8,7 @@ know who trains or what travels.
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,8 @@ def _base_name(name: str) -> str:
 def attach(base: Base, config: AdapterConfig, seed: int) -> AdaptedModel:
     """`base` with a fresh adapter, initialised from the seed. Raises UserError where peft refuses the configuration."""
     try:
-        with forked_torch(seed, "init"):
+        with forked_torch(seed, "init"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is on its way out
             module = get_peft_model(base.model, METHODS[config.method](config))
     except ValueError as error:
         first = str(error).splitlines()[0]

@@ -7,6 +7,7 @@ file does not know about adapters, data or training.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -131,7 +132,7 @@ def _gguf_to_safetensors(gguf: Path, folder: Path) -> None:
 
     `save_pretrained` refuses a model that was loaded from GGUF, so its weights move into a fresh one.
     """
-    with quiet_transformers():
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # gguf draws a bar of its own
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         config = type(loaded.config)(
