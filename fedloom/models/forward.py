@@ -65,7 +65,12 @@ def supports_packing(model: AdaptedModel) -> bool:
     alone = torch.cat([token_losses(model, collate([p], packed=False, pad=3)) for p in probes])
     try:
         together = token_losses(model, collate(probes, packed=True, pad=3))
-    except (TypeError, ValueError, RuntimeError):  # an architecture that cannot take the keyword, or refuses it
+    except (
+        AttributeError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # cannot take the keyword, refuses it, or reads the mask
         model.causal_lm.config._attn_implementation = plain_attention(model)
         return False
     close = bool((alone - together).abs().max() <= PROBE_TOLERANCE * alone.abs().max())
