@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedloom.errors import RunFailed, UserError
+from fedloom.overrides import parse_overrides
 
 app = typer.Typer(
     name="fedloom",
@@ -66,7 +67,7 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
 ) -> None:
     """Run a recipe: fine-tune, evaluate, report."""
-    from fedloom.config import Recipe, find_recipe, parse_overrides
+    from fedloom.config import Recipe, find_recipe
     from fedloom.console import Display
     from fedloom.runfolder import RunFolder
 
@@ -108,7 +109,7 @@ def recipes() -> None:
 @command
 def recipe_(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Print a recipe with every default written out, ready to be saved and changed."""
-    from fedloom.config import Recipe, parse_overrides
+    from fedloom.config import Recipe
 
     out.print(Recipe.load(recipe, parse_overrides(overrides or [])).to_yaml(), markup=False, end="")
 
@@ -120,10 +121,10 @@ def split(
     out_: Annotated[Path, typer.Option("--out", help="the picture to write: .svg, .png or .html")] = Path("split.svg"),
 ) -> None:
     """Show how a recipe's corpus is split among clients; trains nothing."""
-    from fedloom.config import Recipe, parse_overrides
+    from fedloom.choices import load_data
+    from fedloom.config import Recipe
     from fedloom.console import split_rows
     from fedloom.data.splitters import partition, split_table
-    from fedloom.experiment import load_data
     from fedloom.report.charts import split_picture
 
     chosen = Recipe.load(recipe, parse_overrides(overrides or []))
@@ -152,7 +153,6 @@ def evaluate(
     out_: Annotated[Path | None, typer.Option("--out", help="write the numbers as JSON as well")] = None,
 ) -> None:
     """Measure held-out loss and score of a run's result, an adapter or a plain model."""
-    from fedloom.config import parse_overrides
     from fedloom.console import evaluation_table
     from fedloom.evaluate import evaluate as measure
 

@@ -7,7 +7,7 @@ algorithm or corpus does; their own options are checked where they are looked up
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedloom.errors import UserError, suggest
+from fedloom.overrides import nested_copy, set_dotted
 
 
 class Section(BaseModel):
@@ -223,9 +224,9 @@ class Recipe(Section):
     @classmethod
     def parse(cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
         """A recipe from nested values and dotted overrides (``{"train.lr": 1e-3}``). Raises UserError."""
-        merged = _nested_copy(values)
+        merged = nested_copy(values)
         for dotted, value in (overrides or {}).items():
-            _set_dotted(merged, dotted, value)
+            set_dotted(merged, dotted, value)
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
@@ -287,60 +288,6 @@ def find_recipe(source: str | Path) -> Path:
             f"there is no recipe file {source}: give a YAML file, or a built-in name (see `fedloom recipes`)"
         )
     raise UserError(f"unknown recipe {str(source)!r}: {suggest(str(source), builtin)}")
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``["train.lr=1e-3"]`` → ``{"train.lr": 0.001}``; values are read as YAML. Raises UserError."""
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals or not key:
-            raise UserError(f"cannot read {argument!r}: an override has the form key=value, such as train.lr=1e-3")
-        try:
-            values[key.strip()] = _scalar(yaml.safe_load(text))
-        except yaml.YAMLError:
-            raise UserError(f"cannot read the value of {argument!r}: it is not YAML") from None
-    return values
-
-
-def _scalar(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; a user means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c in value for c in "eE.") and value[0] in "+-.0123456789" else value
-        except ValueError:
-            return value
-    return value
-
-
-def _nested_copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: _nested_copy(v) if isinstance(v, Mapping) else _scalar(v) for k, v in values.items()}
-
-
-#: Sections that may be written as a bare string, and the key that the string stands for.
-_SHORTHAND = {"model": "name", "algorithm": "name"}
-
-
-def _set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
-    keys = dotted.split(".")
-    for i, key in enumerate(keys[:-1]):
-        inner = values.setdefault(key, {})
-        if isinstance(inner, str) and i == 0 and key in _SHORTHAND:
-            inner = values[key] = {_SHORTHAND[key]: inner}
-        if inner is None:
-            inner = values[key] = {}
-        if not isinstance(inner, dict):
-            raise UserError(f"cannot set {dotted}: {'.'.join(keys[: i + 1])} is {inner!r} and has no keys of its own")
-        values = inner
-    last = keys[-1]
-    if len(keys) == 1 and last in _SHORTHAND and isinstance(value, str) and isinstance(values.get(last), dict):
-        values[last] = {**values[last], _SHORTHAND[last]: value}
-        return
-    # train.steps=… on the command line replaces a recipe's train.epochs, and the other way round.
-    other = {"steps": "epochs", "epochs": "steps"}.get(last)
-    if keys[:-1] == ["train"] and other and value is not None:
-        values[other] = None
-    values[last] = value
 
 
 def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 
 from fedloom import carriers, environment
+from fedloom.choices import federated_data, load_data, pick_suite
 from fedloom.config import ModelConfig, Recipe
-from fedloom.data.federated import ClientData, FederatedData
+from fedloom.data.federated import ClientData
 from fedloom.data.prompts import Template
-from fedloom.data.splitters import partition, select_questions, select_test_set
-from fedloom.data.tokenization import tokenise
+from fedloom.data.splitters import partition
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
-from fedloom.experiment import load_data, pick_suite
 from fedloom.export import result_folder
 from fedloom.models.adapters import AdaptedModel, Models, load_adapted
 from fedloom.models.forward import supports_packing
@@ -53,16 +52,14 @@ def evaluate(
     corpus, chosen = load_data(chosen, say)
     clients = partition(corpus, chosen.split, chosen.seed)
     template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
-    sequences = tokenise(corpus, template, chosen.data.max_length, carriers.home() / "tokenised")
     suite, note = pick_suite(chosen, corpus)
-    limit = chosen.evaluation.limit
-    own = {} if corpus.test or suite is None else select_questions(corpus, clients, limit, chosen.seed)
-    server = [corpus.test[i] for i in select_test_set(corpus, limit, chosen.seed)] if suite else []
-    data = FederatedData(corpus, sequences, clients, own, server)
+    data = federated_data(chosen, corpus, clients, template, suite, carriers.home() / "tokenised", say)
     packed = supports_packing(model)
 
     def measured(part: ClientData) -> dict[str, float]:
-        loss, tokens = loss_sums(model, sequences, part.test, batch_size=chosen.evaluation.batch_size, packed=packed)
+        loss, tokens = loss_sums(
+            model, part.sequences, part.test, batch_size=chosen.evaluation.batch_size, packed=packed
+        )
         right = (
             score(
                 model,
@@ -82,8 +79,8 @@ def evaluate(
     say(f"measuring {target} on {corpus.name}, {len(clients.testing_clients)} clients")
     sums = {name: measured(data.client(name)) for name in clients.testing_clients}
     everything = list(sums.values())
-    if server:
-        everything.append(measured(ClientData(sequences, (), (), (), tuple(server))))
+    if data.server_questions:
+        everything.append(measured(ClientData(data.sequences, (), (), (), data.server_questions)))
     return {
         "target": target,
         **_means(everything),

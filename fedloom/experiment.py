@@ -17,27 +17,25 @@ from typing import Any
 import torch
 
 from fedloom import carriers, environment, registry
-from fedloom.algorithms.base import Algorithm, Deployed, parse_options
+from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
-from fedloom.checkpoint import Checkpoints, ClientStore, folder_name, load_tensors
+from fedloom.checkpoint import Checkpoints, ClientStore
+from fedloom.choices import choose_packing, federated_data, load_data, make_algorithm, make_schedule, pick_suite
 from fedloom.client import Client
 from fedloom.config import Recipe
-from fedloom.coordinator import Coordinator, ServerScorer, Tick
+from fedloom.coordinator import Coordinator, Tick
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
-from fedloom.data.sources import load_corpus, resolve_split, source_of
-from fedloom.data.splitters import partition, select_questions, select_test_set, split_table
-from fedloom.data.tokenization import tokenise
+from fedloom.data.splitters import partition, split_table
+from fedloom.deployment import result_loader, save_result, server_scorer
 from fedloom.errors import RunFailed, UserError
-from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
-from fedloom.models.adapters import AdaptedModel, Models, save_base_delta
-from fedloom.models.forward import supports_packing
+from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.loading import pick_device
 from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
-from fedloom.summary import personal_digest, summarise
+from fedloom.summary import summarise
 from fedloom.tracking import Events, open_trackers
 from fedloom.types import Corpus, Partition
 
@@ -142,24 +140,15 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
         {
             "runtime.threads": threads,
             "data.template": template.style,
-            "train.packing": _packing(recipe.train.packing, model, watch.say),
+            "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }
     )
-    sequences = tokenise(corpus, template, recipe.data.max_length, carriers.home() / "tokenised")
-    if sequences.truncated:
-        watch.say(
-            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and lost "
-            f"{sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
-        )
 
-    # What is scored, and by whom.
+    # What each client holds of it, as tokens; what is scored, and by whom.
     suite, score_note = pick_suite(recipe, corpus)
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
-    limit = recipe.evaluation.limit
-    own = {} if corpus.test or suite is None else select_questions(corpus, clients, limit, recipe.seed)
-    server = [corpus.test[i] for i in select_test_set(corpus, limit, recipe.seed)] if suite is not None else []
     holders = clients.pooled() if algorithm.properties.pooled else clients
-    data = FederatedData(corpus, sequences, holders, own, server)
+    data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule
     )  # fmt: skip
@@ -197,7 +186,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
         events,
         recipe.resolved(),
         score=setting.suite is not None,
-        server_scorer=_server_scorer(setting),
+        server_scorer=server_scorer(recipe, setting.model, setting.template, setting.suite, setting.data),
         tick=watch.tick,
     )
     if state is None:
@@ -225,9 +214,9 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
 
     progress = coordinator.run()
 
-    digest = _save_result(setting, folder, coordinator)
+    digest = save_result(algorithm, model, recipe.model.name, folder, coordinator)
     watch.say("asking the same questions after training")
-    load = _result_loader(setting, folder)
+    load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     load("")
     summary = summarise(
@@ -248,110 +237,6 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
     return Result(summary, folder.path, write_report(folder.path), model.module, model.tokenizer)
 
 
-# ---------------------------------------------------------------------- the pieces, in the order of their use
-
-
-def make_algorithm(recipe: Recipe) -> Algorithm:
-    """The server's half of the recipe's algorithm. Raises UserError for an unknown name, option or PEFT method."""
-    name = recipe.algorithm.name
-    cls = registry.algorithms.get(name)
-    methods = cls.properties.methods
-    if methods is not None and recipe.adapter.method not in methods:
-        raise UserError(
-            f"algorithm {name} does not take adapter.method={recipe.adapter.method}: it takes {', '.join(sorted(methods))}"
-        )
-    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed)
-    return algorithm
-
-
-def load_data(recipe: Recipe, say: Callable[[str], None]) -> tuple[Corpus, Recipe]:
-    """The corpus, and the recipe with the split's open fields filled in from the corpus's default."""
-    split = resolve_split(recipe.split, source_of(recipe.data))
-    recipe = recipe.with_values({f"split.{key}": value for key, value in split.model_dump(mode="json").items()})
-    say(f"loading {recipe.data.corpus or recipe.data.path}")
-    corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
-    return corpus, recipe
-
-
-def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
-    """Who trains when. Under a pooled baseline one client takes everybody's steps."""
-    federation = recipe.federation
-    training = clients.training_clients
-    schedule = Schedule(
-        training, clients.testing_clients, federation, recipe.train.steps, recipe.evaluation.every, recipe.seed
-    )  # fmt: skip
-    if schedule.sampled() > len(training):
-        raise UserError(
-            f"federation.clients_per_round={federation.clients_per_round} but only {len(training)} clients hold training "
-            "data: ask for fewer, or split among more (split.num_clients)"
-        )
-    if federation.min_clients > schedule.sampled():
-        raise UserError(
-            f"federation.min_clients={federation.min_clients} but a round has {schedule.sampled()} clients: "
-            "no round could succeed, lower it"
-        )
-    if not algorithm.properties.pooled:
-        return schedule
-    alone = federation.model_copy(update={"clients_per_round": None, "min_clients": 1})
-    steps = recipe.train.steps * schedule.sampled() if recipe.train.steps else None
-    return Schedule(
-        clients.pooled().training_clients, clients.testing_clients, alone, steps, schedule.every, schedule.seed
-    )  # fmt: skip
-
-
-def _packing(wanted: str, model: AdaptedModel, say: Callable[[str], None]) -> str:
-    """Whether batches are padding-free: on or off. Under auto the model is tried once."""
-    if wanted == "off":
-        return "off"
-    if supports_packing(model):
-        return "on"
-    if wanted == "on":
-        raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
-    say("this model does not keep packed sequences apart: batches are padded")
-    return "off"
-
-
-def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:
-    """The paired evaluation, or None and why there is none."""
-    wanted = recipe.evaluation.suite
-    if wanted is None:
-        return None, "the recipe asks for no score (evaluation.suite=null)"
-    if wanted != "auto":
-        return registry.suites.get(wanted), ""
-    if corpus.suite is None:
-        return None, source_of(recipe.data).suite_note or f"{corpus.name} has no paired evaluation that runs here"
-    return registry.suites.get(corpus.suite), ""
-
-
-def _server_scorer(setting: Setting) -> ServerScorer | None:
-    """Scores the corpus's own test set, which no client holds; None where it has none."""
-    suite, questions, recipe = setting.suite, setting.data.server_questions, setting.recipe
-    if suite is None or not questions:
-        return None
-
-    def scorer(deployed: Deployed) -> tuple[int, int]:
-        deploy(setting.model, deployed)
-        right = score(
-            setting.model,
-            setting.template,
-            suite,
-            questions,
-            batch_size=recipe.evaluation.batch_size,
-            max_length=recipe.data.max_length,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            packed=recipe.train.packing == "on",
-        )
-        return sum(right), len(right)
-
-    return scorer
-
-
-def deploy(model: AdaptedModel, deployed: Deployed) -> None:
-    """Put a result into the live model."""
-    model.set_base_delta(deployed.base_delta)
-    model.adapter.copy_(deployed.adapter.flat)
-
-
 def _headline(setting: Setting) -> dict[str, Any]:
     recipe = setting.recipe
     return {
@@ -363,32 +248,6 @@ def _headline(setting: Setting) -> dict[str, Any]:
         "rounds": recipe.federation.rounds,
         "parameters": setting.model.adapter.layout.numel,
     }
-
-
-def _save_result(setting: Setting, folder: RunFolder, coordinator: Coordinator) -> str:
-    """Write what the run is for: `adapter/`, or `adapters/<client>/`. Returns the digest of the deployed tensors."""
-    if setting.algorithm.properties.personal:
-        return personal_digest(coordinator.save_personal())
-    deployed = setting.algorithm.deployed()
-    deploy(setting.model, deployed)
-    setting.model.save(folder / "adapter", setting.recipe.model.name)
-    if deployed.base_delta:
-        save_base_delta(folder / "adapter", deployed.base_delta)
-    return deployed.adapter.sha256()
-
-
-def _result_loader(setting: Setting, folder: RunFolder) -> Callable[[str], None]:
-    """Puts the result that serves a client into the live model: its own where it has one, the global one otherwise."""
-    model, algorithm = setting.model, setting.algorithm
-
-    def load(client: str) -> None:
-        own = folder / "adapters" / folder_name(client) / "adapter_model.safetensors"
-        if algorithm.properties.personal and client and own.is_file():
-            model.adapter.load(load_tensors(own))
-        else:
-            deploy(model, algorithm.deployed())
-
-    return load
 
 
 def _disk_trouble(error: OSError, path: Path) -> Exception:

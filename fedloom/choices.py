@@ -1,0 +1,116 @@
+"""What a recipe leaves open, decided: the algorithm behind its name, the corpus's default split, who trains when, whether
+batches are packed, what is scored. Each returns a value or refuses with a sentence; nothing is run here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedloom import registry
+from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.config import Recipe
+from fedloom.data.federated import FederatedData
+from fedloom.data.prompts import Template
+from fedloom.data.sources import load_corpus, resolve_split, source_of
+from fedloom.data.splitters import select_questions, select_test_set
+from fedloom.data.tokenization import tokenise
+from fedloom.errors import UserError
+from fedloom.evaluation.suites import Suite
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.forward import supports_packing
+from fedloom.rounds import Schedule
+from fedloom.types import Corpus, Partition
+
+Say = Callable[[str], None]
+
+
+def make_algorithm(recipe: Recipe) -> Algorithm:
+    """The server's half of the recipe's algorithm. Raises UserError for an unknown name, option or PEFT method."""
+    name = recipe.algorithm.name
+    cls = registry.algorithms.get(name)
+    methods = cls.properties.methods
+    if methods is not None and recipe.adapter.method not in methods:
+        raise UserError(
+            f"algorithm {name} does not take adapter.method={recipe.adapter.method}: it takes {', '.join(sorted(methods))}"
+        )
+    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed)
+    return algorithm
+
+
+def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:
+    """The corpus, and the recipe with the split's open fields filled in from the corpus's default."""
+    split = resolve_split(recipe.split, source_of(recipe.data))
+    recipe = recipe.with_values({f"split.{key}": value for key, value in split.model_dump(mode="json").items()})
+    say(f"loading {recipe.data.corpus or recipe.data.path}")
+    corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
+    return corpus, recipe
+
+
+def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
+    """Who trains when. Under a pooled baseline one client takes everybody's steps."""
+    federation = recipe.federation
+    training = clients.training_clients
+    schedule = Schedule(
+        training, clients.testing_clients, federation, recipe.train.steps, recipe.evaluation.every, recipe.seed
+    )  # fmt: skip
+    if schedule.sampled() > len(training):
+        raise UserError(
+            f"federation.clients_per_round={federation.clients_per_round} but only {len(training)} clients hold training "
+            "data: ask for fewer, or split among more (split.num_clients)"
+        )
+    if federation.min_clients > schedule.sampled():
+        raise UserError(
+            f"federation.min_clients={federation.min_clients} but a round has {schedule.sampled()} clients: "
+            "no round could succeed, lower it"
+        )
+    if not algorithm.properties.pooled:
+        return schedule
+    alone = federation.model_copy(update={"clients_per_round": None, "min_clients": 1})
+    steps = recipe.train.steps * schedule.sampled() if recipe.train.steps else None
+    return Schedule(
+        clients.pooled().training_clients, clients.testing_clients, alone, steps, schedule.every, schedule.seed
+    )  # fmt: skip
+
+
+def federated_data(
+    recipe: Recipe, corpus: Corpus, clients: Partition, template: Template, suite: Suite | None, cache: Path, say: Say
+) -> FederatedData:
+    """Every client's tokens and questions. A corpus with a test set of its own is asked that, by the server."""
+    sequences = tokenise(corpus, template, recipe.data.max_length, cache)
+    if sequences.truncated:
+        say(
+            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and lost "
+            f"{sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
+        )
+    limit = recipe.evaluation.limit
+    if suite is None:
+        return FederatedData(corpus, sequences, clients, {})
+    if corpus.test:
+        asked = [corpus.test[i] for i in select_test_set(corpus, limit, recipe.seed)]
+        return FederatedData(corpus, sequences, clients, {}, asked)
+    return FederatedData(corpus, sequences, clients, select_questions(corpus, clients, limit, recipe.seed))
+
+
+def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
+    """Whether batches are padding-free: on or off. Under auto the model is tried once."""
+    if wanted == "off":
+        return "off"
+    if supports_packing(model):
+        return "on"
+    if wanted == "on":
+        raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
+    say("this model does not keep packed sequences apart: batches are padded")
+    return "off"
+
+
+def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:
+    """The paired evaluation, or None and why there is none."""
+    wanted = recipe.evaluation.suite
+    if wanted is None:
+        return None, "the recipe asks for no score (evaluation.suite=null)"
+    if wanted != "auto":
+        return registry.suites.get(wanted), ""
+    if corpus.suite is None:
+        return None, source_of(recipe.data).suite_note or f"{corpus.name} has no paired evaluation that runs here"
+    return registry.suites.get(corpus.suite), ""
