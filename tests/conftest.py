@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub; read when transformers is imported
+
 import fedloom  # isort: skip
 import pytest
 import tiny

@@ -95,17 +95,17 @@ class AdaptedModel:
                 ``name.B`` [out, r] and ``name.A`` [r, in] whose product is added. The sum is formed in fp32.
 
         Raises:
-            ValueError: for a name that the base does not have, or a base whose weights are not floating point.
+            ValueError: for a name that the base does not have, a shape that is not the weight's own, half a pair of
+                factors, or a base whose weights are not floating point. The model is then as it was.
         """
+        delta = delta or {}
         weights = {_base_name(n): p for n, p in self.base.model.named_parameters()}
+        names = sorted({n.removesuffix(".A").removesuffix(".B") for n in delta})
+        for name in names:
+            _check_delta(name, weights.get(name), delta)
         for name, original in self._base_weights.items():
             weights[name].data.copy_(original)
-        for name in {n.removesuffix(".A").removesuffix(".B") for n in delta or {}}:
-            if name not in weights:
-                raise ValueError(f"the base has no weight {name}")
-            if not weights[name].is_floating_point():
-                raise ValueError(f"a base delta cannot be added to the quantised weight {name}")
-            assert delta is not None
+        for name in names:
             change = delta[name] if name in delta else delta[f"{name}.B"].float() @ delta[f"{name}.A"].float()
             original = self._base_weights.setdefault(name, weights[name].detach().clone())
             weights[name].data.copy_(original.float() + change.to(original.device, torch.float32))
@@ -117,6 +117,21 @@ class AdaptedModel:
         values = json.loads(path.read_text())
         values["base_model_name_or_path"] = base_name
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def _check_delta(name: str, weight: torch.Tensor | None, delta: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError unless `delta` has, for this weight, one dense tensor or one pair of factors that fits."""
+    if weight is None:
+        raise ValueError(f"the base has no weight {name}")
+    if not weight.is_floating_point():
+        raise ValueError(f"a base delta cannot be added to the quantised weight {name}")
+    parts = {n: tuple(delta[n].shape) for n in (name, f"{name}.B", f"{name}.A") if n in delta}
+    fits = parts == {name: tuple(weight.shape)}
+    if list(parts) == [f"{name}.B", f"{name}.A"]:
+        left, right = parts[f"{name}.B"], parts[f"{name}.A"]
+        fits = len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == tuple(weight.shape)
+    if not fits:
+        raise ValueError(f"a base delta of {parts} does not fit the weight {name} {tuple(weight.shape)}")
 
 
 def _plain(name: str) -> str:

@@ -61,7 +61,7 @@ def test_missing_unexpected_and_misshapen_names_are_all_listed(refuse):
     del tensors["c"]
     tensors["a.weight"] = torch.zeros(5)
     tensors["d"] = torch.zeros(1)
-    with pytest.raises(ValueError, match="missing: c; unexpected: d; misshapen: a.weight") as caught:
+    with pytest.raises(ValueError, match=r"missing: c; unexpected: d; misshapen: a\.weight") as caught:
         refuse(tensors)
     assert "(5,) instead of (4,)" in str(caught.value)
 
