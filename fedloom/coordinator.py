@@ -121,7 +121,8 @@ class Coordinator:
         self.progress.cost += tally.cost
         self.progress.failures += tally.failures
         self.progress.skipped_steps += tally.skipped_steps
-        path = self._checkpoint()
+        # First the event, then the checkpoint: a kill between the two voids the event (`tracking.read_events`), while
+        # the other order would lose it.
         self.events.write(
             "round_finished",
             round=number,
@@ -133,7 +134,7 @@ class Coordinator:
             seconds=round(time.perf_counter() - started, 3),
             metrics=dict(metrics),
         )
-        self.events.write("checkpoint", round=number, path=path.name)
+        self.events.write("checkpoint", round=number, path=self._checkpoint().name)
 
     def _accepted(self, outcomes: Iterator[Outcome], number: int, tally: _Tally) -> Iterator[Update]:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""

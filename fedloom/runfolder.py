@@ -22,8 +22,9 @@ from fedloom.errors import UserError
 
 #: What a run writes, and all that `--overwrite` deletes.
 CONTENTS = (
-    "recipe.yaml", "events.jsonl", "summary.json", "split.json", "answers.json", "report.html",
+    "events.jsonl", "summary.json", "split.json", "answers.json", "report.html",
     "checkpoints", "clients", "adapter", "adapters", "trackers",
+    "recipe.yaml",  # last: what is deleted by half can still be overwritten
 )  # fmt: skip
 
 
@@ -60,6 +61,14 @@ class RunFolder:
         path = self.path / name
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
+    def sweep(self) -> None:
+        """Remove what a killed process had begun to write and not yet renamed."""
+        for path in [*self.path.rglob(".*.tmp"), *(self.path / "checkpoints").glob(".*")]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
     def clear(self) -> None:
         for name in CONTENTS:
             target = self.path / name
@@ -87,6 +96,7 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         raise UserError(f"{path} is a file: name a folder with --out")
     if not folder.holds_a_run and path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run: name another folder with --out")
+    made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as lock:
         try:
@@ -100,11 +110,21 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
                 f"run folder {path} already holds a run: continue it with --resume, replace it with --overwrite, "
                 "or name another folder with --out"
             )
-        yield folder
+        folder.sweep()
+        try:
+            yield folder
+        finally:
+            if [p.name for p in path.iterdir()] == [".lock"]:  # refused before anything was written
+                (path / ".lock").unlink()
+                for empty in made:
+                    empty.rmdir()
 
 
 #: What may differ between a run and its continuation; everything else would make it another run.
-CHANGEABLE = ("federation.rounds", "evaluation.", "tracking.", "runtime.", "name", "description")
+#: What is asked and how it is marked stays: a score after other questions than those before would say nothing.
+CHANGEABLE = (
+    "federation.rounds", "evaluation.every", "evaluation.batch_size", "tracking.", "runtime.", "name", "description",
+)  # fmt: skip
 
 
 def continued(stored: Recipe, given: Recipe) -> Recipe:

@@ -82,7 +82,7 @@ class Events:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events of a run in order, each finished round once: what a resume did again replaces what it replaced."""
+    """All events of a run in order, each round and evaluation once: what was done again replaces what it replaced."""
     events: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -91,9 +91,12 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(event, dict) or event.get("event") not in SCHEMA:
             continue
-        if event["event"] == "run_resumed":
-            kept = event["round"]
-            events = [e for e in events if not _belongs_after(e, kept)]
+        if event["event"] == "run_started":  # killed before there was anything to resume, and started again
+            events = []
+        elif event["event"] == "run_resumed":
+            events = [e for e in events if not _belongs_after(e, event["round"])]
+        elif event["event"] == "evaluation":  # killed before its numbers were in the checkpoint, and made again
+            events = [e for e in events if (e["event"], e.get("round")) != ("evaluation", event["round"])]
         events.append(event)
     return events
 
