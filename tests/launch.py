@@ -59,9 +59,9 @@ class Running:
         os.kill(self.pid, number)
 
     def wait(self) -> Done:
-        status = int(self._launcher.line())
+        code = int(self._launcher.line())
         out, err = (path.read_text(encoding="utf-8", errors="replace") for path in self._files)
-        return Done(os.waitstatus_to_exitcode(status), out, err)
+        return Done(code, out, err)
 
 
 class Launcher:
@@ -161,7 +161,10 @@ def serve() -> None:
         import_module(name)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    over = 0
     while request := sys.stdin.readline():
+        if over:
+            os.waitpid(over, 0)
         pid = os.fork()
         if pid == 0:
             answers.close()
@@ -171,7 +174,10 @@ def serve() -> None:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os._exit(child(values))
         answers.write(f"{pid}\n")
-        answers.write(f"{os.waitpid(pid, 0)[1]}\n")
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        assert ended is not None
+        answers.write(f"{ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status}\n")
+        over = pid  # reaped at the next request, so that its number is not given away while a test may still kill it
 
 
 if __name__ == "__main__":

@@ -20,9 +20,29 @@ from fedloom.runtimes import wire
 from fedloom.tracking import SCHEMA, read_events
 
 # Issue 2's own list of what summary.json has at least.
-SUMMARY_KEYS = """score.before score.after loss.before loss.after cost.upload_bytes cost.download_bytes cost.train_tokens
-    cost.train_flops cost.wall_seconds cost.cpu_seconds cost.peak_memory_bytes cost.gpu_utilisation score.worst_client
-    clients rounds adapter_sha256 versions""".split()
+SUMMARY_KEYS = [
+    "score.before", "score.after", "score.worst_client", "loss.before", "loss.after", "clients", "rounds",
+    "adapter_sha256", "versions", "cost.upload_bytes", "cost.download_bytes", "cost.train_tokens", "cost.train_flops",
+    "cost.wall_seconds", "cost.cpu_seconds", "cost.peak_memory_bytes", "cost.gpu_utilisation",
+]  # fmt: skip
+    "score.before",
+    "score.after",
+    "loss.before",
+    "loss.after",
+    "cost.upload_bytes",
+    "cost.download_bytes",
+    "cost.train_tokens",
+    "cost.train_flops",
+    "cost.wall_seconds",
+    "cost.cpu_seconds",
+    "cost.peak_memory_bytes",
+    "cost.gpu_utilisation",
+    "score.worst_client",
+    "clients",
+    "rounds",
+    "adapter_sha256",
+    "versions",
+]
 
 
 class Counted:
