@@ -25,24 +25,6 @@ SUMMARY_KEYS = [
     "adapter_sha256", "versions", "cost.upload_bytes", "cost.download_bytes", "cost.train_tokens", "cost.train_flops",
     "cost.wall_seconds", "cost.cpu_seconds", "cost.peak_memory_bytes", "cost.gpu_utilisation",
 ]  # fmt: skip
-    "score.before",
-    "score.after",
-    "loss.before",
-    "loss.after",
-    "cost.upload_bytes",
-    "cost.download_bytes",
-    "cost.train_tokens",
-    "cost.train_flops",
-    "cost.wall_seconds",
-    "cost.cpu_seconds",
-    "cost.peak_memory_bytes",
-    "cost.gpu_utilisation",
-    "score.worst_client",
-    "clients",
-    "rounds",
-    "adapter_sha256",
-    "versions",
-]
 
 
 class Counted:
