@@ -111,7 +111,7 @@ class Frame:
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
     """Round values that cover low … high, about `wanted` of them."""
-    if high <= low:
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # the same, rounding aside: one client's loss and the mean of one
         high = low + (abs(low) or 1.0)
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
