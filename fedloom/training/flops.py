@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fedloom.data.batching import Batch
 
@@ -27,7 +28,7 @@ class Flops:
         head = model.causal_lm.get_output_embeddings()
         self._frozen = self._trained = 0
         for module in model.causal_lm.modules():
-            if isinstance(module, nn.Linear) and module is not head:
+            if isinstance(module, nn.Linear | Conv1D) and module is not head:  # Conv1D: GPT-2's linear layer
                 if module.weight.requires_grad:
                     self._trained += module.weight.numel()
                 else:
@@ -41,8 +42,16 @@ class Flops:
         """Forward and backward over `batch`."""
         computed = batch.ids.numel()
         linear = computed * (4 * self._frozen + 6 * self._trained)
-        head = 4 * self._head * len(batch.labels)
+        head = 4 * self._head * _logits(batch)
         lengths = batch.lengths if batch.packed else (batch.ids.shape[1],) * batch.ids.shape[0]
         squares = sum(n * n for n in lengths)
         attention = 12 * squares * self._attention_width * self._layers
         return int(linear + head + attention)
+
+
+def _logits(batch: Batch) -> int:
+    """Positions that logits are made for (models/forward.py): the labels', or whole columns from the first label's on."""
+    if batch.packed or not len(batch.labels):
+        return len(batch.labels)
+    rows, width = batch.ids.shape
+    return rows * (width - int((batch.where % width).min()))
