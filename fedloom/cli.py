@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedloom.errors import RunFailed, UserError
+from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.overrides import parse_overrides
 
 app = typer.Typer(
@@ -37,7 +37,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn the two kinds of error into one sentence and their exit code."""
+    """Turn the two kinds of error, and a disk that refuses, into one sentence and their exit code."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -52,6 +52,12 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             err.print("fedloom: interrupted; finished rounds are kept, go on with --resume", markup=False)
             raise typer.Exit(130) from None
+        except Exception as error:
+            trouble = disk_trouble(error)
+            if trouble is None:
+                raise
+            err.print(f"fedloom: {trouble}: make room, or name another place", markup=False)
+            raise typer.Exit(1) from None
 
     app.command(name=function.__name__.rstrip("_"))(wrapped)
     return wrapped

@@ -8,6 +8,9 @@ sentence that says what was kept, exit code 1. Everything else is a programming 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -31,6 +34,37 @@ class ClientFailed(Exception):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+
+
+#: What a disk says when it is full, read-only, broken, or not where the user means it to be.
+DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+}
+
+
+def disk_trouble(error: BaseException, where: object = None) -> str | None:
+    """The first half of a sentence about a disk that refused; None for any other error, which is a programming error.
+
+    Args:
+        where: what was to be written, where the error does not name a file itself.
+    """
+    number, name = None, where or "a file"
+    if isinstance(error, OSError):
+        number, name = error.errno, error.filename or name
+    elif type(error).__name__ == "SafetensorError":  # it writes files itself, and says so in words
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else None
+    if number not in DISK:
+        return None
+    verb = "open" if number in {errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG} else "write"
+    return f"cannot {verb} {name} ({os.strerror(number)})"
 
 
 def suggest(value: str, valid: Iterable[str]) -> str:

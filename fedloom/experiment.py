@@ -8,13 +8,13 @@ coordinator to its clients; `run` drives both and keeps the results. No arithmet
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedloom import carriers, environment, registry
 from fedloom.algorithms.base import Algorithm
@@ -28,7 +28,7 @@ from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
 from fedloom.deployment import result_loader, save_result, server_scorer
-from fedloom.errors import RunFailed, UserError
+from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.loading import pick_device
@@ -99,8 +99,13 @@ def run(
             if overwrite:
                 folder.clear()
             return _run(setting, folder, resume, watch)
-    except OSError as error:
-        raise _disk_trouble(error, path) from error
+    except (OSError, SafetensorError) as error:
+        trouble = disk_trouble(error, path)
+        if trouble is None:
+            raise
+        finished = Checkpoints(path / "checkpoints").rounds() if path.is_dir() else []
+        kept = f"{finished[0]} finished rounds are kept in {path}" if finished else "no round was finished"
+        raise RunFailed(f"{trouble}: {kept}; make room or name another --out, then --resume") from error
 
 
 @dataclass
@@ -248,14 +253,3 @@ def _headline(setting: Setting) -> dict[str, Any]:
         "rounds": recipe.federation.rounds,
         "parameters": setting.model.adapter.layout.numel,
     }
-
-
-def _disk_trouble(error: OSError, path: Path) -> Exception:
-    """A full or unwritable disk as one sentence; any other OSError is a programming error and stays what it is."""
-    known = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
-    if error.errno not in known:
-        return error
-    where = error.filename or path
-    finished = Checkpoints(path / "checkpoints").rounds()
-    kept = f"{finished[0]} finished rounds are kept in {path}" if finished else "no round was finished"
-    return RunFailed(f"cannot write {where} ({error.strerror}): {kept}; make room or name another --out, then --resume")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,11 +43,19 @@ def export_run(run: Path, format: str, out: Path, client: str | None, say: Calla
     source = result_folder(run, client)
     if out.exists():
         raise UserError(f"{out} is there already: name another folder with --out")
-    if format == "peft":
-        shutil.copytree(source, out)
-        return out
-    from fedloom.models.adapters import export_merged
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))  # the folder appears whole or not at all
+    try:
+        scratch.chmod(0o755)
+        if format == "peft":
+            for file in source.iterdir():
+                shutil.copyfile(file, scratch / file.name)
+        else:
+            from fedloom.models.adapters import export_merged
 
-    say("merging the adapter into the base model's weights")
-    export_merged(RunFolder(run).stored_recipe().model, source, out, say)
+            say("merging the adapter into the base model's weights")
+            export_merged(RunFolder(run).stored_recipe().model, source, scratch, say)
+        os.replace(scratch, out)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return out

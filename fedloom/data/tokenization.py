@@ -7,6 +7,7 @@ text as ids and lies under `$FEDLOOM_HOME/tokenised`; `fedloom fetch --clear tok
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -85,15 +86,21 @@ def tokenise(corpus: Corpus, template: Template, max_length: int, cache: Path | 
         except (SafetensorError, KeyError):
             path.unlink()  # a torn file of an earlier crash: made again below
     arrays = encode(corpus.examples, template, max_length)
-    cache.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(dir=cache, suffix=".tmp")
+    with contextlib.suppress(OSError, SafetensorError):  # a cache that is full or read-only costs time, nothing else
+        _keep(arrays, path)
+    return TokenisedCorpus(arrays)
+
+
+def _keep(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Write a file of the cache, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
     try:
         save_file(arrays, scratch)
         os.replace(scratch, path)
     finally:
         Path(scratch).unlink(missing_ok=True)
-    return TokenisedCorpus(arrays)
 
 
 def encode(examples: Sequence[Example], template: Template, max_length: int) -> dict[str, np.ndarray]:

@@ -7,9 +7,10 @@ know who trains or what travels.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.config import AdapterConfig, ModelConfig
 from fedloom.errors import UserError
-from fedloom.models.loading import Base, Say, load_base
+from fedloom.models.loading import Base, Say, load_base, quiet_transformers
 from fedloom.models.state import Adapter, Layout
 from fedloom.randomness import forked_torch
 
@@ -144,11 +145,18 @@ def _base_name(name: str) -> str:
     return name.replace(".base_layer.", ".")
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no word about a name of transformers that peft still asks by and that is on its way out."""
+    with quiet_transformers(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
 def attach(base: Base, config: AdapterConfig, seed: int) -> AdaptedModel:
     """`base` with a fresh adapter, initialised from the seed. Raises UserError where peft refuses the configuration."""
     try:
-        with forked_torch(seed, "init"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that is on its way out
+        with forked_torch(seed, "init"), _quiet():
             module = get_peft_model(base.model, METHODS[config.method](config))
     except ValueError as error:
         first = str(error).splitlines()[0]
@@ -189,11 +197,13 @@ def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = l
     """Write a plain transformers model with the adapter merged into its weights, and its tokenizer."""
     base = load_base(config, "cpu", say)
     delta = load_base_delta(adapter)
-    merged: Any = PeftModel.from_pretrained(base.model, str(adapter))
+    with _quiet():
+        merged: Any = PeftModel.from_pretrained(base.model, str(adapter))
     if delta:
         AdaptedModel(get_trainable(merged), base).set_base_delta(delta)
     merged = merged.merge_and_unload()
-    merged.save_pretrained(str(folder))
+    with _quiet():
+        merged.save_pretrained(str(folder))
     base.tokenizer.save_pretrained(str(folder))
 
 
@@ -210,7 +220,8 @@ def load_adapted(config: ModelConfig, adapter: Path, device: str, say: Say = lam
     base = load_base(config, device, say)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter: expected adapter_config.json, as `fedloom run` and peft write it")
-    module = PeftModel.from_pretrained(base.model, str(adapter))
+    with _quiet():
+        module = PeftModel.from_pretrained(base.model, str(adapter))
     module.eval()
     model = AdaptedModel(get_trainable(module), base)
     model.set_base_delta(load_base_delta(adapter))
