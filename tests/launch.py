@@ -42,9 +42,13 @@ class Done:
     err: str
 
     @property
-    def complaints(self) -> list[str]:
-        """The lines of stderr that are not progress."""
-        return [line for line in self.err.splitlines() if line and not re.match(r"\s*\d+:\d\d ", line)]
+    def sentence(self) -> str:
+        """The one sentence on stderr that ends a command in trouble; nothing but progress may stand before it."""
+        lines = self.err.rstrip("\n").split("\n")
+        assert lines[-1].startswith("fedloom: "), self.err
+        for line in lines[:-1]:
+            assert not re.search(r"fedloom: |Traceback|Error|Warning", line), self.err
+        return lines[-1].removeprefix("fedloom: ")
 
 
 class Running:
