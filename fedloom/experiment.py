@@ -31,6 +31,7 @@ from fedloom.deployment import result_loader, save_result, server_scorer
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
+from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
 from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
@@ -239,7 +240,7 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
     coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
     coordinator.events.close()
     coordinator.runtime.close()
-    return Result(summary, folder.path, write_report(folder.path), model.module, model.tokenizer)
+    return Result(summary, folder.path, write_report(folder.path), release(model), model.tokenizer)
 
 
 def _headline(setting: Setting) -> dict[str, Any]:

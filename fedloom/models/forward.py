@@ -7,6 +7,7 @@ asks: training, evaluation and every algorithm's own loss come through here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,6 +55,12 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
 def plain_attention(model: AdaptedModel) -> str:
     """The attention function for padded batches and generation."""
     return "sdpa" if getattr(model.causal_lm, "_supports_sdpa", False) else "eager"
+
+
+def release(model: AdaptedModel) -> Any:
+    """peft's model for whoever uses it outside of fedloom: packed batches leave it with an attention of their own."""
+    model.causal_lm.config._attn_implementation = plain_attention(model)
+    return model.module
 
 
 @torch.no_grad()
