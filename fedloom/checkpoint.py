@@ -59,7 +59,8 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 def to_bytes(payload: Payload) -> bytes:
     """Tensors and metadata in one safetensors file."""
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in payload.tensors.items()}
-    return save(tensors, metadata={"version": str(VERSION), "meta": json.dumps(payload.meta)})
+    about = {"version": str(VERSION), "meta": json.dumps(payload.meta), "sha256": _digest(tensors)}
+    return save(tensors, metadata=about)
 
 
 def from_bytes(data: bytes) -> Payload:
@@ -67,9 +68,23 @@ def from_bytes(data: bytes) -> Payload:
     try:
         (length,) = (int.from_bytes(data[:8], "little"),)
         header = json.loads(data[8 : 8 + length])["__metadata__"]
-        return Payload(load(data), json.loads(header["meta"]))
+        payload = Payload(load(data), json.loads(header["meta"]))
+        whole = header["sha256"] == _digest(payload.tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its tensors cannot be read ({type(error).__name__})") from error
+    if not whole:
+        raise Damaged("its tensors were altered")
+    return payload
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """sha256 (hex) over names, dtypes, shapes and bytes; safetensors itself would not notice a flipped bit."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @dataclass
@@ -130,8 +145,10 @@ class Checkpoints:
             data = (folder / "server.safetensors").read_bytes()
         except (OSError, ValueError) as error:
             raise Damaged(f"it cannot be read ({type(error).__name__})") from error
-        if described.get("version") != VERSION:
-            raise Damaged(f"it has version {described.get('version')}; this is fedloom's version {VERSION}")
+        if not isinstance(described, dict) or described.pop("sha256", None) != _json_digest(described):
+            raise Damaged("state.json was altered")
+        if described["version"] != VERSION:
+            raise Damaged(f"it has version {described['version']}; this is fedloom's version {VERSION}")
         if len(data) != described["tensors"]["bytes"]:
             raise Damaged(f"server.safetensors has {len(data)} of {described['tensors']['bytes']} bytes")
         if hashlib.sha256(data).hexdigest() != described["tensors"]["sha256"]:
@@ -159,12 +176,17 @@ class Checkpoints:
 
 
 def _described(state: RoundState, data: bytes) -> dict[str, Any]:
-    return {
+    described = {
         "version": VERSION,
         "round": state.round,
         "tensors": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         "notes": state.notes,
     }
+    return {**described, "sha256": _json_digest(described)}
+
+
+def _json_digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 class ClientStore:

@@ -57,9 +57,12 @@ class RunFolder:
         write_json(self.path / name, values)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the run, None where it is not there."""
-        path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        """A JSON file of the run, None where it is not there or cannot be read."""
+        try:
+            values = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return values if isinstance(values, dict) else None
 
     def sweep(self) -> None:
         """Remove what a killed process had begun to write and not yet renamed."""
