@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedloom.errors import UserError, suggest
-from fedloom.overrides import nested_copy, set_dotted
+from fedloom.overrides import nearest_key, nested_copy, set_dotted
 
 
 class Section(BaseModel):
@@ -225,6 +225,9 @@ class Recipe(Section):
     def parse(cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
         """A recipe from nested values and dotted overrides (``{"train.lr": 1e-3}``). Raises UserError."""
         merged = nested_copy(values)
+        both = [k for k in ("train.steps", "train.epochs") if (overrides or {}).get(k) is not None]
+        if len(both) == 2:
+            raise UserError(f"{both[0]} and {both[1]} both say how long a client trains: keep one")
         for dotted, value in (overrides or {}).items():
             set_dotted(merged, dotted, value)
         try:
@@ -305,13 +308,7 @@ def _one_sentence(error: ValidationError) -> str:
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        valid = _valid_keys(Recipe)
-        section = where.rpartition(".")[0]
-        siblings = [k for k in valid if k.rpartition(".")[0] == section]
-        nearest = suggest(where, valid)
-        if nearest.startswith("valid names"):
-            nearest = suggest(where, siblings).replace("valid names", "valid keys")
-        return f"unknown key {where} in the recipe: {nearest}"
+        return f"unknown key {where} in the recipe: {nearest_key(where, _valid_keys(Recipe))}"
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:] if message[:1].isupper() else message
     if first["type"] == "value_error":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -62,3 +63,45 @@ def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
     if keys[:-1] == ["train"] and other and value is not None:
         values[other] = None
     values[last] = value
+
+
+#: What Hugging Face, PEFT and Flower call a key of ours.
+KNOWN_AS = {
+    "learning_rate": "train.lr",
+    "per_device_train_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "num_train_epochs": "train.epochs",
+    "local_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "local_steps": "train.steps",
+    "lr_scheduler_type": "train.schedule",
+    "warmup_ratio": "train.warmup",
+    "max_grad_norm": "train.clip",
+    "optim": "train.optimizer",
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "peft_type": "adapter.method",
+    "num_rounds": "federation.rounds",
+    "num_server_rounds": "federation.rounds",
+    "fraction_fit": "federation.clients_per_round",
+    "min_fit_clients": "federation.min_clients",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "dataset": "data.corpus",
+    "model_name_or_path": "model.name",
+    "torch_dtype": "model.dtype",
+}
+
+
+def nearest_key(where: str, valid: Sequence[str]) -> str:
+    """The end of a sentence about an unknown key: what it is called here, the nearest key, or its section's keys."""
+    section, _, last = where.rpartition(".")
+    alias = difflib.get_close_matches(last, KNOWN_AS, n=1, cutoff=0.9)
+    siblings = [k for k in valid if k.rpartition(".")[0] == section]
+    close = difflib.get_close_matches(where, siblings, n=1, cutoff=0.8)
+    if not close and alias:
+        close = [KNOWN_AS[alias[0]]]
+    elsewhere = [k for k in valid if k.rpartition(".")[2] == last]
+    close = close or elsewhere or difflib.get_close_matches(where, valid, n=1, cutoff=0.8)
+    return f"did you mean {close[0]}?" if close else f"valid keys are {', '.join(siblings)}"

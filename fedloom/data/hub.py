@@ -5,11 +5,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from fedloom.data.files import Row
-
-#: Seconds after which a hub that has not answered counts as out of reach.
-PATIENCE = 4.0
+from fedloom.reach import hub_reachable
 
 _REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 
@@ -73,37 +67,6 @@ def load(ref: HubRef) -> tuple[Iterator[Row], Iterator[Row], str]:
                 raise HubUnavailable("not cached, and the hub is out of reach or switched off") from error
             raise HubUnavailable(" ".join(str(error).split())[:200] or type(error).__name__) from error
     return loaded[0], loaded[1], "hub" if reachable else "hub cache"
-
-
-def switched_off() -> bool:
-    """Whether the environment forbids the hub."""
-    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
-
-
-def hub_reachable(patience: float = PATIENCE) -> bool:
-    """Whether the hub answers within `patience` seconds. Proxies of the environment are used.
-
-    The question is asked on a thread because looking a name up has no timeout of its own.
-    """
-    if switched_off():
-        return False
-    answers: list[bool] = []
-
-    def ask() -> None:
-        request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")
-        try:
-            with urllib.request.urlopen(request, timeout=patience):
-                answers.append(True)
-        except urllib.error.HTTPError:  # an answer all the same
-            answers.append(True)
-        except (OSError, ValueError):
-            answers.append(False)
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(patience)
-    return bool(answers and answers[0])
 
 
 @contextmanager

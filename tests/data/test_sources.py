@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom import carriers
+from fedloom import carriers, reach
 from fedloom.config import DataConfig, SplitConfig
 from fedloom.corpora import codealpaca, medmcqa, skills
 from fedloom.data import hub
@@ -326,13 +326,13 @@ def test_hub_references():
 
 
 def test_the_hub_is_given_up_quickly(monkeypatch):
-    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))
+    monkeypatch.setattr(reach.urllib.request, "urlopen", lambda *_, **__: time.sleep(30))
     start = time.monotonic()
-    assert hub.hub_reachable(patience=0.2) is False
+    assert reach.hub_reachable(patience=0.2) is False
     assert time.monotonic() - start < 5
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(hub.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was touched"))
-    assert hub.hub_reachable() is False
+    monkeypatch.setattr(reach.urllib.request, "urlopen", lambda *_, **__: pytest.fail("the network was touched"))
+    assert reach.hub_reachable() is False
 
 
 def test_offline_without_a_cache_is_a_reason_not_a_crash(tmp_path):
