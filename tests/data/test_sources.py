@@ -488,7 +488,8 @@ def skill_corpus():
 
 def test_skills_are_verified_and_never_asked_twice(skill_corpus):
     right = suites.get("skills").right
-    assert skill_corpus.categories() == dict.fromkeys(sorted(skills.SKILLS), 400) and skill_corpus.suite == "skills"
+    assert skill_corpus.categories() == {**dict.fromkeys(sorted(skills.SKILLS), 400), "products": 96}
+    assert skill_corpus.suite == "skills"
     for skill in skills.SKILLS:
         examples = [e for e in skill_corpus.examples if e.category == skill]
         assert len({e.instruction for e in examples}) == len(examples)
@@ -503,7 +504,8 @@ def test_skills_are_verified_and_never_asked_twice(skill_corpus):
 def test_skills_questions_are_chosen_evenly(skill_corpus):
     parts = partition(skill_corpus, resolve_split(SplitConfig(), source_of(DataConfig(corpus="fed-skills"))), 42)
     chosen = select_questions(skill_corpus, parts, 20, 42)
-    assert {client: len(indices) for client, indices in chosen.items()} == dict.fromkeys(parts.clients, 20)
+    asked = {**dict.fromkeys(parts.clients, 20), "products": 10}  # there are no more products than that
+    assert {client: len(indices) for client, indices in chosen.items()} == asked
 
 
 DIGESTS_SCRIPT = """
