@@ -88,8 +88,11 @@ def federated_data(
         return FederatedData(corpus, sequences, clients, {})
     if corpus.test:
         asked = [corpus.test[i] for i in select_test_set(corpus, limit, recipe.seed)]
+        suite.check(asked)
         return FederatedData(corpus, sequences, clients, {}, asked)
-    return FederatedData(corpus, sequences, clients, select_questions(corpus, clients, limit, recipe.seed))
+    questions = select_questions(corpus, clients, limit, recipe.seed)
+    suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
+    return FederatedData(corpus, sequences, clients, questions)
 
 
 def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:

@@ -37,7 +37,7 @@ from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
 from fedloom.summary import summarise
-from fedloom.tracking import Events, open_trackers
+from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.types import Corpus, Partition
 
 
@@ -131,6 +131,7 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     threads = recipe.runtime.threads or environment.available_cores()
     torch.set_num_threads(threads)
     registry.runtimes.get(recipe.runtime.name)
+    find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
 
     # A corpus, split among clients.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedloom.errors import UserError
+from fedloom.errors import UserError, suggest
 
 #: Event → its fields besides `event` and `time`. docs/run-folder.md explains each; a test holds both to what is written.
 SCHEMA: dict[str, tuple[str, ...]] = {
@@ -132,22 +132,26 @@ class _AccelerateTracker:
         self._tracker.finish()
 
 
-def open_trackers(names: Iterable[str], run: str, folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
-    """The trackers of accelerate.tracking by name, started. Raises UserError for one that is unknown or not installed."""
+def find_trackers(names: Iterable[str]) -> list[Any]:
+    """The classes of accelerate.tracking by name. Raises UserError for one that is unknown or not installed."""
     names = list(names)
     if not names:
         return []
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
-    from fedloom.errors import suggest
-
-    opened: list[Tracker] = []
+    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             raise UserError(f"unknown tracker {name!r}: {suggest(name, LOGGER_TYPE_TO_CLASS)}")
-        if name not in {str(getattr(t, "value", t)) for t in get_available_trackers()}:
+        if name not in available:
             raise UserError(f"tracker {name!r} is not installed: pip install {name}")
-        cls = LOGGER_TYPE_TO_CLASS[name]
+    return [LOGGER_TYPE_TO_CLASS[name] for name in names]
+
+
+def open_trackers(names: Iterable[str], run: str, folder: Path, config: Mapping[str, Any]) -> list[Tracker]:
+    """The trackers of accelerate.tracking by name, started. Raises UserError as `find_trackers` does."""
+    opened: list[Tracker] = []
+    for cls in find_trackers(names):
         tracker = cls(run, logging_dir=str(folder)) if cls.requires_logging_directory else cls(run)
         if hasattr(tracker, "start"):
             tracker.start()

@@ -7,7 +7,7 @@ models, prompts or clients; evaluation/ runs it. Nothing here imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from functools import cache
@@ -43,6 +43,14 @@ class Suite:
     max_new_tokens: int
     right: Callable[[Example, str], bool] | None
     note: str
+
+    def check(self, questions: Iterable[Example]) -> None:
+        """Raise UserError unless each of these can be scored, before anything is written or trained."""
+        for question in questions:
+            if self.right is None:
+                choice_texts(question)
+            else:
+                self.right(question, "")
 
 
 @cache
