@@ -139,6 +139,12 @@ class TrainConfig(Section):
         "auto", description="padding-free batches; auto tries the model once and falls back to padding"
     )
 
+    @field_validator("packing", mode="before")
+    @classmethod
+    def _on_and_off(cls, value: Any) -> Any:
+        """YAML 1.1 reads on and off as booleans."""
+        return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
     @model_validator(mode="before")
     @classmethod
     def _default_steps(cls, values: Any) -> Any:
