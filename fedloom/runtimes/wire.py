@@ -13,8 +13,7 @@ import dataclasses
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -36,8 +35,8 @@ def encode_assignment(assignment: Assignment) -> bytes:
 
 
 def decode_assignment(message: bytes, max_bytes: int | None = None) -> Assignment:
-    header, payload = _unpack(message, "assignment", max_bytes)
-    return Assignment(payload=payload, **_known(Assignment, header["fields"]))
+    header, payload = _unpack(message, ("assignment",), max_bytes)
+    return _made(Assignment, header.get("fields"), payload=payload)
 
 
 def encode_outcome(outcome: Outcome) -> bytes:
@@ -55,13 +54,11 @@ def encode_outcome(outcome: Outcome) -> bytes:
 
 
 def decode_outcome(message: bytes, max_bytes: int | None = None) -> Outcome:
-    header, payload = _unpack(message, None, max_bytes)
-    cost = Cost(**_known(Cost, header["cost"]))
+    header, payload = _unpack(message, ("update", "failure"), max_bytes)
+    cost = _made(Cost, header.get("cost"))
     if header["message"] == "update":
-        return Update(payload=payload, cost=cost, **_known(Update, header["fields"]))
-    if header["message"] == "failure":
-        return Failure(cost=cost, **_known(Failure, header["fields"]))
-    raise WireError(f"a message of kind {header['message']!r} is no outcome")
+        return _made(Update, header.get("fields"), payload=payload, cost=cost)
+    return _made(Failure, header.get("fields"), cost=cost)
 
 
 def _pack(header: dict[str, Any], payload: Payload) -> bytes:
@@ -73,7 +70,7 @@ def _pack(header: dict[str, Any], payload: Payload) -> bytes:
     return MAGIC + struct.pack("<I", len(text)) + text + body
 
 
-def _unpack(message: bytes, kind: str | None, max_bytes: int | None) -> tuple[dict[str, Any], Payload]:
+def _unpack(message: bytes, kinds: tuple[str, ...], max_bytes: int | None) -> tuple[dict[str, Any], Payload]:
     if max_bytes is not None and len(message) > max_bytes:
         raise WireError(f"the message has {len(message)} bytes; at most {max_bytes} are taken")
     if message[:4] != MAGIC or len(message) < 8:
@@ -82,21 +79,37 @@ def _unpack(message: bytes, kind: str | None, max_bytes: int | None) -> tuple[di
     if length > MAX_HEADER_BYTES or 8 + length > len(message):
         raise WireError(f"the header claims {length} bytes, more than there are")
     try:
-        header = json.loads(message[8 : 8 + length])
+        header = json.loads(message[8 : 8 + length], parse_constant=_refused)
         body = memoryview(message)[8 + length :]
         if len(body) != header["body"]["bytes"] or hashlib.sha256(body).hexdigest() != header["body"]["sha256"]:
             raise WireError("the body is not what its header says: truncated or altered on its way")
-        if kind is not None and header["message"] != kind:
-            raise WireError(f"expected a message of kind {kind}, got {header['message']!r}")
+        if header["message"] not in kinds:
+            raise WireError(f"expected a message of kind {' or '.join(kinds)}, got {header['message']!r}")
+        if not isinstance(header["meta"], dict):
+            raise WireError("the metadata is no mapping")
         tensors: dict[str, torch.Tensor] = load(bytes(body))
         return header, Payload(tensors, header["meta"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
+    except WireError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
         raise WireError(f"the message cannot be read: {type(error).__name__}") from error
 
 
-def _known(cls: type, fields: Mapping[str, Any]) -> dict[str, Any]:
-    names = {f.name for f in dataclasses.fields(cls)}
-    unknown = set(fields) - names
+def _refused(word: str) -> Any:
+    raise ValueError(f"{word} is no finite number")
+
+
+Made = TypeVar("Made", Assignment, Update, Failure, Cost)
+
+
+def _made(cls: type[Made], fields: object, **own: Any) -> Made:
+    """`cls` from a message's fields and what was decoded beside them. Raises WireError for others than it has."""
+    if not isinstance(fields, dict):
+        raise WireError(f"the fields of a message are a {type(fields).__name__} and not a mapping")
+    unknown = set(fields) - {f.name for f in dataclasses.fields(cls)} | set(fields) & set(own)
     if unknown:
         raise WireError(f"unknown fields {sorted(unknown)} in a message: the other side runs another version")
-    return dict(fields)
+    try:
+        return cls(**fields, **own)
+    except TypeError as error:
+        raise WireError("fields are missing in a message: the other side runs another version") from error
