@@ -1,0 +1,228 @@
+"""Messages: every dtype comes back as it went, and nothing that was truncated, altered or made up gets through."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import struct
+import tracemalloc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from fedloom.runtimes import wire
+from fedloom.types import Assignment, Cost, Failure, Payload, Update
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8, torch.bool,
+]  # fmt: skip
+SHAPES = [(), (0,), (1,), (3, 5), (2, 0, 4), (2, 3, 4)]
+
+
+def of(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Random bits (for bool, random truth)."""
+    generator = torch.Generator().manual_seed(1)
+    count = int(torch.tensor(shape).prod()) if shape else 1
+    if dtype is torch.bool:
+        return torch.randint(0, 2, shape, generator=generator).bool()
+    size = torch.empty(0, dtype=dtype).element_size()
+    return torch.randint(0, 256, (count * size,), dtype=torch.uint8, generator=generator).view(dtype).reshape(shape)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+def assignment(**fields) -> Assignment:
+    values = {"kind": "train", "client": "a", "round": 1, "rounds": 2, "payload": Payload(), **fields}
+    return Assignment(**values)
+
+
+def update(**fields) -> Update:
+    payload = Payload(
+        {"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(4)}, {"note": "x", "n": [1, 2.5, None, True]}
+    )
+    return Update(
+        "client ü/1", 3, payload, 7, 70, {"loss": 1.5, "skipped_steps": 0}, Cost(1, 2, 3, 4, 5, 0.5, 0.25), **fields
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_comes_back_bit_for_bit(dtype):
+    sent = Payload({str(shape): of(dtype, shape) for shape in SHAPES})
+    got = wire.decode_assignment(wire.encode_assignment(assignment(payload=sent))).payload
+    assert set(got.tensors) == set(sent.tensors)
+    for name, tensor in sent.tensors.items():
+        assert (got.tensors[name].dtype, got.tensors[name].shape) == (dtype, tensor.shape)
+        assert bits(got.tensors[name]) == bits(tensor)
+
+
+def test_special_values_survive():
+    values = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-45])
+    got = wire.decode_outcome(wire.encode_outcome(Update("a", 1, Payload({"x": values}))))
+    assert bits(got.payload.tensors["x"]) == bits(values)
+
+
+def test_windows_into_one_buffer_and_transposed_tensors_travel():
+    flat = torch.arange(12.0)
+    sent = Payload({"a": flat[:6].view(2, 3), "b": flat[6:10], "t": flat.view(3, 4).t()})
+    got = wire.decode_assignment(wire.encode_assignment(assignment(payload=sent))).payload.tensors
+    for name, tensor in sent.tensors.items():
+        assert torch.equal(got[name], tensor)
+
+
+def test_every_field_comes_back():
+    sent = assignment(
+        kind="evaluate", client="Zürich/é", round=4, rounds=9, steps=None, dataset="pooled", score=False,
+        recipe={"train": {"lr": 1e-3}, "names": ["x", None]}, payload=Payload({}, {"k": {"deep": [1]}}),
+    )  # fmt: skip
+    assert wire.decode_assignment(wire.encode_assignment(sent)) == sent
+    got = wire.decode_outcome(wire.encode_outcome(update()))
+    assert isinstance(got, Update)
+    assert (got.client, got.round, got.num_examples, got.num_tokens) == ("client ü/1", 3, 7, 70)
+    assert (dict(got.metrics), got.cost, got.payload.meta) == (
+        dict(update().metrics),
+        update().cost,
+        update().payload.meta,
+    )
+    failure = Failure("a", 2, "non_finite", "the loss of step 3", Cost(steps=3))
+    assert wire.decode_outcome(wire.encode_outcome(failure)) == failure
+
+
+def test_encoding_is_the_same_each_time():
+    assert wire.encode_outcome(update()) == wire.encode_outcome(update())
+
+
+def decode_either(message: bytes) -> None:
+    with pytest.raises(wire.WireError):
+        wire.decode_outcome(message)
+    with pytest.raises(wire.WireError):
+        wire.decode_assignment(message)
+
+
+def test_every_truncation_is_refused():
+    message = wire.encode_outcome(update())
+    for length in range(len(message)):
+        with pytest.raises(wire.WireError):
+            wire.decode_outcome(message[:length])
+    with pytest.raises(wire.WireError):
+        wire.decode_outcome(message + b"\0")
+
+
+def test_an_altered_byte_of_the_body_is_refused_wherever_it_is():
+    message = wire.encode_outcome(update())
+    header = 8 + struct.unpack("<I", message[4:8])[0]
+    for at in [*range(4), *range(header, len(message))]:
+        altered = bytearray(message)
+        altered[at] ^= 1
+        with pytest.raises(wire.WireError):
+            wire.decode_outcome(bytes(altered))
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"", b"FLM1", b"FLM1\0\0\0", b"FLM2" + b"\0" * 20, b"PK\3\4" + b"\0" * 50, b"\x80\x04." * 9, b"\0" * 8],
+)
+def test_foreign_bytes_are_refused(message):
+    decode_either(message)
+
+
+def packed(header: object, body: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return wire.MAGIC + struct.pack("<I", len(text) if length is None else length) + text + body
+
+
+def honest(**changes):
+    """A header that would be taken, with some fields changed."""
+    message = wire.encode_outcome(update())
+    size = struct.unpack("<I", message[4:8])[0]
+    header = json.loads(message[8 : 8 + size])
+    return packed({**header, **changes}, message[8 + size :])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        packed({}, length=0xFFFFFFFF), packed({}, length=1 << 20), packed({}), packed([]), packed(b"null"), packed(b"7"),
+        packed(b"\xff\xfe"), packed(b"{"), packed(b"[" * 60000), packed({"body": 3}), packed({"body": {}}),
+        honest(message="gossip"), honest(message=None), honest(fields=None), honest(fields=[1]), honest(fields={}),
+        honest(cost=None), honest(cost={"gold": 1}), honest(meta=None), honest(meta=[1]), honest(meta={"k": "x" * 20000}),
+        honest(cost={"wall_seconds": float("nan")}),
+        honest(fields={"client": "a", "round": 1, "payload": 1}),
+        honest(fields={"client": "a", "round": 1, "__class__": "evil"}),
+    ],
+)  # fmt: skip
+def test_made_up_headers_are_refused(message):
+    decode_either(message)
+
+
+def test_unknown_fields_name_the_other_version():
+    with pytest.raises(wire.WireError, match=r"unknown fields \['extra'\].*another version"):
+        wire.decode_outcome(honest(fields={"client": "a", "round": 1, "extra": 1}))
+
+
+def test_an_assignment_is_no_outcome_and_the_other_way_round():
+    with pytest.raises(wire.WireError, match="update or failure"):
+        wire.decode_outcome(wire.encode_assignment(assignment()))
+    with pytest.raises(wire.WireError, match="kind assignment"):
+        wire.decode_assignment(wire.encode_outcome(update()))
+
+
+def test_a_message_over_the_limit_is_refused():
+    message = wire.encode_outcome(update())
+    wire.decode_outcome(message, max_bytes=len(message))
+    with pytest.raises(wire.WireError, match=f"at most {len(message) - 1}"):
+        wire.decode_outcome(message, max_bytes=len(message) - 1)
+
+
+def test_bodies_that_claim_more_than_there_is_allocate_nothing():
+    """A body whose own table promises a terabyte: refused, with no more memory than the message has."""
+    import hashlib
+
+    table = json.dumps({"x": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}).encode()
+    body = struct.pack("<Q", len(table)) + table + b"\0" * 64
+    header = {"message": "failure", "fields": {"client": "a", "round": 1, "reason": "r", "detail": "d"}, "cost": {},
+              "meta": {}, "body": {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}}  # fmt: skip
+    tracemalloc.start()
+    try:
+        decode_either(packed(header, body))
+        for claimed in (1 << 20, 1 << 31, 0xFFFFFFFF):
+            decode_either(packed(header, body, length=claimed))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_header_that_is_too_long_is_not_sent():
+    with pytest.raises(wire.WireError, match="header"):
+        wire.encode_assignment(assignment(recipe={"x": "y" * (1 << 20)}))
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_at_all_raise_anything_else(data):
+    for message in (data, wire.MAGIC + data, packed(data), packed({"message": "update"}, data)):
+        decode_either(message)
+
+
+def test_mutated_messages_raise_nothing_else():
+    draw = random.Random(5)
+    message = wire.encode_outcome(update())
+    for _ in range(300):
+        altered = bytearray(message)
+        for _ in range(draw.randint(1, 4)):
+            altered[draw.randrange(len(altered))] = draw.randrange(256)
+        with contextlib.suppress(wire.WireError):
+            wire.decode_outcome(bytes(altered))
+
+
+def test_a_body_holds_tensors_and_no_code():
+    message = wire.encode_outcome(update())
+    size = struct.unpack("<I", message[4:8])[0]
+    assert message[8 + size :] == save({n: t.contiguous() for n, t in update().payload.tensors.items()})
