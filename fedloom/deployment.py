@@ -67,7 +67,7 @@ def save_result(
     model.save(folder / "adapter", base)
     if deployed.base_delta:
         save_base_delta(folder / "adapter", deployed.base_delta)
-    return deployed.adapter.sha256()
+    return deployed.sha256()
 
 
 def result_loader(algorithm: Algorithm, model: AdaptedModel, folder: RunFolder) -> Callable[[str], None]:

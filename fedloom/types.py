@@ -118,9 +118,12 @@ class Partition:
         return tuple(name for name, shard in self.shards.items() if shard.test)
 
     def pooled(self, name: str = "all-clients") -> Partition:
-        """The `global` baseline's view: one extra client holds everybody's training data, each keeps its tests."""
-        train = tuple(i for shard in self.shards.values() for i in shard.train)
-        validation = tuple(i for shard in self.shards.values() for i in shard.validation)
+        """The `global` baseline's view: one extra client holds everybody's training data, each keeps its tests.
+
+        The pool is in the corpus's order, so that it does not depend on the order of the clients.
+        """
+        train = tuple(sorted(i for shard in self.shards.values() for i in shard.train))
+        validation = tuple(sorted(i for shard in self.shards.values() for i in shard.validation))
         shards = {client: Shard(test=shard.test) for client, shard in self.shards.items()}
         return Partition({**shards, name: Shard(train, validation, ())}, self.splitter, self.seed)
 

@@ -15,6 +15,7 @@ overrides what it changes and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ class Deployed:
 
     adapter: Adapter
     base_delta: Mapping[str, torch.Tensor] | None = None
+
+    def sha256(self) -> str:
+        """sha256 (hex) of all deployed tensors: the adapter's alone, or its and the delta's, each in name order."""
+        if not self.base_delta:
+            return self.adapter.sha256()
+        digest = hashlib.sha256(self.adapter.flat.detach().cpu().numpy().tobytes())
+        for name, tensor in sorted(self.base_delta.items()):
+            digest.update(name.encode() + tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,522 @@
+"""The contract: whatever an algorithm declares of itself is tested here, for every registered name.
+
+Two small algorithms of the tests' own (merging.py) go through the same suite; they use what no shipped one uses yet: the
+base-weight delta, and personal tensors beside shared ones.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import merging
+import pytest
+import torch
+
+import fedloom
+import fedloom.client
+from fedloom import registry
+from fedloom.algorithms.base import Algorithm
+from fedloom.checkpoint import Checkpoints, ClientStore, folder_name, from_bytes, load_tensors, to_bytes
+from fedloom.config import Recipe
+from fedloom.data.batching import Plan, collate, round_indices
+from fedloom.errors import ClientFailed, RunFailed
+from fedloom.evaluation.loss import loss_sums
+from fedloom.experiment import Setting, Watch, prepare
+from fedloom.models.adapters import load_adapted
+from fedloom.rounds import Schedule
+from fedloom.runtimes import wire
+from fedloom.runtimes.simulator import Simulator
+from fedloom.training.trainer import fit
+from fedloom.types import Partition, Payload, Update
+
+OWN = {"test-merging": merging.Merging, "test-keeping": merging.Keeping}
+SHIPPED = registry.algorithms.names()
+ALL = [*SHIPPED, *OWN]
+
+
+def properties(name: str):
+    return (OWN.get(name) or registry.algorithms.get(name)).properties
+
+
+def those(wanted: Callable[[Any], Any]) -> list[str]:
+    return [name for name in ALL if wanted(properties(name))]
+
+
+@pytest.fixture(autouse=True)
+def _own_algorithms(monkeypatch):
+    for name, cls in OWN.items():
+        monkeypatch.setitem(registry.algorithms._targets, name, cls)
+
+
+# ------------------------------------------------------------------ what a run leaves
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """Every bit that a run ends with: the digest, the losses, each personal adapter and each client's own state."""
+    summary = json.loads((folder / "summary.json").read_text())
+    evaluations = [
+        {k: v for k, v in event.items() if k not in {"seconds", "time"}}
+        for event in map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+        if event["event"] == "evaluation"
+    ]
+    tensors = {
+        path.relative_to(folder).as_posix(): {n: t.tolist() for n, t in load_tensors(path).items()}
+        for path in sorted(folder.rglob("*.safetensors"))
+        if "checkpoints" not in path.parts
+    }
+    return {
+        "sha256": summary["adapter_sha256"],
+        "loss": summary["loss"],
+        "tensors": tensors,
+        "last": evaluations[-1]["loss"],
+    }
+
+
+def run(recipe: Recipe, out: Path, **options: Any) -> dict[str, Any]:
+    return result(fedloom.run(recipe, out=out, **options).folder)
+
+
+def server_state(folder: Path) -> Payload:
+    state, damages = Checkpoints(folder / "checkpoints").newest()
+    assert state is not None
+    assert not damages
+    return state.server
+
+
+def same(a: Payload, b: Payload) -> bool:
+    return (
+        a.meta == b.meta
+        and a.tensors.keys() == b.tensors.keys()
+        and all(torch.equal(t, b.tensors[n]) for n, t in a.tensors.items())
+    )
+
+
+# ------------------------------------------------------------------ determinism
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_seed_gives_the_same_bits_and_another_seed_others(name, tiny_recipe, tmp_path):
+    values = {"algorithm": name, "adapter.dropout": 0.1, "train.optimizer_state": "keep"}
+    first = run(tiny_recipe(values), tmp_path / "a")
+    torch.manual_seed(123)  # whatever state others leave the global generator in
+    assert run(tiny_recipe(values), tmp_path / "b") == first
+    assert run(tiny_recipe(values, seed=43), tmp_path / "c")["sha256"] != first["sha256"]
+    assert first["loss"]["after"] != first["loss"]["before"]
+
+
+@pytest.mark.parametrize("name", those(lambda p: p.order_independent))
+def test_the_order_of_the_clients_changes_nothing(name, tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe({"algorithm": name})
+    expected = run(recipe, tmp_path / "a")
+    split = fedloom.experiment.partition
+
+    def reversed_clients(*args: Any) -> Partition:
+        made = split(*args)
+        return replace(made, shards=dict(reversed(made.shards.items())))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fedloom.experiment, "partition", reversed_clients)
+        backwards = run(recipe, tmp_path / "b")
+    assert backwards["sha256"] == expected["sha256"]
+    assert backwards["tensors"] == expected["tensors"]
+
+    forwards = Simulator.run
+    monkeypatch.setattr(Simulator, "run", lambda self, work: forwards(self, reversed(list(work))))
+    assert run(recipe, tmp_path / "c")["sha256"] == expected["sha256"]
+
+
+# ------------------------------------------------------------------ state
+
+
+class Killed(BaseException):
+    """As sudden as a signal: nothing may catch it."""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_run_killed_in_a_round_goes_on_to_the_same_bits(name, tiny_recipe, tmp_path):
+    recipe = tiny_recipe({"algorithm": name, "train.optimizer_state": "keep", "federation.rounds": 3})
+    expected = run(recipe, tmp_path / "whole")
+
+    def tick(what: str, round: int, done: int, total: int) -> None:
+        if (what, round, done) == ("train", 2, 1):  # one client of round 2 has already kept its state
+            raise Killed
+
+    with pytest.raises(Killed):
+        fedloom.run(recipe, out=tmp_path / "killed", watch=Watch(tick=tick))
+    assert Checkpoints(tmp_path / "killed" / "checkpoints").rounds()[0] == 1
+    assert run(recipe, tmp_path / "killed", resume=True) == expected
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_more_rounds_later_are_more_rounds_at_once(name, tiny_recipe, tmp_path):
+    values = {"algorithm": name, "train.schedule": "constant", "train.optimizer_state": "keep"}
+    expected = run(tiny_recipe(values, **{"federation.rounds": 3}), tmp_path / "whole")
+    run(tiny_recipe(values, **{"federation.rounds": 1}), tmp_path / "run")
+    extended = run(tiny_recipe(values, **{"federation.rounds": 3}), tmp_path / "run", resume=True)
+    assert extended["sha256"] == expected["sha256"]
+    assert extended["tensors"] == expected["tensors"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_servers_state_moves_into_a_new_instance_bit_for_bit(name, tiny_recipe, tmp_path):
+    recipe = tiny_recipe({"algorithm": name})
+    fedloom.run(recipe, out=tmp_path / "run")
+    stored = server_state(tmp_path / "run")
+    algorithm = prepare(recipe, Watch()).algorithm
+    fresh = from_bytes(to_bytes(algorithm.server_state()))
+    algorithm.load_server_state(from_bytes(to_bytes(stored)))
+    assert same(algorithm.server_state(), stored)
+    again = from_bytes(to_bytes(algorithm.server_state()))
+    assert same(again, stored)
+    if not properties(name).personal:
+        assert not same(fresh, stored)
+        folder = tmp_path / "run" / "adapter"
+        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+        assert algorithm.deployed().sha256() == summary["adapter_sha256"]
+        delta = algorithm.deployed().base_delta or {}
+        kept = folder / "base_delta.safetensors"
+        assert (load_tensors(kept) if kept.exists() else {}).keys() == delta.keys()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_clients_own_state_comes_back_bit_for_bit(name, tiny_recipe, tmp_path):
+    setting = prepare(tiny_recipe({"algorithm": name}), Watch())
+    kept, _ = one_round(setting, tmp_path)
+    store = ClientStore(tmp_path / "again")
+    for client, state in kept.items():
+        store.save(client, 1, {"personal": state})
+        loaded = store.load(client, 1).get("personal", Payload())
+        assert same(loaded, state)
+        setting.algorithm.begin(client, loaded)
+        assert same(setting.algorithm.personal_state(), state)
+        assert setting.algorithm.client == client
+        setting.algorithm.begin("another", None)
+        assert same(setting.algorithm.personal_state(), Payload())
+    assert any(s.tensors for s in kept.values()) == properties(name).personal
+
+
+# ------------------------------------------------------------------ failures
+
+
+@dataclass
+class Faults:
+    """Clients that fail after they trained, with the model changed and its gradients used."""
+
+    plan: dict[tuple[str, int], str]
+    seen: list[str] = field(default_factory=list)
+
+    def install(self, monkeypatch) -> None:
+        train = fedloom.client.Client._train
+
+        def failing(client, assignment):
+            update = train(client, assignment)
+            if (assignment.client, assignment.round) in self.plan:
+                raise AssertionError("the failure has to come before the client's state is kept")
+            return update
+
+        def failing_fit(model, learner, *args, **options):
+            trained = fit(model, learner, *args, **options)
+            for client, reason in ((c, r) for (c, _), r in self.plan.items()):
+                if learner.client == client and client not in self.seen:
+                    self.seen.append(client)
+                    raise ClientFailed(reason, "made to fail")
+            return trained
+
+        monkeypatch.setattr(fedloom.client.Client, "_train", failing)
+        monkeypatch.setattr(fedloom.client, "fit", failing_fit)
+
+
+@pytest.mark.parametrize("name", those(lambda p: not p.pooled))
+def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, tiny_recipe, tmp_path, monkeypatch):
+    recipe = tiny_recipe({"algorithm": name, "train.optimizer_state": "keep"})
+    with monkeypatch.context() as patch:
+        Faults({("last", 1): "non_finite"}).install(patch)
+        failed = run(recipe, tmp_path / "failed")
+    sample = Schedule.sample
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Schedule, "sample", lambda self, round: tuple(c for c in sample(self, round) if (c, round) != ("last", 1))
+        )
+        left_out = run(recipe, tmp_path / "left-out")
+    assert failed == left_out
+    assert same(server_state(tmp_path / "failed"), server_state(tmp_path / "left-out"))
+    assert failed["sha256"] != run(recipe, tmp_path / "all")["sha256"]
+
+
+@pytest.mark.parametrize("name", those(lambda p: p.pooled))
+def test_a_failed_pool_ends_the_run_with_the_servers_state_untouched(name, tiny_recipe, tmp_path, monkeypatch):
+    Faults({("all-clients", 1): "non_finite"}).install(monkeypatch)
+    recipe = tiny_recipe({"algorithm": name})
+    with pytest.raises(RunFailed, match="0 usable updates"):
+        fedloom.run(recipe, out=tmp_path / "run")
+    assert same(server_state(tmp_path / "run"), prepare(recipe, Watch()).algorithm.server_state())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_refused_update_leaves_the_servers_state_untouched(name, tiny_recipe, tmp_path, monkeypatch):
+    """Every client sends garbage: the round is below its quorum and nothing of it is kept."""
+    encode = wire.encode_outcome
+
+    def spoiled(outcome):
+        if isinstance(outcome, Update) and outcome.payload.tensors:
+            tensors = {n: torch.full_like(t, torch.nan) for n, t in outcome.payload.tensors.items()}
+            outcome = replace(outcome, payload=Payload(tensors))
+        elif isinstance(outcome, Update) and outcome.num_examples:
+            outcome = replace(outcome, payload=Payload({"foreign": torch.ones(1)}))
+        return encode(outcome)
+
+    monkeypatch.setattr(wire, "encode_outcome", spoiled)
+    recipe = tiny_recipe({"algorithm": name})
+    with pytest.raises(RunFailed, match="0 usable updates"):
+        fedloom.run(recipe, out=tmp_path / "run")
+    assert same(server_state(tmp_path / "run"), prepare(recipe, Watch()).algorithm.server_state())
+    events = [json.loads(x) for x in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert {e["reason"] for e in events if e["event"] == "client_failed"} == {"bad_payload"}
+
+
+# ------------------------------------------------------------------ neutral options
+
+
+@pytest.mark.parametrize("name", those(lambda p: p.neutral is not None))
+def test_with_neutral_options_one_client_is_plain_local_training(name, tiny_recipe, tmp_path):
+    """Two rounds of the federation against one uninterrupted fit over all their steps, bit for bit."""
+    neutral = {f"algorithm.{k}": v for k, v in properties(name).neutral.items()}
+    values = {"split.splitter": "uniform", "split.num_clients": 1, "train.optimizer_state": "keep", "train.steps": 3}
+    recipe = tiny_recipe({"algorithm": name, **neutral, **values})
+    run(recipe, tmp_path / "run")
+
+    setting = prepare(recipe, Watch())
+    (client,) = setting.data.partition.training_clients
+    shard, train = setting.data.client(client), setting.recipe.train
+    plan = Plan(train.batch_size, steps=3)
+    steps = [
+        [collate([shard.sequences[i] for i in p], packed=True, pad=0, examples=p) for p in passes]
+        for round in (1, 2)
+        for passes in round_indices(shard.train, plan, round, recipe.seed, client)
+    ]
+    cls = registry.algorithms.get("fedavg")
+    fit(setting.model, cls(cls.Options(), 0), steps, train, first_step=0, total_steps=6)
+
+    folder = tmp_path / "run" / "adapter"
+    if properties(name).personal:
+        folder = tmp_path / "run" / "adapters" / folder_name(client)
+    tensors = load_tensors(folder / "adapter_model.safetensors")
+    assert tensors.keys() == setting.model.adapter.views.keys()
+    assert all(torch.equal(t, setting.model.adapter.views[n]) for n, t in tensors.items())
+
+
+# ------------------------------------------------------------------ what travels
+
+
+@dataclass
+class Wire:
+    """Everything that was encoded, by direction, and everything that clients kept."""
+
+    down: list[tuple[str, int, str, Payload]] = field(default_factory=list)
+    up: list[tuple[str, int, Payload]] = field(default_factory=list)
+    kept: list[tuple[str, int, dict[str, Payload]]] = field(default_factory=list)
+
+    def install(self, monkeypatch) -> None:
+        assignment, outcome, save = wire.encode_assignment, wire.encode_outcome, ClientStore.save
+
+        def copied(payload: Payload) -> Payload:
+            return Payload({n: t.clone() for n, t in payload.tensors.items()}, payload.meta)
+
+        def encode_assignment(a):
+            self.down.append((a.client, a.round, a.kind, copied(a.payload)))
+            return assignment(a)
+
+        def encode_outcome(o):
+            if isinstance(o, Update):
+                self.up.append((o.client, o.round, copied(o.payload)))
+            return outcome(o)
+
+        def keep(store, client, round, state):
+            self.kept.append((client, round, {s: copied(p) for s, p in state.items()}))
+            return save(store, client, round, state)
+
+        monkeypatch.setattr(wire, "encode_assignment", encode_assignment)
+        monkeypatch.setattr(wire, "encode_outcome", encode_outcome)
+        monkeypatch.setattr(ClientStore, "save", keep)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_that_a_client_keeps_is_in_any_message(name, tiny_recipe, tmp_path, monkeypatch):
+    spy = Wire()
+    spy.install(monkeypatch)
+    fedloom.run(tiny_recipe({"algorithm": name, "train.optimizer_state": "keep"}), out=tmp_path / "run")
+    kept = [t for _, _, state in spy.kept for payload in state.values() for t in payload.tensors.values() if t.any()]
+    travelled = [t for *_, payload in (*spy.down, *spy.up) for t in payload.tensors.values()]
+    assert len(kept) >= 6  # at least the optimiser's state
+    for secret in kept:
+        assert not [t for t in travelled if t.shape == secret.shape and secret.numel() > 1 and torch.equal(t, secret)]
+    assert {c for c, *_ in spy.up} == {c for c, *_ in spy.down}
+    if properties(name).personal:
+        personal = {n for _, _, state in spy.kept for n in state["personal"].tensors}
+        assert personal
+        assert not personal & {n for *_, payload in (*spy.down, *spy.up) for n in payload.tensors}
+
+
+# ------------------------------------------------------------------ what the server takes
+
+
+def one_round(setting: Setting, folder: Path) -> tuple[dict[str, Payload], list[Update]]:
+    """Each client's personal state and update after a first round, played by hand through the interface."""
+    server, cls = setting.algorithm, type(setting.algorithm)
+    client = cls(server.options, server.seed)
+    kept, updates = {}, []
+    for name in setting.schedule.training:
+        payload = server.initial_payload(name)
+        client.client_model(setting.models, payload)
+        client.begin(name, None)
+        client.receive(payload)
+        shard = setting.data.client(name)
+        steps = [
+            [collate([shard.sequences[i] for i in p], packed=True, pad=0, examples=p) for p in passes]
+            for passes in round_indices(shard.train, Plan(2, steps=2), 1, 0, name)
+        ]
+        fit(setting.model, client, steps, setting.recipe.train, first_step=0, total_steps=2)
+        tensors = {n: t.clone() for n, t in client.shared_state().tensors.items()}
+        updates.append(
+            Update(name, 1, Payload(tensors), len(shard.train), shard.sequences.supervised_tokens(shard.train))
+        )
+        kept[name] = from_bytes(to_bytes(client.personal_state()))
+    return kept, updates
+
+
+@pytest.fixture
+def played(request, tiny_recipe, tmp_path) -> tuple[Algorithm, list[Update], Callable[[], Algorithm]]:
+    recipe = tiny_recipe({"algorithm": request.param})
+    setting = prepare(recipe, Watch())
+    _, updates = one_round(setting, tmp_path)
+
+    def fresh() -> Algorithm:
+        algorithm = type(setting.algorithm)(setting.algorithm.options, setting.algorithm.seed)
+        algorithm.server_model(setting.models)
+        return algorithm
+
+    return setting.algorithm, updates, fresh
+
+
+@pytest.mark.parametrize("played", ALL, indirect=True)
+def test_an_update_fits_the_layout_that_the_server_announces(played):
+    algorithm, updates, _ = played
+    for update in updates:
+        algorithm.accept(update)
+        layout = algorithm.update_layout()
+        if layout is not None:
+            assert {n: t.shape for n, t in update.payload.tensors.items()} == layout.shapes
+
+
+@pytest.mark.parametrize("played", ALL, indirect=True)
+def test_foreign_names_wrong_shapes_and_no_numbers_are_refused(played):
+    algorithm, (update, *_), _ = played
+    tensors = update.payload.tensors
+    wrong = [{**tensors, "foreign": torch.ones(1)}]
+    for name, tensor in list(tensors.items())[:1]:
+        wrong += [
+            {n: t for n, t in tensors.items() if n != name},
+            {**tensors, name: tensor.flatten()[:-1]},
+            {**tensors, name: tensor.T.contiguous()},
+        ]
+        for bad in (torch.nan, torch.inf, -torch.inf):
+            spoiled = tensor.clone()
+            spoiled.view(-1)[-1] = bad
+            wrong.append({**tensors, name: spoiled})
+    for attempt in wrong:
+        with pytest.raises(ValueError, match=r"unexpected|missing|misshapen|not finite"):
+            algorithm.accept(replace(update, payload=Payload(attempt)))
+
+
+def aggregated(algorithm: Algorithm, updates: list[Update]) -> torch.Tensor:
+    once: Iterator[Update] = iter(updates)  # may be read once
+    algorithm.aggregate(once)
+    algorithm.server_step()
+    return algorithm.deployed().adapter.flat.double()
+
+
+@pytest.mark.parametrize("played", those(lambda p: p.linear_sum), indirect=True)
+def test_a_linear_sum_is_linear_in_what_clients_send(played):
+    _, updates, fresh = played
+    draw = torch.Generator().manual_seed(0)
+    others = [
+        replace(u, payload=Payload({n: torch.randn(t.shape, generator=draw) for n, t in u.payload.tensors.items()}))
+        for u in updates
+    ]
+
+    def mixed(a: float, b: float) -> list[Update]:
+        return [
+            replace(u, payload=Payload({n: a * t + b * v.payload.tensors[n] for n, t in u.payload.tensors.items()}))
+            for u, v in zip(updates, others, strict=True)
+        ]
+
+    one, two = aggregated(fresh(), updates), aggregated(fresh(), others)
+    for a, b in ((1.0, 1.0), (2.0, 0.0), (-0.5, 3.0)):
+        assert torch.allclose(aggregated(fresh(), mixed(a, b)), a * one + b * two, atol=1e-5)
+    assert not torch.allclose(one, two)
+
+
+@pytest.mark.parametrize("played", those(lambda p: p.linear_sum and not p.pooled), indirect=True)
+def test_a_linear_sum_needs_only_the_weighted_sum(played):
+    """Two clients' updates may be replaced by their mean with their weights added: what a secure sum would give."""
+    _, updates, fresh = played
+    first, second, *rest = updates
+    total = first.num_examples + second.num_examples
+    mean = {
+        n: (first.num_examples * t.double() + second.num_examples * second.payload.tensors[n].double()) / total
+        for n, t in first.payload.tensors.items()
+    }
+    merged = replace(
+        first,
+        payload=Payload({n: t.float() for n, t in mean.items()}),
+        num_examples=total,
+        num_tokens=first.num_tokens + second.num_tokens,
+    )
+    assert torch.allclose(aggregated(fresh(), [merged, *rest]), aggregated(fresh(), updates), atol=1e-6)
+
+
+# ------------------------------------------------------------------ the base-delta channel, end to end
+
+
+def held_out_loss(setting: Setting, model) -> float:
+    test = [i for shard in setting.clients.shards.values() for i in shard.test]
+    total, tokens = loss_sums(model, setting.data.sequences, test, batch_size=4, packed=True)
+    return total / tokens
+
+
+def test_after_one_round_merging_into_the_base_is_fedavg(tiny_recipe, tmp_path):
+    """Merging changes where the change is kept and not what the model does."""
+    values = {"federation.rounds": 1, "train.lr": 0.05}
+    merged = fedloom.run(tiny_recipe({"algorithm": "test-merging", **values}), out=tmp_path / "merging")
+    averaged = fedloom.run(tiny_recipe({"algorithm": "fedavg", **values}), out=tmp_path / "fedavg")
+    assert merged.summary["loss"]["after"] == pytest.approx(averaged.summary["loss"]["after"], abs=1e-5)
+    assert merged.summary["loss"]["after"] < merged.summary["loss"]["before"] - 0.05
+    adapter = load_tensors(tmp_path / "merging" / "adapter" / "adapter_model.safetensors")
+    assert not any(t.any() for n, t in adapter.items() if ".lora_B." in n)
+
+
+def test_a_base_delta_travels_and_is_deployed_saved_and_loaded(tiny_recipe, tmp_path, monkeypatch):
+    spy = Wire()
+    spy.install(monkeypatch)
+    recipe = tiny_recipe({"algorithm": "test-merging", "train.lr": 0.05})
+    outcome = fedloom.run(recipe, out=tmp_path / "run")
+    weight = "model.layers.0.self_attn.q_proj.weight"
+    ranks = {r: p.tensors[f"delta/{weight}.B"].shape[1] for _, r, k, p in spy.down if k == "train" and r > 1}
+    assert ranks == {2: 2}  # round 2's clients get round 1's change, of rank 2
+    delta = load_tensors(tmp_path / "run" / "adapter" / "base_delta.safetensors")
+    assert delta[f"{weight}.B"].shape[1] == 4  # two rounds of rank 2
+
+    setting = prepare(recipe, Watch())
+    loaded = load_adapted(recipe.model, tmp_path / "run" / "adapter", "cpu")
+    assert held_out_loss(setting, loaded) == pytest.approx(outcome.summary["loss"]["after"], abs=1e-5)
+    # the same by hand: plain weights plus the product, without any adapter
+    plain = setting.model
+    parameters = {n.replace(".base_layer", ""): p for n, p in plain.base.model.named_parameters()}
+    assert held_out_loss(setting, plain) == pytest.approx(outcome.summary["loss"]["before"], abs=1e-5)
+    for name in {n[:-2] for n in delta}:
+        parameters[name].data += delta[f"{name}.B"] @ delta[f"{name}.A"]
+    assert held_out_loss(setting, plain) == pytest.approx(outcome.summary["loss"]["after"], abs=1e-5)
