@@ -112,7 +112,7 @@ class Checkpoints:
         return sorted((int(m.group(1)) for m in found if m), reverse=True)
 
     def save(self, state: RoundState) -> Path:
-        """Write one round's checkpoint whole, then delete those older than the last `keep`."""
+        """Write one round's checkpoint whole, then delete all but it and the `keep` - 1 before it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for left_over in self.folder.glob(".round-*"):
             shutil.rmtree(left_over, ignore_errors=True)
@@ -128,8 +128,10 @@ class Checkpoints:
             os.replace(scratch, target)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-        for old in self.rounds()[self.keep :]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+        ahead = [r for r in self.rounds() if r > state.round]  # damaged ones that were passed over
+        older = [r for r in self.rounds() if r <= state.round]
+        for gone in ahead + older[self.keep :]:
+            shutil.rmtree(self.path(gone), ignore_errors=True)
         return self.path(state.round)
 
     def amend(self, state: RoundState) -> None:

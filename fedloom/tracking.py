@@ -61,8 +61,9 @@ class Events:
         if set(fields) != set(SCHEMA[event]):
             raise ValueError(f"event {event} takes {SCHEMA[event]}, got {tuple(fields)}")
         record = {"event": event, "time": round(time.time(), 3), **fields}
+        line = json.dumps(record, allow_nan=False) + "\n"
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+            file.write(line)
         self._track(record)
         if self.listener:
             self.listener(record)
@@ -84,7 +85,7 @@ class Events:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All events of a run in order, each round and evaluation once: what was done again replaces what it replaced."""
     events: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)
         except json.JSONDecodeError:
