@@ -1,0 +1,207 @@
+"""State at rest: whole or not at all, the last k, bit for bit, and every kind of damage recognised."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedloom.checkpoint import (
+    Checkpoints,
+    ClientStore,
+    Damaged,
+    RoundState,
+    folder_name,
+    from_bytes,
+    load_tensors,
+    to_bytes,
+    write_bytes,
+    write_json,
+)
+from fedloom.errors import RunFailed
+from fedloom.types import Payload
+
+VALUES = {
+    "f32": torch.tensor([1.0, -0.0, float("inf"), 1e-45]),
+    "bf16": torch.arange(6).reshape(2, 3).to(torch.bfloat16),
+    "i64": torch.tensor(7),
+    "bool": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 3),
+    "fp8": torch.ones(4).to(torch.float8_e4m3fn),
+}
+
+
+def state(round: int) -> RoundState:
+    return RoundState(
+        round, Payload({"w": torch.full((4,), float(round))}, {"r": round}), {"finished": round, "x": 0.1}
+    )
+
+
+def test_payloads_come_back_bit_for_bit():
+    sent = Payload(VALUES, {"note": "ü", "list": [1, 2.5, None]})
+    got = from_bytes(to_bytes(sent))
+    assert got.meta == sent.meta
+    for name, tensor in VALUES.items():
+        assert (got.tensors[name].dtype, got.tensors[name].shape) == (tensor.dtype, tensor.shape)
+        same = [t.reshape(-1).view(torch.uint8) for t in (got.tensors[name], tensor)]
+        assert torch.equal(*same)
+
+
+def test_every_truncation_and_every_flipped_byte_is_recognised():
+    data = to_bytes(Payload({"w": torch.arange(8.0), "v": torch.ones(3, dtype=torch.int8)}, {"n": 1}))
+    for length in range(len(data)):
+        with pytest.raises(Damaged):
+            from_bytes(data[:length])
+    header = 8 + int.from_bytes(data[:8], "little")
+    for at in range(header, len(data)):
+        altered = bytearray(data)
+        altered[at] ^= 128
+        with pytest.raises(Damaged):
+            from_bytes(bytes(altered))
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "file"
+    write_bytes(path, b"first")
+
+    def refused(*args):
+        raise OSError(28, "No space left on device")
+
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, refused)
+            with pytest.raises(OSError, match="No space left") as caught:
+                write_bytes(path, b"second")
+            assert caught.value.filename == str(path)
+        assert path.read_bytes() == b"first"
+        assert [p.name for p in path.parent.iterdir()] == ["file"]
+    write_bytes(path, b"second")
+    assert path.read_bytes() == b"second"
+    assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_json_that_is_not_finite_is_refused(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1.0})
+    with pytest.raises(ValueError, match="nan"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert (tmp_path / "a.json").read_text() == '{\n  "x": 1.0\n}\n'
+
+
+def test_the_last_k_rounds_are_kept(tmp_path):
+    store = Checkpoints(tmp_path / "c", keep=2)
+    assert store.newest() == (None, [])
+    for round in range(5):
+        assert store.save(state(round)).name == f"round-{round:04d}"
+    assert store.rounds() == [4, 3]
+    got, said = store.newest()
+    assert said == []
+    assert (got.round, got.notes, got.server.meta) == (4, state(4).notes, {"r": 4})
+    assert torch.equal(got.server.tensors["w"], torch.full((4,), 4.0))
+    store.amend(RoundState(4, state(4).server, {"finished": 4, "more": [1]}))
+    assert store.newest()[0].notes == {"finished": 4, "more": [1]}
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["round-0003", "round-0004"]
+
+
+def test_damage_is_passed_over_and_done_again(tmp_path):
+    store = Checkpoints(tmp_path / "c", keep=3)
+    for round in (1, 2, 3):
+        store.save(state(round))
+    (store.path(3) / "server.safetensors").write_bytes(b"")
+    (store.path(2) / "state.json").unlink()
+    got, said = store.newest()
+    assert got.round == 1
+    assert len(said) == 2
+    assert said[0].startswith("the checkpoint of round 3 is damaged")
+    assert said[1].startswith("the checkpoint of round 2 is damaged")
+    store.save(state(2))
+    assert store.newest()[0].round == 2
+    (store.path(2) / "server.safetensors").write_bytes(b"x")
+    (store.path(1) / "server.safetensors").write_bytes(b"x")
+    with pytest.raises(RunFailed, match="no checkpoint in"):
+        store.newest()
+
+
+def test_rounds_after_the_one_that_is_saved_are_not_kept_in_its_place(tmp_path):
+    """Rounds 2 and 3 are damaged and keep is 1: saving round 2 again must not delete it for the damaged round 3."""
+    store = Checkpoints(tmp_path / "c", keep=3)
+    for round in (1, 2, 3):
+        store.save(state(round))
+    for round in (2, 3):
+        (store.path(round) / "server.safetensors").write_bytes(b"")
+    Checkpoints(tmp_path / "c", keep=1).save(state(2))
+    assert Checkpoints(tmp_path / "c").newest()[0].round == 2
+
+
+def test_another_version_is_refused(tmp_path):
+    store = Checkpoints(tmp_path / "c")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedloom.checkpoint.VERSION", 99)
+        store.save(state(1))
+    with pytest.raises(Damaged, match="version 99"):
+        store.load(1)
+
+
+def test_a_left_over_of_a_killed_save_is_cleared(tmp_path):
+    store = Checkpoints(tmp_path / "c")
+    (tmp_path / "c" / ".round-0001-77").mkdir(parents=True)
+    store.save(state(1))
+    assert [p.name for p in (tmp_path / "c").iterdir()] == ["round-0001"]
+
+
+def test_client_state_of_the_right_round(tmp_path):
+    store = ClientStore(tmp_path, keep=2)
+    assert store.load("a", 5) == {}
+    for round in (1, 3, 4):
+        optimizer = Payload({"exp_avg": torch.full((2,), float(round)), "step": torch.tensor(float(round))})
+        store.save("a", round, {"personal": Payload({}, {"r": round}), "optimizer": optimizer})
+    assert store.load("a", 2) == {}  # round 1 is no longer kept
+    for up_to, expected in ((3, 3), (4, 4), (9, 4)):
+        got = store.load("a", up_to)
+        assert got["personal"].meta == {"r": expected}
+        assert torch.equal(got["optimizer"].tensors["exp_avg"], torch.full((2,), float(expected)))
+    store.save("a", 3, {"personal": Payload({}, {"r": 33})})  # a server that fell back does round 3 again
+    assert store.load("a", 3)["personal"].meta == {"r": 33}
+    assert store.load("b", 9) == {}
+
+
+def test_clients_without_state_have_no_file(tmp_path):
+    ClientStore(tmp_path / "clients").save("a", 1, {"personal": Payload(), "optimizer": Payload()})
+    assert not (tmp_path / "clients").exists()
+
+
+def test_client_names_become_safe_folders(tmp_path):
+    names = [
+        "a/b",
+        "../up",
+        ".hidden",
+        "..",
+        "C++",
+        "c#",
+        "naïve",
+        "a b",
+        "x" * 300,
+        "x" * 299 + "y",
+        "a%2Fb",
+        "A",
+        "a",
+    ]
+    folders = [folder_name(name) for name in names]
+    assert len(set(folders)) == len(names)
+    for name, folder in zip(names, folders, strict=True):
+        assert "/" not in folder
+        assert not folder.startswith(".")
+        assert 0 < len(folder) <= 120
+        (tmp_path / folder).mkdir()
+        assert (tmp_path / folder).resolve().parent == tmp_path.resolve()
+        ClientStore(tmp_path / "s").save(name, 1, {"personal": Payload({}, {"n": name})})
+    for name in names:
+        assert ClientStore(tmp_path / "s").load(name, 1)["personal"].meta == {"n": name}
+
+
+def test_a_damaged_tensor_file_is_said(tmp_path):
+    path = Path(tmp_path / "x.safetensors")
+    path.write_bytes(b"nothing")
+    with pytest.raises(Damaged, match="cannot be read"):
+        load_tensors(path)
