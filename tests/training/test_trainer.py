@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
@@ -10,7 +11,9 @@ import tiny
 import torch
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
+import fedloom
 from fedloom import registry
+from fedloom.algorithms.fedavg import FedAvg
 from fedloom.checkpoint import from_bytes, to_bytes
 from fedloom.config import AdapterConfig, TrainConfig
 from fedloom.data.batching import Plan, collate, round_indices
@@ -349,3 +352,27 @@ def test_dropout_is_on_in_training_and_off_after_it():
     assert modes == [True, True]
     assert not model.module.training
     assert not model.grad.any()
+
+
+@pytest.mark.parametrize("nonfinite", ["skip", "fail"])
+def test_a_run_counts_skipped_steps_and_reports_failed_clients(tiny_recipe, tmp_path, monkeypatch, nonfinite):
+    """Through the whole package: the first step of one client gives infinity."""
+    local_loss, spoiled = FedAvg.local_loss, []
+
+    def poisoned(self, model, batch, step_tokens):
+        loss = local_loss(self, model, batch, step_tokens)
+        if self.client == "last" and not spoiled:
+            spoiled.append(batch)
+            return loss * torch.inf
+        return loss
+
+    monkeypatch.setattr(FedAvg, "local_loss", poisoned)
+    result = fedloom.run(tiny_recipe({"train.nonfinite": nonfinite}), out=tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    failed = [e for e in events if e["event"] == "client_failed"]
+    if nonfinite == "skip":
+        assert (result.summary["skipped_steps"], result.summary["failures"], failed) == (1, 0, [])
+        return
+    assert (result.summary["skipped_steps"], result.summary["failures"]) == (0, 1)
+    assert (failed[0]["client"], failed[0]["round"], failed[0]["reason"]) == ("last", 1, "non_finite")
+    assert f"step 1 is not finite (examples {list(spoiled[0].examples)})" in failed[0]["detail"]
