@@ -123,7 +123,7 @@ def test_an_object_that_holds_one_array_and_json_lines_called_json(tmp_path):
         ("a.csv", b'instruction,output\na,"b"c\n', r"a.csv, line 2 is not CSV"),
         ("a.csv", b"instruction,output\na,\xff\n", r"a.csv, near line \d is not UTF-8 text"),
         ("a.csv", b"", r"has no rows: give a file with at least one example"),
-        ("a.jsonl.gz", gzip.compress(b'{"output": "x"}\n' * 99)[:-20], r"a.jsonl.gz is not a whole gzip file"),
+        ("a.jsonl.gz", gzip.compress(b'{"output": "x"}\n' * 99, mtime=0)[:-20], r"a.jsonl.gz is not a whole gzip file"),
         ("a.jsonl.gz", b"plain", r"a.jsonl.gz is not a whole gzip file"),
         ("a.parquet", b"PAR1 no more", r"a.parquet is not a readable Parquet file"),
         ("a.txt", b"words", r"a.txt is not a data file: its name ends in none of .json"),
