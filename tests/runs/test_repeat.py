@@ -34,6 +34,15 @@ def test_fresh_processes_and_thread_counts_agree(recipe_file, cli, tmp_path):
     assert digest(tmp_path / "other") != one[0]
 
 
+def test_a_client_that_keeps_its_optimiser_trains_through_the_rounds(cli, recipe_file, tmp_path):
+    """`local`, kept moments, a constant rate: two rounds of two steps are one round of four, bit for bit."""
+    recipe = recipe_file({"algorithm.name": "local", "train.schedule": "constant", "train.optimizer_state": "keep"})
+    for name, rounds, steps, more in (("short", 2, 2, []), ("long", 1, 4, []), ("reset", 2, 2, ["reset"])):
+        options = [f"federation.rounds={rounds}", f"train.steps={steps}", *(f"train.optimizer_state={o}" for o in more)]
+        assert cli("run", recipe, *options, "--out", name, "-q").code == 0
+    assert digest(tmp_path / "short") == digest(tmp_path / "long") != digest(tmp_path / "reset")
+
+
 @pytest.fixture(scope="session")
 def seven_million(tmp_path_factory):
     """A random Llama of about seven million weights: large enough that two threads really share its products."""

@@ -199,7 +199,12 @@ def test_bodies_that_claim_more_than_there_is_allocate_nothing():
     assert peak < 1 << 20
 
 
-def test_a_header_that_is_too_long_is_not_sent():
+def test_a_header_that_is_too_long_is_not_read_and_not_sent():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(wire, "MAX_HEADER_BYTES", 1 << 30)
+        message = wire.encode_assignment(assignment(recipe={"x": "y" * (1 << 20)}))
+    with pytest.raises(wire.WireError, match="header claims"):
+        wire.decode_assignment(message)
     with pytest.raises(wire.WireError, match="header"):
         wire.encode_assignment(assignment(recipe={"x": "y" * (1 << 20)}))
 
