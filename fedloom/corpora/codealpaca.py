@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
+from fedloom.data.declaration import Grouping, Source
 from fedloom.data.files import Row
 from fedloom.data.hub import HubRef
-from fedloom.data.sources import Grouping, Source
 from fedloom.types import Example
 
 UNSPECIFIED = "unspecified"

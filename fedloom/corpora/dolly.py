@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from fedloom.data.declaration import Source
 from fedloom.data.hub import HubRef
-from fedloom.data.sources import Source
 
 SOURCE = Source(
     name="fed-dolly",

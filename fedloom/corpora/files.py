@@ -10,10 +10,10 @@ import itertools
 from pathlib import Path
 
 from fedloom.config import DataConfig
+from fedloom.data.declaration import Source
 from fedloom.data.examples import PEEK
 from fedloom.data.files import data_files, read_files, stem_of
 from fedloom.data.hub import HubRef
-from fedloom.data.sources import Source
 from fedloom.errors import UserError
 
 #: Role → usual names, the first that exists is taken.

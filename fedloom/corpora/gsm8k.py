@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from fedloom.data.declaration import Source
 from fedloom.data.files import Row
 from fedloom.data.hub import HubRef
-from fedloom.data.sources import Source
 from fedloom.types import Example
 
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from importlib.metadata import version
 
 from fedloom.corpora.skills import reasoning_gym
+from fedloom.data.declaration import Request, Rows, Source
 from fedloom.data.files import Row
-from fedloom.data.sources import Request, Rows, Source
 from fedloom.randomness import derived_seed
 from fedloom.types import Example
 

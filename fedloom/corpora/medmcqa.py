@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import PurePosixPath
 
 from fedloom import carriers
+from fedloom.data.declaration import Grouping, Request, Rows, Source
 from fedloom.data.files import FILE_COLUMN, Row
-from fedloom.data.sources import Grouping, Request, Rows, Source
 from fedloom.errors import UserError
 from fedloom.types import Example
 

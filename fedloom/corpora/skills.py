@@ -15,8 +15,8 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+from fedloom.data.declaration import Request, Rows, Source
 from fedloom.data.files import Row
-from fedloom.data.sources import Request, Rows, Source
 from fedloom.errors import UserError
 from fedloom.randomness import derived_seed
 from fedloom.types import Example

@@ -9,20 +9,16 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from fedloom.config import DataConfig
+from fedloom.data.declaration import Grouping, Say, Source
 from fedloom.data.files import Row
 from fedloom.errors import UserError
 from fedloom.randomness import numpy_generator
 from fedloom.types import Example
-
-if TYPE_CHECKING:
-    from fedloom.data.sources import Grouping, Source
-
-Say = Callable[[str], None]
 
 ROLES = ("instruction", "input", "output", "category")
 

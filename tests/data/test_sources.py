@@ -20,10 +20,11 @@ from fedloom import carriers, reach
 from fedloom.config import DataConfig, SplitConfig
 from fedloom.corpora import codealpaca, medmcqa, skills
 from fedloom.data import hub
+from fedloom.data.declaration import Source
 from fedloom.data.examples import limited
 from fedloom.data.files import read_rows
 from fedloom.data.hub import HubRef, HubUnavailable
-from fedloom.data.sources import Source, load_corpus, resolve_split, source_of
+from fedloom.data.sources import load_corpus, resolve_split, source_of
 from fedloom.data.splitters import partition, select_questions
 from fedloom.errors import UserError
 from fedloom.evaluation.suites import choice_texts, final_number
