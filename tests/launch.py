@@ -93,11 +93,18 @@ class Launcher:
         self._server.stdin.flush()
         return Running(self, int(self.line()), files)
 
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+
 
 @cache
 def launcher(folder: Path) -> Launcher:
     """One for each test process; it ends with it."""
-    return Launcher(folder)
+    made = Launcher(folder)
+    atexit.register(made.close)
+    return made
 
 
 class Cli:

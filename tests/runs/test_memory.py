@@ -9,14 +9,14 @@ import tiny
 
 def test_a_further_client_costs_next_to_nothing(cli, recipe_file, tmp_path):
     """Identical batches, a stateless optimiser; the adapter (3 MB) is large enough to be seen a hundred times over."""
-    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 8, "num_attention_heads": 8}
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = tiny.save_model(tmp_path / "model", tiny.causal_lm(spread=0.05, num_key_value_heads=4, **shape))
     row = {"instruction": "copy: cow", "input": "", "output": "cow", "category": "copy"}
     (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 200)
     recipe = recipe_file({
-        "model.name": str(model), "data.path": str(tmp_path / "rows.jsonl"), "adapter.rank": 16,
+        "model.name": str(model), "data.path": str(tmp_path / "rows.jsonl"), "adapter.rank": 32,
         "split.splitter": "uniform", "split.test": 0.0, "split.validation": 0.0, "federation.rounds": 1,
-        "train.optimizer": "sgd", "train.steps": 1, "train.batch_size": 2, "evaluation.every": 0,
+        "train.optimizer": "sgd", "train.steps": 1, "train.batch_size": 1, "evaluation.every": 0,
     })  # fmt: skip
     peaks, adapter = {}, 0
     for clients in (2, 50, 100):
