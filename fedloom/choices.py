@@ -81,7 +81,7 @@ def federated_data(
     if sequences.truncated:
         say(
             f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and lost "
-            f"{sequences.truncated_tokens} tokens in all (answers from their end, then prompts from their start)"
+            f"{sequences.truncated_tokens} tokens in all (prompts from their start, answers from their end)"
         )
     limit = recipe.evaluation.limit
     if suite is None:

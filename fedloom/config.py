@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedloom.errors import UserError, suggest
-from fedloom.overrides import nearest_key, nested_copy, set_dotted
+from fedloom.overrides import dump_yaml, load_yaml, nearest_key, nested_copy, set_dotted
 
 
 class Section(BaseModel):
@@ -246,7 +246,7 @@ class Recipe(Section):
         """A built-in recipe by name, or a YAML file. Raises UserError where there is none or it is wrong."""
         path = find_recipe(source)
         try:
-            values = yaml.safe_load(path.read_text(encoding="utf-8"))
+            values = load_yaml(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             where = " ".join(str(error).split())
             raise UserError(f"recipe {path} is not YAML: {where}") from None
@@ -267,7 +267,7 @@ class Recipe(Section):
         return Recipe.parse(self.resolved(), values)
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True, width=110)
+        return dump_yaml(self.resolved())
 
 
 def recipes_folder() -> Path:

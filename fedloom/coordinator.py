@@ -89,12 +89,18 @@ class Coordinator:
             self._checkpoint()  # so that an interrupted first evaluation or round leaves something to resume
         while True:
             finished = self.progress.finished
-            if self.schedule.evaluates(finished) and finished not in self.progress.evaluations:
+            if self.schedule.evaluates(finished) and not self._evaluated(finished):
                 self._evaluate(finished)
                 self.checkpoints.amend(self._state())
             if finished >= self.rounds:
                 return self.progress
             self._round(finished + 1)
+
+    def _evaluated(self, finished: int) -> bool:
+        """Whether this evaluation is there; one in the middle of a longer run is no final one of personal models."""
+        done = self.progress.evaluations.get(finished)
+        final = self.algorithm.properties.personal and finished == self.rounds
+        return done is not None and (done["pooled"] or not final)
 
     def save_personal(self) -> dict[str, str]:
         """Have every testing client write its own adapter; returns client → sha256 of it."""

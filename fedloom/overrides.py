@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,24 +20,40 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             raise UserError(f"cannot read {argument!r}: an override has the form key=value, such as train.lr=1e-3")
         try:
-            values[key.strip()] = scalar(yaml.safe_load(text))
+            values[key.strip()] = load_yaml(text)
         except yaml.YAMLError:
             raise UserError(f"cannot read the value of {argument!r}: it is not YAML") from None
     return values
 
 
-def scalar(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as a string; a user means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c in value for c in "eE.") and value[0] in "+-.0123456789" else value
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: 1e-3 is a number, which YAML 1.1 reads as text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def load_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+
+
+def dump_yaml(values: Any) -> str:
+    """Text that `load_yaml` reads back as the same values."""
+    return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))
 
 
 def nested_copy(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: nested_copy(v) if isinstance(v, Mapping) else scalar(v) for k, v in values.items()}
+    return {k: nested_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
 #: Sections that may be written as a bare string, and the key that the string stands for.

@@ -19,6 +19,7 @@ import yaml
 from fedloom.checkpoint import write_bytes, write_json
 from fedloom.config import Recipe
 from fedloom.errors import UserError
+from fedloom.overrides import load_yaml
 
 #: What a run writes, and all that `--overwrite` deletes.
 CONTENTS = (
@@ -44,7 +45,7 @@ class RunFolder:
     def stored_recipe(self) -> Recipe:
         """The resolved recipe of the run that lies here. Raises UserError where it cannot be read."""
         try:
-            return Recipe.parse(yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8")))
+            return Recipe.parse(load_yaml((self.path / "recipe.yaml").read_text(encoding="utf-8")))
         except (OSError, yaml.YAMLError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.path / 'recipe.yaml'} cannot be read ({type(error).__name__}): the run is lost"

@@ -1,8 +1,10 @@
 """A corpus as token ids, made once and kept in a cache whose key is (corpus, tokenizer, template, max_length).
 
-A sequence is prompt ids, then answer ids. One that is over the limit loses tokens by this rule: first the answer's
-end, down to `MIN_ANSWER` tokens; then the prompt's beginning. Every shortened sequence is counted. The cache holds
-text as ids and lies under `$FEDLOOM_HOME/tokenised`; `fedloom fetch --clear tokenised` deletes it.
+A sequence is prompt ids, then answer ids, shortened by this rule: a prompt of more than `max_length` − `MIN_ANSWER` tokens
+loses its beginning; then the answer loses its end. What is left of a prompt does not depend on its answer, so an
+evaluation asks exactly what was trained on. Every shortened sequence is
+counted. The cache holds text as ids and lies under `$FEDLOOM_HOME/tokenised`; `fedloom fetch --clear tokenised`
+deletes it.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from fedloom.data.prompts import Template
 from fedloom.types import Corpus, Example
 
-#: A truncated sequence keeps at least this many tokens to learn from, as far as the answer has them.
+#: Room that a prompt leaves for its answer, or half the limit where that is less.
 MIN_ANSWER = 8
 
 
@@ -78,7 +80,7 @@ def tokenise(corpus: Corpus, template: Template, max_length: int, cache: Path | 
     """`corpus.examples` as token ids, from the cache where it holds them. `cache` None keeps nothing on disk."""
     if cache is None:
         return TokenisedCorpus(encode(corpus.examples, template, max_length))
-    key = f"{corpus.digest()}/{tokenizer_digest(template.tokenizer)}/{template.name}/{max_length}/{MIN_ANSWER}"
+    key = f"{corpus.digest()}/{tokenizer_digest(template.tokenizer)}/{template.name}/{max_length}/prompt-first/{MIN_ANSWER}"
     path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
     if path.is_file():
         try:
@@ -122,13 +124,14 @@ def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int
     >>> fit([1, 2, 3], list(range(20)), 12)[1] == list(range(9))
     True
     """
-    over = len(prompt) + len(answer) - max_length
-    if over <= 0:
-        return prompt, answer, 0
-    keep = max(len(answer) - over, min(len(answer), MIN_ANSWER, max_length - 1))
-    answer = answer[:keep]
-    kept_prompt = max_length - len(answer)
-    return prompt[max(0, len(prompt) - kept_prompt) :], answer, over
+    kept = fit_prompt(prompt, max_length)
+    kept_answer = answer[: max_length - len(kept)]
+    return kept, kept_answer, len(prompt) + len(answer) - len(kept) - len(kept_answer)
+
+
+def fit_prompt(prompt: list[int], max_length: int) -> list[int]:
+    """What is left of a prompt under `max_length`: its end, with room for an answer."""
+    return prompt[max(0, len(prompt) - max_length + min(MIN_ANSWER, max_length // 2)) :]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from fedloom.data.prompts import Template
-from fedloom.data.tokenization import TokenSequence, fit
+from fedloom.data.tokenization import TokenSequence, fit, fit_prompt
 from fedloom.evaluation.suites import Suite, choice_texts
 from fedloom.models import attention
 from fedloom.models.adapters import AdaptedModel
@@ -59,7 +59,7 @@ def generate(
 ) -> list[str]:
     """Greedy answers in the order of `questions`, without special tokens, stripped."""
     tokenizer = model.tokenizer
-    prompts = [template.prompt_ids(q)[-max_length:] for q in questions]
+    prompts = [fit_prompt(template.prompt_ids(q), max_length) for q in questions]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,

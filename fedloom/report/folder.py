@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from fedloom.errors import UserError
+from fedloom.overrides import load_yaml
 from fedloom.tracking import read_events
 
 #: Files of a run folder → what is not shown without them.
@@ -150,7 +151,7 @@ def _parsed(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
     if not text.strip():
         return {}
     try:
-        value = yaml.safe_load(text) if name.endswith(".yaml") else json.loads(text)
+        value = load_yaml(text) if name.endswith(".yaml") else json.loads(text)
     except (yaml.YAMLError, json.JSONDecodeError):
         value = None
     if isinstance(value, dict):

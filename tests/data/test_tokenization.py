@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from fedloom.data import tokenization
 from fedloom.data.prompts import Template
-from fedloom.data.tokenization import MIN_ANSWER, encode, fit, tokenise, tokenizer_digest
+from fedloom.data.tokenization import MIN_ANSWER, encode, fit, fit_prompt, tokenise, tokenizer_digest
 from fedloom.types import Corpus, Example
 
 PLAIN = Template(tiny.tokenizer(), "plain")
@@ -31,15 +31,16 @@ def corpus(n: int = 12) -> Corpus:
 def test_the_truncation_rule(prompt_length, answer_length, limit):
     prompt, answer = list(range(prompt_length)), list(range(100, 100 + answer_length))
     kept_prompt, kept_answer, lost = fit(prompt, answer, limit)
-    assert len(kept_prompt) + len(kept_answer) == min(limit, prompt_length + answer_length)
+    assert len(kept_prompt) + len(kept_answer) <= limit
+    assert kept_prompt == fit_prompt(prompt, limit)  # whatever the answer: what an evaluation asks
     assert lost == prompt_length + answer_length - len(kept_prompt) - len(kept_answer)
     assert kept_answer == answer[: len(kept_answer)]  # the answer loses its end
     assert kept_prompt == prompt[prompt_length - len(kept_prompt) :]  # the prompt loses its beginning
-    assert len(kept_answer) >= min(answer_length, MIN_ANSWER, limit - 1)
-    if kept_prompt != prompt:  # only once the answer is as short as it may get
-        assert len(kept_answer) == min(answer_length, MIN_ANSWER, limit - 1)
-    if lost == 0:
-        assert (kept_prompt, kept_answer) == (prompt, answer)
+    room = min(MIN_ANSWER, limit // 2)
+    assert len(kept_answer) >= min(answer_length, room)
+    assert (kept_prompt == prompt) == (prompt_length <= limit - room)  # never shortened without need
+    if kept_answer != answer:
+        assert len(kept_prompt) + len(kept_answer) == limit
 
 
 def test_what_is_lost_is_counted_by_sequence():
@@ -49,7 +50,7 @@ def test_what_is_lost_is_counted_by_sequence():
     assert arrays["lost"].tolist() == (before - lengths).tolist()
     assert lengths.max() == 20
     sequences = tokenise(corpus(), PLAIN, 20, None)
-    assert sequences.truncated == int((before > 20).sum()) > 0
+    assert sequences.truncated == int((before != lengths).sum()) > 0
     assert sequences.truncated_tokens == int((before - lengths).sum())
     assert tokenise(corpus(), PLAIN, 500, None).truncated == 0
 
