@@ -34,8 +34,17 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
         raise UserError(
             f"algorithm {name} does not take adapter.method={recipe.adapter.method}: it takes {', '.join(sorted(methods))}"
         )
-    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed)
+    if recipe.adapter.ranks and not cls.properties.mixed_ranks:
+        raise UserError(
+            f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "
+            f"an algorithm that takes mixed ranks ({', '.join(_taking_mixed_ranks())})"
+        )
+    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed, recipe.adapter)
     return algorithm
+
+
+def _taking_mixed_ranks() -> list[str]:
+    return [n for n in registry.algorithms.names() if registry.algorithms.get(n).properties.mixed_ranks] or ["none yet"]
 
 
 def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:

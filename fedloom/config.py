@@ -93,11 +93,29 @@ class SplitConfig(Section):
 class AdapterConfig(Section):
     method: Literal["lora"] = Field("lora", description="the PEFT method")
     rank: int = Field(8, ge=1, description="LoRA's rank r")
-    alpha: float = Field(16.0, gt=0, description="LoRA's α; its scale is α/r")
+    ranks: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+        None,
+        description="client → its own rank, at most `rank`, for algorithms that take mixed ranks; others have `rank`",
+    )
+    alpha: float = Field(16.0, gt=0, description="LoRA's α; its scale is α/r, the same for clients of a lower rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
     target_modules: str | list[str] = Field(
         "all-linear", description="module names that get an adapter, or all-linear for every linear layer but the head"
     )
+
+    def rank_of(self, client: str) -> int:
+        """A client's own rank."""
+        return (self.ranks or {}).get(client, self.rank)
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> AdapterConfig:
+        high = {c: r for c, r in (self.ranks or {}).items() if r > self.rank}
+        if high:
+            client, rank = next(iter(high.items()))
+            raise ValueError(
+                f"adapter.ranks gives {client} rank {rank}, more than adapter.rank={self.rank}: raise that"
+            )
+        return self
 
 
 class AlgorithmConfig(Section):

@@ -88,6 +88,15 @@ class AdaptedModel:
         adapter.flat.copy_(self.initial)
         return adapter
 
+    def lora_scales(self) -> dict[str, float]:
+        """Base weight → the scale s of its LoRA module (α/r, or α/√r under rsLoRA): W + s·B·A is what is computed."""
+        scales = {}
+        for name, module in self.base.model.named_modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(scaling, dict) and "default" in scaling:
+                scales[f"{name}.weight"] = float(scaling["default"])
+        return scales
+
     def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None) -> None:
         """Put the base weights to their loaded values plus `delta`; None puts them back.
 

@@ -8,7 +8,7 @@ its token losses over its supervised tokens, all accumulation together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +49,43 @@ class FitResult:
     tokens: int = 0
     flops: int = 0
     optimizer_state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """One client-round's training, as an algorithm's client half is given it.
+
+    Most algorithms call `fit` once. One that trains two models calls it twice, one that takes no gradients walks over
+    `steps` itself.
+
+    Attributes:
+        steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes.
+        first_step, total_steps: where the round stands in the run, for schedules.
+        optimizer_state: of the client's last round, where the recipe keeps it.
+    """
+
+    model: AdaptedModel
+    steps: Callable[[], Iterator[Sequence[Batch]]]
+    config: TrainConfig
+    first_step: int
+    total_steps: int
+    optimizer_state: Mapping[str, torch.Tensor] | None = None
+
+    def fit(self, learner: Learner) -> FitResult:
+        """Plain local training of the live adapter with `learner`'s loss and hooks."""
+        return fit(
+            self.model,
+            learner,
+            self.steps(),
+            self.config,
+            first_step=self.first_step,
+            total_steps=self.total_steps,
+            optimizer_state=self.optimizer_state,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Of this round's optimiser step `step` (from 0)."""
+        return learning_rate(self.config, self.first_step + step, self.total_steps)
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:

@@ -1,0 +1,30 @@
+"""Some of the live adapter's tensors kept as they are, bit for bit, while the others train.
+
+Their gradient is zeroed before a step, so that clipping counts the rest alone, and their values are put back after it,
+since weight decay and momentum move a parameter without a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from fedloom.models.adapters import AdaptedModel
+
+
+class Frozen:
+    """The tensors `names` of the live adapter, as they stand now.
+
+    An algorithm makes one in `receive` and passes `before_step` and `after_step` on to it.
+    """
+
+    def __init__(self, model: AdaptedModel, names: Iterable[str]) -> None:
+        gradients = model.adapter.layout.views(model.grad)
+        self._windows = [(model.adapter.views[n], gradients[n], model.adapter.views[n].clone()) for n in names]
+
+    def before_step(self) -> None:
+        for _, gradient, _ in self._windows:
+            gradient.zero_()
+
+    def after_step(self) -> None:
+        for values, _, kept in self._windows:
+            values.copy_(kept)
