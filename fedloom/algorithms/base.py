@@ -23,8 +23,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedloom.data.batching import Batch
 from fedloom.config import AdapterConfig
+from fedloom.data.batching import Batch
 from fedloom.errors import UserError, suggest
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import token_losses
