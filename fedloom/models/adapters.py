@@ -97,6 +97,10 @@ class AdaptedModel:
                 scales[f"{name}.weight"] = float(scaling["default"])
         return scales
 
+    def base_weights(self) -> dict[str, torch.nn.Parameter]:
+        """The base's own parameters, live, by their names in its state dict (the adapter's stand among them)."""
+        return {_base_name(n): p for n, p in self.base.model.named_parameters()}
+
     def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None) -> None:
         """Put the base weights to their loaded values plus `delta`; None puts them back.
 
@@ -109,7 +113,7 @@ class AdaptedModel:
                 factors, or a base whose weights are not floating point. The model is then as it was.
         """
         delta = delta or {}
-        weights = {_base_name(n): p for n, p in self.base.model.named_parameters()}
+        weights = self.base_weights()
         names = sorted({n.removesuffix(".A").removesuffix(".B") for n in delta})
         for name in names:
             _check_delta(name, weights.get(name), delta)

@@ -79,6 +79,25 @@ class LowRank:
             a = torch.cat([a, a.new_zeros(missing, a.shape[1])], dim=0)
         return LowRank(b, a)
 
+    def compact(self, tolerance: float = 1e-7) -> LowRank:
+        """The same product with as few columns as it needs: what is dropped has at most `tolerance` of its norm."""
+        u, s, vh = self.double().svd()
+        tail = s.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[i] = ‖s[i:]‖
+        rank = int((tail > tolerance * tail[:1]).sum())
+        root = s[:rank].sqrt()
+        return LowRank((u[:, :rank] * root).to(self.b.dtype), (root[:, None] * vh[:rank]).to(self.a.dtype))
+
+    def double(self) -> LowRank:
+        return LowRank(self.b.double(), self.a.double())
+
+    def single(self) -> LowRank:
+        return LowRank(self.b.float(), self.a.float())
+
+    @property
+    def rank(self) -> int:
+        """Columns of B: the rank of the product is at most this."""
+        return self.b.shape[1]
+
     def dense(self) -> torch.Tensor:
         """The product itself: for tests and for merging into a weight, not for aggregation."""
         return self.b @ self.a
@@ -88,6 +107,24 @@ class LowRank:
         qb, rb = torch.linalg.qr(self.b)
         qa, ra = torch.linalg.qr(self.a.T)
         return qb, rb @ ra.T, qa
+
+
+def leading(matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 8) -> LowRank:
+    """The leading `rank` singular directions of a matrix that is not given as factors, by subspace iteration.
+
+    Halko et al., arXiv 0909.4061, Algorithm 4.4, with 8 directions to spare; exact where the matrix has no more. The
+    result is balanced as in `LowRank.truncated`.
+
+    Args:
+        matrix: [out, in], float64.
+        generator: draws the first directions.
+    """
+    width = min(rank + 8, *matrix.shape)
+    start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix @ start)[0]
+    for _ in range(rounds):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
+    return LowRank(basis, basis.T @ matrix).truncated(rank)
 
 
 def relative_gap(result: Mapping[str, LowRank], exact: Mapping[str, LowRank]) -> float:
