@@ -103,6 +103,7 @@ class Client:
             self._model = self._algorithm.client_model(self._models, assignment.payload)
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
+        self._algorithm.evaluating = assignment.kind != "train"
         self._algorithm.begin(assignment.client, assignment.round, self._state.get("personal"))
         self._algorithm.receive(assignment.payload)
 

@@ -83,6 +83,8 @@ class Algorithm(ABC):
         shared: the server's copy of what all clients share, on the CPU; there once `server_model` was called.
         personal: client half: what stays with this client between rounds.
         client, round: client half: whose turn it is, and in which round.
+        evaluating: client half: the live model is about to be measured or saved, not trained. Personal algorithms
+            put the client's own weights in then; `receive` may ask.
     """
 
     properties: ClassVar[Properties] = Properties()
@@ -97,6 +99,7 @@ class Algorithm(ABC):
         self.personal = Payload()
         self.client = ""
         self.round = 0
+        self.evaluating = False
 
     # ------------------------------------------------------------------ model pre-processing
 

@@ -40,13 +40,18 @@ class Flops:
 
     def of(self, batch: Batch) -> int:
         """Forward and backward over `batch`."""
-        computed = batch.ids.numel()
-        linear = computed * (4 * self._frozen + 6 * self._trained)
-        head = 4 * self._head * _logits(batch)
+        linear = batch.ids.numel() * (4 * self._frozen + 6 * self._trained)
+        return int(linear + 4 * self._head * _logits(batch) + 3 * self._attention(batch))
+
+    def forward(self, batch: Batch) -> int:
+        """One forward pass alone, as training without gradients takes it."""
+        linear = batch.ids.numel() * 2 * (self._frozen + self._trained)
+        return int(linear + 2 * self._head * _logits(batch) + self._attention(batch))
+
+    def _attention(self, batch: Batch) -> int:
+        """The two matmuls of a forward pass, over all layers; backward takes twice as much."""
         lengths = batch.lengths if batch.packed else (batch.ids.shape[1],) * batch.ids.shape[0]
-        squares = sum(n * n for n in lengths)
-        attention = 12 * squares * self._attention_width * self._layers
-        return int(linear + head + attention)
+        return 4 * sum(n * n for n in lengths) * self._attention_width * self._layers
 
 
 def _logits(batch: Batch) -> int:

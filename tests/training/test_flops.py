@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -85,3 +86,12 @@ def test_adding_weights_to_the_adapter_costs_more():
     names = llama(rank=2).adapter.layout.numel
     tokens = made.ids.numel()
     assert large - small == 6 * tokens * 3 * names
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_forward_pass_alone_is_counted_to_the_operation(shape, packed):
+    model, made = llama(), batch(shape, packed)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        token_losses(model, made)
+    assert Flops(model).forward(made) == pytest.approx(counter.get_total_flops(), rel=1e-3)
