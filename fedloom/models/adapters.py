@@ -199,10 +199,13 @@ class Models:
             self._base = load_base(self.model, self.device, self.say)
         return self._base
 
-    def adapted(self) -> AdaptedModel:
-        """The base with this recipe's adapter in it; the same object at every call."""
+    def adapted(self, config: AdapterConfig | None = None) -> AdaptedModel:
+        """The base with an adapter in it, the recipe's own unless an algorithm needs another (twice the rank, say).
+
+        The same object at every call: an algorithm's two halves ask for the same adapter.
+        """
         if self._adapted is None:
-            self._adapted = attach(self.base(), self.adapter, self.seed)
+            self._adapted = attach(self.base(), config or self.adapter, self.seed)
         return self._adapted
 
 
