@@ -131,6 +131,8 @@ class Algorithm(ABC):
         """Fold this round's updates, in client order, into the server's state; returns numbers worth logging.
 
         `updates` is read once, so that a rule that sums needs memory for one update and not for all.
+        Reading it sends the round's later clients their payloads: nothing that `round_payload` reads may change before
+        it is exhausted.
         """
 
     def update_layout(self) -> Layout | None:
