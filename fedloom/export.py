@@ -51,7 +51,7 @@ def export_run(run: Path, format: str, out: Path, client: str | None, say: Calla
             for file in source.iterdir():
                 shutil.copyfile(file, scratch / file.name)
         else:
-            from fedloom.models.adapters import export_merged
+            from fedloom.models.results import export_merged
 
             say("merging the adapter into the base model's weights")
             export_merged(RunFolder(run).stored_recipe().model, source, scratch, say)

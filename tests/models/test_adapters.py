@@ -17,12 +17,9 @@ from fedloom.models.adapters import (
     AdaptedModel,
     Models,
     attach,
-    export_merged,
-    load_adapted,
-    load_base_delta,
-    save_base_delta,
 )
 from fedloom.models.loading import Base, load_base, pick_device
+from fedloom.models.results import export_merged, load_adapted, load_base_delta, save_base_delta
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 Q = "model.layers.0.self_attn.q_proj.weight"
