@@ -72,6 +72,18 @@ algorithms = Registry(
         "fedavg": "fedloom.algorithms.fedavg:FedAvg",
         "local": "fedloom.algorithms.baselines:Local",
         "global": "fedloom.algorithms.baselines:Global",
+        "fedprox": "fedloom.algorithms.fedprox:FedProx",
+        "scaffold": "fedloom.algorithms.scaffold:Scaffold",
+        "fedavgm": "fedloom.algorithms.fedopt:FedAvgM",
+        "fedadagrad": "fedloom.algorithms.fedopt:FedAdagrad",
+        "fedadam": "fedloom.algorithms.fedopt:FedAdam",
+        "fedyogi": "fedloom.algorithms.fedopt:FedYogi",
+        "diloco": "fedloom.algorithms.diloco:DiLoCo",
+        "median": "fedloom.algorithms.robust:Median",
+        "trimmed_mean": "fedloom.algorithms.robust:TrimmedMean",
+        "krum": "fedloom.algorithms.krum:Krum",
+        "geometric_median": "fedloom.algorithms.geometric_median:GeometricMedian",
+        "norm_bound": "fedloom.algorithms.norm_bound:NormBound",
     },
 )
 
