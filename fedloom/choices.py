@@ -34,6 +34,12 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
         raise UserError(
             f"algorithm {name} does not take adapter.method={recipe.adapter.method}: it takes {', '.join(sorted(methods))}"
         )
+    if methods is not None and "lora" in methods and (recipe.adapter.dora or recipe.adapter.bias != "none"):
+        option = "dora=true" if recipe.adapter.dora else f"bias={recipe.adapter.bias}"
+        raise UserError(
+            f"algorithm {name} works on LoRA's two factors alone, so it does not take adapter.{option}: leave it out, or "
+            "use an algorithm that takes every PEFT method, such as fedavg"
+        )
     if recipe.adapter.ranks and not cls.properties.mixed_ranks:
         raise UserError(
             f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "

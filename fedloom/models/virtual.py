@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from fedloom.data.batching import Batch
 from fedloom.methods import AdapterConfig
@@ -98,7 +98,8 @@ def start(module: Any, base: Base, config: AdapterConfig) -> None:
     if config.method == "prompt_tuning":
         weight.copy_(module.word_embeddings(ids))
         return
-    cache = base.model(input_ids=ids[None], use_cache=True).past_key_values
+    cache = DynamicCache()  # of no configuration: a sliding window would keep the last positions alone
+    base.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
     states = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # each [heads, v, d]
     weight.copy_(torch.stack(states).permute(2, 0, 1, 3).reshape(weight.shape))
 

@@ -203,6 +203,9 @@ def _accumulate(
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
+    penalty = model.penalty()
+    if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
+        penalty.backward()  # type: ignore[no-untyped-call]
     return total
 
 
