@@ -21,7 +21,7 @@ import torch
 from fedloom.algorithms import base
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
 from fedloom.models.adapters import AdaptedModel, Models
-from fedloom.models.lowrank import A_END
+from fedloom.models.lowrank import A_END, one_thread
 from fedloom.models.state import Adapter, Layout, WeightedMean
 from fedloom.randomness import torch_generator
 from fedloom.training.trainer import FitResult, LocalRun
@@ -55,6 +55,7 @@ class FedSB(LoRAAlgorithm):
         self.core = Adapter(Layout({middle(p.a): (rank, rank) for p in self.pairs}), device)
         return model
 
+    @one_thread()
     def _compose(self, adapter: Adapter) -> None:
         """B and R·A into an adapter."""
         for p in self.pairs:
@@ -92,6 +93,7 @@ class FedSB(LoRAAlgorithm):
         self.gradient = self.core.layout.views(parameter.grad)
         return run.fit(self, parameter)
 
+    @one_thread()
     def before_step(self, model: AdaptedModel) -> None:
         gradients = model.adapter.layout.views(model.grad)
         for p in self.pairs:

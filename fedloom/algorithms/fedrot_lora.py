@@ -20,10 +20,12 @@ import torch
 
 from fedloom.algorithms import base
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
+from fedloom.models.lowrank import one_thread
 from fedloom.models.state import WeightedMean
 from fedloom.types import Payload, Update
 
 
+@one_thread()
 def aligned(
     b: torch.Tensor, a: torch.Tensor, b_ref: torch.Tensor, a_ref: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:

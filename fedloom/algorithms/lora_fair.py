@@ -21,10 +21,11 @@ from pydantic import Field
 from fedloom.algorithms import base, fedavg
 from fedloom.algorithms.fedex_lora import averaged
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
-from fedloom.models.lowrank import LowRank
+from fedloom.models.lowrank import LowRank, one_thread
 from fedloom.types import Update
 
 
+@one_thread()
 def refined(shares: Sequence[float], b: Sequence[torch.Tensor], a: Sequence[torch.Tensor], strength: float) -> LowRank:
     """(B̄ + ΔB)·Ā for factors [out, r] and [r, in] in float64."""
     mean, residual = averaged(shares, b, a)

@@ -7,10 +7,23 @@ matrices. This file does not know which algorithm asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """QR, SVD, solve and products of thin matrices round differently with the number of threads; these must not."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
 
 A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 
@@ -55,10 +68,12 @@ class LowRank:
         """self + factor · other."""
         return LowRank(torch.cat([self.b, factor * other.b], dim=1), torch.cat([self.a, other.a], dim=0))
 
+    @one_thread()
     def norm(self) -> float:
         """Frobenius norm of the product, through QR of both stacks (a difference of nearly equal products stays exact)."""
         return float(torch.linalg.matrix_norm(self._core()[1]))
 
+    @one_thread()
     def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(U [out, k], S [k], Vh [k, in]) of the product, k ≤ R; signs fixed so that equal input gives equal output."""
         qb, core, qa = self._core()
@@ -98,6 +113,7 @@ class LowRank:
         """Columns of B: the rank of the product is at most this."""
         return self.b.shape[1]
 
+    @one_thread()
     def dense(self) -> torch.Tensor:
         """The product itself: for tests and for merging into a weight, not for aggregation."""
         return self.b @ self.a
@@ -109,6 +125,7 @@ class LowRank:
         return qb, rb @ ra.T, qa
 
 
+@one_thread()
 def leading(matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 8) -> LowRank:
     """The leading `rank` singular directions of a matrix that is not given as factors, by subspace iteration.
 

@@ -7,7 +7,9 @@ import torch
 from lora_rounds import client, drawn, local_run, models, server, trained
 
 from fedloom.algorithms.base_delta import BaseDelta
+from fedloom.algorithms.fedrot_lora import aligned
 from fedloom.algorithms.lora import at_rank, of_rank, padded
+from fedloom.algorithms.lora_fair import refined
 from fedloom.errors import UserError
 from fedloom.models.lowrank import LowRank, leading
 from fedloom.types import Payload
@@ -154,6 +156,21 @@ def test_compact_keeps_the_product_and_drops_what_is_nothing():
     assert doubled.rank == 8 and doubled.compact().rank == 4
     assert (doubled.compact().dense() - 1.5 * low.dense()).norm() <= 1e-12 * low.norm()
     assert LowRank(low.b * 0, low.a).compact().rank == 0
+
+
+def test_factorisations_do_not_depend_on_the_number_of_threads():
+    """By themselves QR, SVD and thin products of these sizes do."""
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        low = LowRank(random(1536, 120), random(120, 576))
+        best = leading(random(576, 700), 8, torch.Generator().manual_seed(0))
+        u, s, vh = low.svd()
+        pair = refined([0.5, 0.5], [random(1536, 8), random(1536, 8, seed=1)], [random(8, 700), random(8, 700)], 0.1)
+        turned = aligned(random(1536, 8), random(8, 700), random(1536, 8, seed=1), random(8, 700, seed=1))
+        found.append([u, s, vh, best.b, best.a, torch.tensor(low.norm()), pair.b, *turned, low.dense()])
+        assert torch.get_num_threads() == threads
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
 def test_leading_directions_of_a_dense_matrix():
