@@ -79,6 +79,11 @@ def _mask(length: int, before: int, window: int | None, device: torch.device) ->
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
 
 
+def plain(model: PreTrainedModel) -> str:
+    """The attention function for padded batches and generation."""
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+
+
 @contextmanager
 def using(model: PreTrainedModel, implementation: str) -> Iterator[None]:
     """Run this block with another attention function. A configuration value is set and put back; nothing is rebuilt."""

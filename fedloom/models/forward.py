@@ -51,7 +51,7 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
 
 def plain_attention(model: AdaptedModel) -> str:
     """The attention function for padded batches and generation."""
-    return "sdpa" if getattr(model.causal_lm, "_supports_sdpa", False) else "eager"
+    return attention.plain(model.causal_lm)
 
 
 def release(model: AdaptedModel) -> Any:

@@ -22,6 +22,7 @@ from transformers import DynamicCache, GenerationConfig
 
 from fedloom.data.batching import Batch
 from fedloom.methods import AdapterConfig
+from fedloom.models import attention
 from fedloom.models.loading import Base
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def start(module: Any, base: Base, config: AdapterConfig) -> None:
         weight.copy_(module.word_embeddings(ids))
         return
     cache = DynamicCache()  # of no configuration: a sliding window would keep the last positions alone
-    base.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
+    with attention.using(base.model, attention.plain(base.model)):
+        base.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
     states = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # each [heads, v, d]
     weight.copy_(torch.stack(states).permute(2, 0, 1, 3).reshape(weight.shape))
 

@@ -30,7 +30,7 @@ from fedloom.data.prompts import Template
 from fedloom.data.tokenization import TokenSequence
 from fedloom.evaluation.score import generate
 from fedloom.experiment import Watch
-from fedloom.models.adapters import attach
+from fedloom.models.adapters import AdaptedModel, attach
 from fedloom.models.forward import plain_attention, supports_packing, token_losses
 from fedloom.models.loading import Base, load_base
 from fedloom.types import Example
@@ -176,8 +176,6 @@ def test_a_real_model_is_not_thrown_off_by_fresh_virtual_tokens(smollm2):
             started[method, *init.values()] = loss(model)
     model.adapter.flat.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(0))
     thrown = loss(model)
-    started["p_tuning",] = loss(attach(base, AdapterConfig(method="p_tuning"), 42))
-    started["projection",] = loss(attach(base, AdapterConfig(method="prefix_tuning", prefix_projection=True), 42))
     alone = loss(attach(base, AdapterConfig(), 42))
     assert {k: v for k, v in started.items() if v > alone + 1.5} == {}
     assert thrown > alone + 4.0
