@@ -94,12 +94,13 @@ def merged_difference(algorithm: Any, exact: Sums) -> float:
     model = algorithm.model
     model.set_base_delta(None)
     weights = model.base_weights()
-    expected = {w: weights[w].detach().double() + low.dense() for w, low in exact.items()}
+    loaded = {w: weights[w].detach().clone() for w in exact}
     deployed = algorithm.deployed()
     model.set_base_delta(deployed.base_delta)
     model.adapter.copy_(deployed.adapter.flat)
     model.module.merge_adapter()
-    return max(float((weights[w].detach().double() - e).abs().max()) for w, e in expected.items())
+    differences = (weights[w].detach().double() - loaded[w] - low.dense() for w, low in exact.items())
+    return max(float(difference.abs().max()) for difference in differences)
 
 
 def measure(name: str, recipe: Recipe, rounds: int) -> dict[str, float]:

@@ -25,6 +25,7 @@ from pydantic import Field
 from fedloom.algorithms import base, fedavg
 from fedloom.algorithms.flexlora import split
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
+from fedloom.errors import UserError
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.lowrank import leading
 from fedloom.models.state import Adapter, Layout, WeightedMean
@@ -58,7 +59,11 @@ class SLoRA(LoRAAlgorithm):
 
     def _known(self, model: AdaptedModel) -> AdaptedModel:
         model = super()._known(model)
-        self.shapes = {p.weight: model.base_weights()[p.weight].shape for p in self.pairs}
+        weights = model.base_weights()
+        self.shapes = {p.weight: weights[p.weight].shape for p in self.pairs}
+        self.transposed = model.transposed_weights()
+        if any(weights[w].dtype != torch.float32 for w in self.shapes):
+            raise UserError("slora trains weights of the base, which have to be float32: set model.dtype=float32")
         entries, self.mask = {}, {}
         for weight, (rows, columns) in self.shapes.items():
             budget = self.adapter.rank * (rows + columns)
@@ -71,10 +76,11 @@ class SLoRA(LoRAAlgorithm):
         return model
 
     def dense(self, weight: str) -> torch.Tensor:
-        """mask∘V of one weight: [out, in]."""
+        """mask∘V of one weight: [out, in], however it is stored."""
         values = self.sparse.views[SPARSE + weight]
         whole = torch.zeros(self.shapes[weight].numel(), device=values.device)
-        return whole.index_copy_(0, self.mask[weight], values).view(self.shapes[weight])
+        stored = whole.index_copy_(0, self.mask[weight], values).view(self.shapes[weight])
+        return stored.T.contiguous() if weight in self.transposed else stored
 
     # ------------------------------------------------------------------ server
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,7 @@ class AdaptedModel:
         self.parameter.grad = self.grad
         self.initial = self.adapter.flat.detach().clone()
         self._base_weights: dict[str, torch.Tensor] = {}
+        self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -129,12 +130,16 @@ class AdaptedModel:
         """The base's own parameters, live, by their names in its state dict (the adapter's stand among them)."""
         return {_base_name(n): p for n, p in self.base.model.named_parameters()}
 
-    def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None) -> None:
+    def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None, *, into_weights: bool = False) -> None:
         """Put the base weights to their loaded values plus `delta`; None puts them back.
+
+        The sum is formed in fp32. Rounded to 16 bits most of a small delta would be lost, so beside 16-bit weights it
+        stays as it is, and what it gives is added to the layer's output.
 
         Args:
             delta: weight name as in the base model's state dict → what is added, dense [out, in], or the two factors
-                ``name.B`` [out, r] and ``name.A`` [r, in] whose product is added. The sum is formed in fp32.
+                ``name.B`` [out, r] and ``name.A`` [r, in] whose product is added.
+            into_weights: into 16-bit weights too, as an export must.
 
         Raises:
             ValueError: for a name that the base does not have, a shape that is not the weight's own, half a pair of
@@ -143,16 +148,33 @@ class AdaptedModel:
         delta = delta or {}
         if delta and self.full:
             raise ValueError("a base delta cannot be added to a base that is itself what is trained")
-        weights = self.base_weights()
+        weights, transposed = self.base_weights(), self.transposed_weights()
         names = sorted({n.removesuffix(".A").removesuffix(".B") for n in delta})
         for name in names:
-            _check_delta(name, weights.get(name), delta)
+            _check_delta(name, weights.get(name), delta, name in transposed)
         for name, original in self._base_weights.items():
             weights[name].data.copy_(original)
+        while self._delta_hooks:
+            self._delta_hooks.pop().remove()
         for name in names:
-            change = delta[name] if name in delta else delta[f"{name}.B"].float() @ delta[f"{name}.A"].float()
+            parts = [delta[n].float().to(self.device) for n in (name, f"{name}.B", f"{name}.A") if n in delta]
+            if weights[name].element_size() < 4 and not into_weights:
+                self._delta_hooks.append(self._layer(name).register_forward_hook(_adding(parts)))
+                continue
+            change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
             original = self._base_weights.setdefault(name, weights[name].detach().clone())
-            weights[name].data.copy_(original.float() + change.to(original.device, torch.float32))
+            weights[name].data.copy_(original.float() + (change.T if name in transposed else change))
+
+    def transposed_weights(self) -> set[str]:
+        """Those that are stored [in, out] (GPT-2's)."""
+        layers = self.base.model.named_modules()
+        return {f"{name}.weight" for name, layer in layers if getattr(layer, "fan_in_fan_out", False)}
+
+    def _layer(self, weight: str) -> torch.nn.Module:
+        """The base's own layer that `weight` belongs to: the innermost, where peft put another around it."""
+        layers: Iterator[tuple[str, torch.nn.Module]] = self.base.model.named_modules()
+        found = [layer for name, layer in layers if _base_name(f"{name}.weight") == weight]
+        return found[-1]
 
     def save(self, folder: Path, base_name: str) -> None:
         """Write the live adapter for use elsewhere.
@@ -193,19 +215,34 @@ def save_model(module: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
     tokenizer.save_pretrained(str(folder))
 
 
-def _check_delta(name: str, weight: torch.Tensor | None, delta: Mapping[str, torch.Tensor]) -> None:
+def _check_delta(
+    name: str, weight: torch.Tensor | None, delta: Mapping[str, torch.Tensor], transposed: bool = False
+) -> None:
     """Raise ValueError unless `delta` has, for this weight, one dense tensor or one pair of factors that fits."""
     if weight is None:
         raise ValueError(f"the base has no weight {name}")
     if not weight.is_floating_point():
         raise ValueError(f"a base delta cannot be added to the quantised weight {name}")
+    shape = tuple(weight.T.shape if transposed else weight.shape)
     parts = {n: tuple(delta[n].shape) for n in (name, f"{name}.B", f"{name}.A") if n in delta}
-    fits = parts == {name: tuple(weight.shape)}
+    fits = parts == {name: shape}
     if list(parts) == [f"{name}.B", f"{name}.A"]:
         left, right = parts[f"{name}.B"], parts[f"{name}.A"]
-        fits = len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == tuple(weight.shape)
+        fits = len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == shape
     if not fits:
-        raise ValueError(f"a base delta of {parts} does not fit the weight {name} {tuple(weight.shape)}")
+        raise ValueError(f"a base delta of {parts} does not fit the weight {name} {shape}")
+
+
+def _adding(delta: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A forward hook that adds x·Δᵀ to a linear layer's output, in fp32. `delta`: [Δ], or [B, A] with Δ = B·A."""
+
+    def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        added = inputs[0].float()
+        for factor in reversed(delta):
+            added = torch.nn.functional.linear(added, factor)
+        return (output.float() + added).to(output.dtype)
+
+    return hook
 
 
 def _plain(name: str) -> str:

@@ -40,7 +40,7 @@ def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = l
     with quiet_peft():
         merged: Any = PeftModel.from_pretrained(base.model, str(adapter), is_trainable=bool(delta))
     if delta:
-        AdaptedModel(merged, base).set_base_delta(delta)
+        AdaptedModel(merged, base).set_base_delta(delta, into_weights=True)
     save_model(merged.merge_and_unload(), base.tokenizer, folder)
 
 

@@ -6,6 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedloom.checkpoint import Checkpoints
 from fedloom.errors import UserError
@@ -99,3 +103,37 @@ def test_mixed_ranks_are_refused_where_they_are_not_claimed(recipe, tmp_path):
     with pytest.raises(UserError, match="flexlora, flora, hetlora"):
         run(recipe("fedit", None, RANKS), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex_lora", "slora", "flexlora"])
+def test_weights_that_are_stored_the_other_way_round(recipe, tmp_path, name):
+    """GPT-2 keeps its weights as [in, out]; what is measured, saved and measured again is the same model."""
+    shape = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512, "vocab_size": tiny.VOCABULARY}
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        folder = tiny.save_model(tmp_path / "gpt2", GPT2LMHeadModel(GPT2Config(**shape, **special)))
+    options = {"sparse_rounds": 3} if name == "slora" else {}
+    run(recipe(name, options, **{"model.name": str(folder)}), tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    measured = [e["loss"] for e in events if e["event"] == "evaluation"]
+    assert measured[-1] < measured[0]
+    again = evaluate(str(tmp_path / "run"), None, {}, None, lambda text: None)
+    assert again["loss"] == pytest.approx(measured[-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["flora", "fedex_lora"])
+def test_a_16_bit_base_learns_through_its_delta(recipe, tmp_path, name):
+    run(recipe(name, **{"model.dtype": "bfloat16"}), tmp_path / "run")
+    events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    measured = [e["loss"] for e in events if e["event"] == "evaluation"]
+    assert measured[-1] < measured[0]
+    delta = load_file(tmp_path / "run" / "adapter" / "base_delta.safetensors")
+    assert delta and all(t.dtype == torch.float32 for t in delta.values())
+    again = evaluate(str(tmp_path / "run"), None, {}, None, lambda text: None)
+    assert again["loss"] == pytest.approx(measured[-1], rel=1e-5)
+
+
+def test_slora_is_refused_on_a_16_bit_base(recipe, tmp_path):
+    with pytest.raises(UserError, match="have to be float32"):
+        run(recipe("slora", **{"model.dtype": "bfloat16"}), tmp_path / "run")
