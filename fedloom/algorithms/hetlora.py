@@ -89,6 +89,7 @@ class HetLoRA(LoRAAlgorithm):
         layout = self.shared.layout
         by_norm, alike = (torch.zeros(layout.numel, dtype=torch.float64) for _ in range(2))
         size, count, highest, lowest = 0.0, 0, 0, self.adapter.rank
+        pruned = {}
         for update in updates:
             weight = self.weight(update)
             for name, tensor in padded(update.payload.tensors, layout).items():
@@ -97,7 +98,8 @@ class HetLoRA(LoRAAlgorithm):
             rank = rank_in(update.payload.tensors)
             size, count, highest, lowest = size + weight, count + 1, max(highest, rank), min(lowest, rank)
             if rank < super().rank_of(update.client):
-                self.ranks[update.client] = rank
+                pruned[update.client] = rank
+        self.ranks = {**self.ranks, **pruned}
         mean = layout.views(by_norm / size if size else alike / count)
         for name, view in of_rank(self.shared.tensors(), highest).items():
             target = self.shared.views[name][tuple(slice(0, n) for n in view.shape)]

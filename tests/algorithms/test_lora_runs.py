@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from fedloom import registry
 from fedloom.checkpoint import Checkpoints
 from fedloom.errors import UserError
 from fedloom.evaluate import evaluate
@@ -70,6 +71,20 @@ def test_two_rounds_and_a_kill_between_them(recipe, tmp_path, monkeypatch, name,
             run(made, tmp_path / "killed")
     run(made, tmp_path / "killed", resume=True)
     assert result(tmp_path / "killed") == result(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["fedit", "hetlora", "fedsa_lora", "fedex_lora", "lora_fair", "slora"])
+def test_one_client_alone_is_plain_training(recipe, tmp_path, name):
+    """With the neutral options that it declares, bit for bit."""
+    alone = {"split.splitter": "uniform", "split.num_clients": 1}
+    found = {}
+    for chosen in (name, "local"):
+        neutral = registry.algorithms.get(chosen).properties.neutral
+        run(recipe(chosen, neutral, **alone), tmp_path / chosen)
+        (file,) = (tmp_path / chosen).glob("adapter*/**/adapter_model.safetensors")
+        found[chosen] = load_file(file)
+    assert found[name].keys() == found["local"].keys()
+    assert all(torch.equal(t, found["local"][n]) for n, t in found[name].items())
 
 
 @pytest.mark.parametrize("name", ["flora", "fedex_lora", "fed_sb", "slora"])
