@@ -113,6 +113,18 @@ def test_a_delta_of_little_rank_stays_factors():
     assert (total - 210 * b @ a).norm() <= 1e-6 * (210 * b @ a).norm()
 
 
+def test_compression_keeps_what_is_small():
+    """A late change a thousand times smaller than what is there is still there, to a few parts in a thousand of itself."""
+    delta, b, a = BaseDelta(), random(20, 2), random(2, 12)
+    small = LowRank(1e-3 * random(20, 1, seed=5), random(1, 12, seed=6))
+    delta.add("w", small)
+    for _ in range(12):
+        delta.add("w", LowRank(b, a))
+    left = delta.tensors()["w.B"].double() @ delta.tensors()["w.A"].double() - 12 * b @ a
+    assert delta.tensors()["w.B"].shape[1] <= 7
+    assert (left - small.dense()).norm() <= 5e-3 * small.norm()
+
+
 def test_a_delta_survives_its_names():
     delta = BaseDelta()
     delta.add("w", LowRank(random(20, 1), random(1, 12)))
