@@ -97,6 +97,15 @@ algorithms = Registry(
         "krum": "fedloom.algorithms.krum:Krum",
         "geometric_median": "fedloom.algorithms.geometric_median:GeometricMedian",
         "norm_bound": "fedloom.algorithms.norm_bound:NormBound",
+        "pfedme": "fedloom.algorithms.pfedme:PFedMe",
+        "ditto": "fedloom.algorithms.ditto:Ditto",
+        "fedper": "fedloom.algorithms.fedper:FedPer",
+        "fedrep": "fedloom.algorithms.fedrep:FedRep",
+        "feddpa": "fedloom.algorithms.feddpa:FedDPA",
+        "fedkseed": "fedloom.algorithms.fedkseed:FedKSeed",
+        "fedmezo": "fedloom.algorithms.fedmezo:FedMeZO",
+        "decomfl": "fedloom.algorithms.decomfl:DeComFL",
+        "ferret": "fedloom.algorithms.ferret:Ferret",
     },
 )
 
