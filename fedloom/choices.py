@@ -122,6 +122,17 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
     return "off"
 
 
+def check_positions(recipe: Recipe, model: AdaptedModel) -> None:
+    """Refuse sequences that no longer fit in the model's positions once virtual tokens stand in front of them."""
+    positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    longest, v = recipe.data.max_length, model.virtual_tokens
+    if v and positions and longest + v > positions:
+        raise UserError(
+            f"data.max_length={longest} and {v} virtual tokens need {longest + v} positions, but the model has "
+            f"{positions}: set data.max_length={positions - v} or fewer"
+        )
+
+
 def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:
     """The paired evaluation, or None and why there is none."""
     wanted = recipe.evaluation.suite
