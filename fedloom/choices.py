@@ -34,8 +34,23 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
         raise UserError(
             f"algorithm {name} does not take adapter.method={recipe.adapter.method}: it takes {', '.join(sorted(methods))}"
         )
-    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed)
+    if methods is not None and "lora" in methods and (recipe.adapter.dora or recipe.adapter.bias != "none"):
+        option = "dora=true" if recipe.adapter.dora else f"bias={recipe.adapter.bias}"
+        raise UserError(
+            f"algorithm {name} works on LoRA's two factors alone, so it does not take adapter.{option}: leave it out, or "
+            "use an algorithm that takes every PEFT method, such as fedavg"
+        )
+    if recipe.adapter.ranks and not cls.properties.mixed_ranks:
+        raise UserError(
+            f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "
+            f"an algorithm that takes mixed ranks ({', '.join(_taking_mixed_ranks())})"
+        )
+    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed, recipe.adapter)
     return algorithm
+
+
+def _taking_mixed_ranks() -> list[str]:
+    return [n for n in registry.algorithms.names() if registry.algorithms.get(n).properties.mixed_ranks] or ["none yet"]
 
 
 def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:
@@ -105,6 +120,17 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
         raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
     say("this model does not keep packed sequences apart: batches are padded")
     return "off"
+
+
+def check_positions(recipe: Recipe, model: AdaptedModel) -> None:
+    """Refuse sequences that no longer fit in the model's positions once virtual tokens stand in front of them."""
+    positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
+    longest, v = recipe.data.max_length, model.virtual_tokens
+    if v and positions and longest + v > positions:
+        raise UserError(
+            f"data.max_length={longest} and {v} virtual tokens need {longest + v} positions, but the model has "
+            f"{positions}: set data.max_length={positions - v} or fewer"
+        )
 
 
 def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.randomness import forked_torch
-from fedloom.training.trainer import fit
+from fedloom.training.trainer import LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
 
@@ -94,7 +95,7 @@ class Client:
         self._recipe = Recipe.parse(values)
         chosen = self._recipe.algorithm
         cls = registry.algorithms.get(chosen.name)
-        self._algorithm = cls(parse_options(cls, chosen.name, chosen.options), self._recipe.seed)
+        self._algorithm = cls(parse_options(cls, chosen.name, chosen.options), self._recipe.seed, self._recipe.adapter)
 
     def _prepare(self, assignment: Assignment) -> None:
         """Model and state, as they were after the rounds before this one."""
@@ -102,7 +103,8 @@ class Client:
             self._model = self._algorithm.client_model(self._models, assignment.payload)
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
-        self._algorithm.begin(assignment.client, self._state.get("personal"))
+        self._algorithm.evaluating = assignment.kind != "train"
+        self._algorithm.begin(assignment.client, assignment.round, self._state.get("personal"))
         self._algorithm.receive(assignment.payload)
 
     def _train(self, assignment: Assignment) -> Update:
@@ -115,14 +117,15 @@ class Client:
         per_round = plan.steps_per_round(len(data.train))
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
         with forked_torch(self._recipe.seed, "dropout", round, client):
-            result = fit(
-                self._model,
-                self._algorithm,
-                self._steps(data, plan, round, client),
-                train,
-                first_step=(round - 1) * per_round,
-                total_steps=assignment.rounds * per_round,
-                optimizer_state=optimizer.tensors if optimizer else None,
+            result = self._algorithm.local_training(
+                LocalRun(
+                    self._model,
+                    partial(self._steps, data, plan, round, client),
+                    train,
+                    first_step=(round - 1) * per_round,
+                    total_steps=assignment.rounds * per_round,
+                    optimizer_state=optimizer.tensors if optimizer else None,
+                )
             )
         if not result.steps:
             raise ClientFailed("non_finite", f"all {result.skipped_steps} steps of this round were skipped")

@@ -9,20 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedloom.errors import UserError, suggest
+from fedloom.methods import AdapterConfig as AdapterConfig  # noqa: PLC0414  (importable from here)
 from fedloom.overrides import dump_yaml, load_yaml, nearest_key, nested_copy, set_dotted
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+from fedloom.section import Fraction, Section
 
 
 class ModelConfig(Section):
@@ -88,16 +83,6 @@ class SplitConfig(Section):
                 "keep their sum under 1"
             )
         return self
-
-
-class AdapterConfig(Section):
-    method: Literal["lora"] = Field("lora", description="the PEFT method")
-    rank: int = Field(8, ge=1, description="LoRA's rank r")
-    alpha: float = Field(16.0, gt=0, description="LoRA's α; its scale is α/r")
-    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input")
-    target_modules: str | list[str] = Field(
-        "all-linear", description="module names that get an adapter, or all-linear for every linear layer but the head"
-    )
 
 
 class AlgorithmConfig(Section):
@@ -227,10 +212,21 @@ class Recipe(Section):
     def _algorithm_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
+    @model_validator(mode="after")
+    def _base_can_train(self) -> Recipe:
+        """Weights of the base that train are windows into the adapter's fp32 buffer."""
+        if self.adapter.trains_base and self.model.dtype != "float32":
+            raise ValueError(
+                f"adapter.{self.adapter.trains_base} trains weights of the base, which have to be float32, "
+                f"but model.dtype={self.model.dtype}: set model.dtype=float32"
+            )
+        return self
+
     @classmethod
     def parse(cls, values: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
         """A recipe from nested values and dotted overrides (``{"train.lr": 1e-3}``). Raises UserError."""
         merged = nested_copy(values)
+        _leave_other_methods(merged, (overrides or {}).get("adapter.method"))
         both = [k for k in ("train.steps", "train.epochs") if (overrides or {}).get(k) is not None]
         if len(both) == 2:
             raise UserError(f"{both[0]} and {both[1]} both say how long a client trains: keep one")
@@ -297,6 +293,13 @@ def find_recipe(source: str | Path) -> Path:
             f"there is no recipe file {source}: give a YAML file, or a built-in name (see `fedloom recipes`)"
         )
     raise UserError(f"unknown recipe {str(source)!r}: {suggest(str(source), builtin)}")
+
+
+def _leave_other_methods(values: dict[str, Any], method: Any) -> None:
+    """An override of adapter.method starts from that method's defaults: the keys beside another one are left behind."""
+    adapter = values.get("adapter")
+    if method is not None and isinstance(adapter, dict) and adapter.get("method", "lora") != method:
+        values["adapter"] = {}
 
 
 def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

@@ -9,14 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.algorithms.base import Algorithm, Deployed
-from fedloom.checkpoint import folder_name, load_tensors
+from fedloom.checkpoint import folder_name
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, ServerScorer
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
-from fedloom.models.adapters import AdaptedModel, save_base_delta
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.results import save_base_delta
 from fedloom.runfolder import RunFolder
 from fedloom.summary import personal_digest
 
@@ -74,9 +75,9 @@ def result_loader(algorithm: Algorithm, model: AdaptedModel, folder: RunFolder) 
     """Puts the result that serves a client into the live model: its own where it has one, the global one otherwise."""
 
     def load(client: str) -> None:
-        own: Path = folder / "adapters" / folder_name(client) / "adapter_model.safetensors"
-        if algorithm.properties.personal and client and own.is_file():
-            model.adapter.load(load_tensors(own))
+        own: Path = folder / "adapters" / folder_name(client)
+        if algorithm.properties.personal and client and own.is_dir():
+            model.load(own)
         else:
             deploy(model, algorithm.deployed())
 

@@ -10,16 +10,17 @@ import torch
 
 from fedloom import carriers, environment
 from fedloom.choices import federated_data, load_data, pick_suite
-from fedloom.config import ModelConfig, Recipe
+from fedloom.config import AdapterConfig, ModelConfig, Recipe
 from fedloom.data.federated import ClientData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.export import result_folder
-from fedloom.models.adapters import AdaptedModel, Models, load_adapted
+from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import supports_packing
 from fedloom.models.loading import pick_device
+from fedloom.models.results import load_adapted
 from fedloom.runfolder import RunFolder
 from fedloom.types import pooled_mean
 
@@ -96,8 +97,9 @@ def _model(target: str, run: RunFolder, recipe: Recipe, client: str | None, say:
         return load_adapted(run.stored_recipe().model, result_folder(run.path, client), device, say)
     if (Path(target) / "adapter_config.json").is_file():
         return load_adapted(recipe.model, Path(target), device, say)
-    # A fresh adapter changes nothing: a plain model is measured by the same code.
-    return Models(ModelConfig(name=target), recipe.adapter, recipe.seed, device, say).adapted()
+    # A fresh LoRA changes nothing: a plain model is measured by the same code.
+    lora = recipe.adapter if recipe.adapter.method == "lora" else AdapterConfig()
+    return Models(ModelConfig(name=target), lora, recipe.seed, device, say).adapted()
 
 
 def _means(sums: list[dict[str, float]]) -> dict[str, Any]:

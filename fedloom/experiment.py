@@ -20,7 +20,15 @@ from fedloom import carriers, environment, registry
 from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
-from fedloom.choices import choose_packing, federated_data, load_data, make_algorithm, make_schedule, pick_suite
+from fedloom.choices import (
+    check_positions,
+    choose_packing,
+    federated_data,
+    load_data,
+    make_algorithm,
+    make_schedule,
+    pick_suite,
+)
 from fedloom.client import Client
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, Tick
@@ -142,6 +150,7 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     # A frozen base with one adapter in it, and how it is spoken to.
     models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
     model = algorithm.server_model(models)
+    check_positions(recipe, model)
     template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
     recipe = recipe.with_values(
         {

@@ -41,6 +41,8 @@ def export_run(run: Path, format: str, out: Path, client: str | None, say: Calla
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}: {suggest(format, FORMATS)}")
     source = result_folder(run, client)
+    if format == "peft" and not (source / "adapter_config.json").is_file():
+        raise UserError(f"{run} trained the whole model (adapter.method=full), so it has no adapter: use --format merged")
     if out.exists():
         raise UserError(f"{out} is there already: name another folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +53,7 @@ def export_run(run: Path, format: str, out: Path, client: str | None, say: Calla
             for file in source.iterdir():
                 shutil.copyfile(file, scratch / file.name)
         else:
-            from fedloom.models.adapters import export_merged
+            from fedloom.models.results import export_merged
 
             say("merging the adapter into the base model's weights")
             export_merged(RunFolder(run).stored_recipe().model, source, scratch, say)

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 #: Every purpose that randomness is drawn for; a new one is added here.
-Purpose = Literal["corpus", "split", "sample", "batches", "init", "dropout", "noise", "quantise", "questions"]
+Purpose = Literal[
+    "corpus", "split", "sample", "batches", "init", "dropout", "noise", "quantise", "questions", "directions", "seeds"
+]
 
 
 def derived_seed(seed: int, purpose: Purpose, round: int = 0, client: str = "") -> int:

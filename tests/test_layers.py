@@ -16,7 +16,7 @@ ROOT = Path(fedloom.__file__).parent
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach"},
-    {"types", "overrides", "config", "carriers"},
+    {"types", "overrides", "section", "methods", "config", "carriers"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
     {"checkpoint", "arrival", "rounds", "tracking", "client", "coordinator", "runfolder"},

@@ -24,11 +24,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fedloom.config import AdapterConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import UserError, suggest
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import token_losses
 from fedloom.models.state import Adapter, Layout, check_names
+from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
 
 
@@ -65,6 +67,8 @@ class Properties:
         exact: aggregation equals the mean of what clients learned, not an approximation.
         personal: each client ends with a model of its own; those are evaluated and saved.
         pooled: a baseline that trains on all clients' data in one place (simulator only).
+        mixed_ranks: clients may have ranks of their own (adapter.ranks).
+        streams: aggregation folds one update at a time; otherwise it holds all of a round in memory.
         methods: the PEFT methods it takes; None takes all.
         neutral: options under which one client's run equals plain local training.
     """
@@ -74,6 +78,8 @@ class Properties:
     exact: bool = False
     personal: bool = False
     pooled: bool = False
+    mixed_ranks: bool = False
+    streams: bool = True
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
 
@@ -82,22 +88,28 @@ class Algorithm(ABC):
     """Subclass, override what differs, and name it in the registry (docs/architecture.md shows one).
 
     Attributes:
+        adapter: the recipe's section: method, rank and each client's own rank.
         model: this process's model; there once `server_model` or `client_model` was called.
         shared: the server's copy of what all clients share, on the CPU; there once `server_model` was called.
         personal: client half: what stays with this client between rounds.
-        client: client half: whose turn it is.
+        client, round: client half: whose turn it is, and in which round.
+        evaluating: client half: the live model is about to be measured or saved, not trained. Personal algorithms
+            put the client's own weights in then; `receive` may ask.
     """
 
     properties: ClassVar[Properties] = Properties()
     Options: ClassVar[type[AlgorithmOptions]] = AlgorithmOptions
 
-    def __init__(self, options: AlgorithmOptions, seed: int) -> None:
+    def __init__(self, options: AlgorithmOptions, seed: int, adapter: AdapterConfig) -> None:
         self.options = options
         self.seed = seed
+        self.adapter = adapter
         self.model: AdaptedModel
         self.shared: Adapter
         self.personal = Payload()
         self.client = ""
+        self.round = 0
+        self.evaluating = False
 
     # ------------------------------------------------------------------ model pre-processing
 
@@ -129,6 +141,8 @@ class Algorithm(ABC):
         """Fold this round's updates, in client order, into the server's state; returns numbers worth logging.
 
         `updates` is read once, so that a rule that sums needs memory for one update and not for all.
+        Reading it sends the round's later clients their payloads: nothing that `round_payload` reads may change before
+        it is exhausted.
         """
 
     def update_layout(self) -> Layout | None:
@@ -155,6 +169,10 @@ class Algorithm(ABC):
     def receive(self, payload: Payload) -> None:
         """Put the live model into the state that training or evaluation starts from."""
         self.model.adapter.load(payload.tensors)
+
+    def local_training(self, run: LocalRun) -> FitResult:
+        """This round's training of the live model. By default optimiser steps on `local_loss`."""
+        return run.fit(self)
 
     def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
         """This batch's contribution to the loss of its optimiser step: a scalar to run backward from.
@@ -188,9 +206,10 @@ class Algorithm(ABC):
     def load_server_state(self, state: Payload) -> None:
         self.shared.load({n.removeprefix("shared/"): t for n, t in state.tensors.items() if n.startswith("shared/")})
 
-    def begin(self, client: str, personal: Payload | None) -> None:
-        """It is `client`'s turn, with what it kept from its last round, if anything."""
+    def begin(self, client: str, round: int, personal: Payload | None) -> None:
+        """It is `client`'s turn in `round` (under evaluation: rounds finished), with what it kept from its last one."""
         self.client = client
+        self.round = round
         self.personal = personal or Payload()
 
     def personal_state(self) -> Payload:

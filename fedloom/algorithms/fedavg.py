@@ -6,9 +6,10 @@ Algorithm 1: θ ← Σ_k (n_k / n) θ_k. The whole adapter travels, both ways.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
@@ -24,13 +25,21 @@ class FedAvg(base.Algorithm):
             "examples", description="n_k: a client's training examples, or the supervised tokens in them"
         )
 
+        def weight(self, update: Update) -> int:
+            """n_k of this update."""
+            return update.num_examples if self.weight_by == "examples" else update.num_tokens
+
     options: Options
 
-    def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
+    def mean_of(self, updates: Iterable[Update]) -> torch.Tensor:
+        """Σ_k (n_k / n) θ_k over updates that hold the whole adapter: [numel] float32, folded one at a time."""
         mean = WeightedMean(self.shared.layout)
         for update in updates:
-            weight = update.num_examples if self.options.weight_by == "examples" else update.num_tokens
-            mean.add(update.payload.tensors, weight)
-        before = self.shared.flat.clone()
-        self.shared.copy_(mean.result())
-        return {"distance_moved": float((self.shared.flat - before).norm())}
+            mean.add(update.payload.tensors, self.options.weight(update))
+        return mean.result()
+
+    def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
+        mean = self.mean_of(updates)
+        moved = float((mean - self.shared.flat).norm())
+        self.shared.copy_(mean)
+        return {"distance_moved": moved}

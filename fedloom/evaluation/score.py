@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import TokenSequence, fit, fit_prompt
 from fedloom.evaluation.suites import Suite, choice_texts
-from fedloom.models import attention
+from fedloom.models import attention, virtual
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import batches_by_length, plain_attention, token_losses
 from fedloom.types import Example
@@ -77,11 +77,9 @@ def generate(
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
         with attention.using(model.causal_lm, plain_attention(model)):
-            out = model.module.generate(
-                input_ids=ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config
-            )
+            said = virtual.generate(model, ids.to(model.device), mask.to(model.device), config)
         for row, i in enumerate(rows):
-            answers[i] = tokenizer.decode(out[row, width:], skip_special_tokens=True).strip()
+            answers[i] = tokenizer.decode(said[row], skip_special_tokens=True).strip()
     return answers
 
 

@@ -1,8 +1,8 @@
 """A base model with its trainable part: peft builds it, one flat buffer owns it.
 
-The only file that imports peft. Every trainable parameter becomes a window into `adapter.flat` and its gradient a
-window into `grad`, so that training, swapping and clipping are single operations on one tensor. This file does not
-know who trains or what travels.
+methods.py has the table of methods, results.py reads what `save` wrote. Every trainable parameter becomes a window
+into `adapter.flat` and its gradient a window into `grad`, so that training, swapping and clipping are single operations
+on one tensor. This file does not know who trains or what travels.
 """
 
 from __future__ import annotations
@@ -10,49 +10,62 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedloom.config import AdapterConfig, ModelConfig
+from fedloom.config import ModelConfig
 from fedloom.errors import UserError
+from fedloom.methods import METHODS, AdapterConfig
+from fedloom.models import virtual
 from fedloom.models.loading import Base, Say, load_base, quiet_transformers
 from fedloom.models.state import Adapter, Layout
 from fedloom.randomness import forked_torch
 
-#: PEFT method → peft's own configuration. A new method of peft is one line.
-METHODS: dict[str, Callable[[AdapterConfig], PeftConfig]] = {
-    "lora": lambda c: LoraConfig(
-        r=c.rank,
-        lora_alpha=c.alpha,  # peft's annotation says int; it divides by r
-        lora_dropout=c.dropout,
-        target_modules=c.target_modules,
-        task_type="CAUSAL_LM",
-    ),
-}
+#: Beside peft's own file where that leaves trained tensors out (the network behind a prompt): all of them.
+TRAINED = "trained.safetensors"
+
+
+def peft_config(config: AdapterConfig, width: int) -> PeftConfig:
+    """peft's configuration of the recipe's method (the table in methods.py). `width`: of the model's embeddings."""
+    method = METHODS[config.method]
+    assert method.config is not None
+    arguments = {name: getattr(config, key) for name, key in method.arguments.items()}
+    if "encoder_hidden_size" in arguments:
+        arguments["encoder_hidden_size"] = arguments["encoder_hidden_size"] or width
+    return getattr(peft, method.config)(task_type="CAUSAL_LM", **arguments, **method.fixed)
 
 
 class AdaptedModel:
-    """A frozen base with one live adapter in it.
+    """A frozen base with one live adapter in it, or under full fine-tuning a base that is all adapter.
 
     Attributes:
-        module: what is called: peft's model around the base.
+        module: what is called: peft's model around the base, or the base itself.
         base: the base model and its tokenizer.
         adapter: the live adapter; writing into its flat buffer changes the model at once.
         grad: [numel], the gradient of `adapter.flat`.
         parameter: `adapter.flat` as one parameter with that gradient, for the optimiser.
         initial: [numel], the adapter as it was created from the seed.
+        full: whether the base itself is trained. Tied weights are one tensor then, under the first of their names.
+        virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
+        prefixed: whether those are keys and values of every layer, not embeddings.
     """
 
-    def __init__(self, module: PeftModel, base: Base) -> None:
+    def __init__(self, module: Any, base: Base) -> None:
         self.module = module
         self.base = base
+        self.full = not isinstance(module, PeftModel)
+        config: Any = None if self.full else module.peft_config["default"]
+        self.virtual_tokens: int = config.num_virtual_tokens if config and config.is_prompt_learning else 0
+        self.prefixed: bool = self.virtual_tokens > 0 and config.peft_type == PeftType.PREFIX_TUNING
+        self._orthogonality = float(getattr(config, "orth_reg_weight", 0.0))
         trainable = {_plain(name): p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise UserError("nothing is trainable in this model: check adapter.target_modules")
@@ -68,6 +81,7 @@ class AdaptedModel:
         self.parameter.grad = self.grad
         self.initial = self.adapter.flat.detach().clone()
         self._base_weights: dict[str, torch.Tensor] = {}
+        self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -88,55 +102,152 @@ class AdaptedModel:
         adapter.flat.copy_(self.initial)
         return adapter
 
-    def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None) -> None:
+    def penalty(self) -> torch.Tensor | None:
+        """AdaLoRA's γ · mean over its factors of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, as peft has it; None elsewhere.
+
+        Zhang et al., arXiv 2303.10512, equation 4 (which squares the norms): P and Q stand for singular vectors.
+        """
+        factors = [n for n in self.adapter.layout.names if n.endswith((".lora_A", ".lora_B"))]
+        if not (self._orthogonality and factors):
+            return None
+        total = self.adapter.flat.new_zeros(())
+        for name, p in self.module.named_parameters():
+            if _plain(name) in factors:
+                gram = p @ p.T if name.endswith(".lora_A.default") else p.T @ p  # [r, r]
+                total = total + torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=p.device))
+        return self._orthogonality * total / len(factors)
+
+    def lora_scales(self) -> dict[str, float]:
+        """Base weight → the scale s of its LoRA module (α/r, or α/√r under rsLoRA): W + s·B·A is what is computed."""
+        scales = {}
+        for name, module in self.base.model.named_modules():
+            scaling = getattr(module, "scaling", None)
+            if isinstance(scaling, dict) and "default" in scaling:
+                scales[f"{name}.weight"] = float(scaling["default"])
+        return scales
+
+    def base_weights(self) -> dict[str, torch.nn.Parameter]:
+        """The base's own parameters, live, by their names in its state dict (the adapter's stand among them)."""
+        return {_base_name(n): p for n, p in self.base.model.named_parameters()}
+
+    def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None, *, into_weights: bool = False) -> None:
         """Put the base weights to their loaded values plus `delta`; None puts them back.
+
+        The sum is formed in fp32. Rounded to 16 bits most of a small delta would be lost, so beside 16-bit weights it
+        stays as it is, and what it gives is added to the layer's output.
 
         Args:
             delta: weight name as in the base model's state dict → what is added, dense [out, in], or the two factors
-                ``name.B`` [out, r] and ``name.A`` [r, in] whose product is added. The sum is formed in fp32.
+                ``name.B`` [out, r] and ``name.A`` [r, in] whose product is added.
+            into_weights: into 16-bit weights too, as an export must.
 
         Raises:
             ValueError: for a name that the base does not have, a shape that is not the weight's own, half a pair of
                 factors, or a base whose weights are not floating point. The model is then as it was.
         """
         delta = delta or {}
-        weights = {_base_name(n): p for n, p in self.base.model.named_parameters()}
+        if delta and self.full:
+            raise ValueError("a base delta cannot be added to a base that is itself what is trained")
+        weights, transposed = self.base_weights(), self.transposed_weights()
         names = sorted({n.removesuffix(".A").removesuffix(".B") for n in delta})
         for name in names:
-            _check_delta(name, weights.get(name), delta)
+            _check_delta(name, weights.get(name), delta, name in transposed)
         for name, original in self._base_weights.items():
             weights[name].data.copy_(original)
+        while self._delta_hooks:
+            self._delta_hooks.pop().remove()
         for name in names:
-            change = delta[name] if name in delta else delta[f"{name}.B"].float() @ delta[f"{name}.A"].float()
+            parts = [delta[n].float().to(self.device) for n in (name, f"{name}.B", f"{name}.A") if n in delta]
+            if weights[name].element_size() < 4 and not into_weights:
+                self._delta_hooks.append(self._layer(name).register_forward_hook(_adding(parts)))
+                continue
+            change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
             original = self._base_weights.setdefault(name, weights[name].detach().clone())
-            weights[name].data.copy_(original.float() + change.to(original.device, torch.float32))
+            weights[name].data.copy_(original.float() + (change.T if name in transposed else change))
+
+    def transposed_weights(self) -> set[str]:
+        """Those that are stored [in, out] (GPT-2's)."""
+        layers = self.base.model.named_modules()
+        return {f"{name}.weight" for name, layer in layers if getattr(layer, "fan_in_fan_out", False)}
+
+    def _layer(self, weight: str) -> torch.nn.Module:
+        """The base's own layer that `weight` belongs to: the innermost, where peft put another around it."""
+        layers: Iterator[tuple[str, torch.nn.Module]] = self.base.model.named_modules()
+        found = [layer for name, layer in layers if _base_name(f"{name}.weight") == weight]
+        return found[-1]
 
     def save(self, folder: Path, base_name: str) -> None:
-        """Write the live adapter as peft's own format: `PeftModel.from_pretrained(base, folder)` loads it."""
+        """Write the live adapter for use elsewhere.
+
+        `PeftModel.from_pretrained(base, folder)` loads it; after full fine-tuning the folder holds a whole model,
+        for `AutoModelForCausalLM.from_pretrained(folder)`.
+        """
+        if self.full:
+            save_model(self.module, self.tokenizer, folder)
+            return
         self.module.save_pretrained(str(folder))
         path = folder / "adapter_config.json"
         values = json.loads(path.read_text())
         values["base_model_name_or_path"] = base_name
         path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        if set(_saved(folder)) != set(self.adapter.layout.names):
+            save_file({n: t.detach().cpu().clone() for n, t in self.adapter.tensors().items()}, str(folder / TRAINED))
+
+    def load(self, folder: Path) -> None:
+        """Put what `save` wrote back into the live adapter, every tensor of it."""
+        if self.full:
+            self.adapter.load(dict(load_base(ModelConfig(name=str(folder))).model.named_parameters()))
+        else:
+            self.adapter.load(_saved(folder))
 
 
-def _check_delta(name: str, weight: torch.Tensor | None, delta: Mapping[str, torch.Tensor]) -> None:
+def _saved(folder: Path) -> dict[str, torch.Tensor]:
+    """A saved adapter's tensors by the names of the live one, as far as the folder has them."""
+    everything = folder / TRAINED
+    tensors = load_file(str(everything if everything.is_file() else folder / "adapter_model.safetensors"))
+    return {"prompt_encoder.embedding.weight" if n == "prompt_embeddings" else n: t for n, t in tensors.items()}
+
+
+def save_model(module: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """A plain transformers model with its tokenizer."""
+    with quiet_peft():
+        module.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def _check_delta(
+    name: str, weight: torch.Tensor | None, delta: Mapping[str, torch.Tensor], transposed: bool = False
+) -> None:
     """Raise ValueError unless `delta` has, for this weight, one dense tensor or one pair of factors that fits."""
     if weight is None:
         raise ValueError(f"the base has no weight {name}")
     if not weight.is_floating_point():
         raise ValueError(f"a base delta cannot be added to the quantised weight {name}")
+    shape = tuple(weight.T.shape if transposed else weight.shape)
     parts = {n: tuple(delta[n].shape) for n in (name, f"{name}.B", f"{name}.A") if n in delta}
-    fits = parts == {name: tuple(weight.shape)}
+    fits = parts == {name: shape}
     if list(parts) == [f"{name}.B", f"{name}.A"]:
         left, right = parts[f"{name}.B"], parts[f"{name}.A"]
-        fits = len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == tuple(weight.shape)
+        fits = len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == shape
     if not fits:
-        raise ValueError(f"a base delta of {parts} does not fit the weight {name} {tuple(weight.shape)}")
+        raise ValueError(f"a base delta of {parts} does not fit the weight {name} {shape}")
+
+
+def _adding(delta: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A forward hook that adds x·Δᵀ to a linear layer's output, in fp32. `delta`: [Δ], or [B, A] with Δ = B·A."""
+
+    def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        added = inputs[0].float()
+        for factor in reversed(delta):
+            added = torch.nn.functional.linear(added, factor)
+        return (output.float() + added).to(output.dtype)
+
+    return hook
 
 
 def _plain(name: str) -> str:
     """peft's parameter name without the adapter's own name, as its saved files have it."""
+    name = name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.default.weight") else name
     return name.replace(".default.", ".").removesuffix(".default")
 
 
@@ -146,21 +257,36 @@ def _base_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """No progress bars, and no word about a name of transformers that peft still asks by and that is on its way out."""
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sees GPT-2's layers and mends it
         yield
 
 
 def attach(base: Base, config: AdapterConfig, seed: int) -> AdaptedModel:
     """`base` with a fresh adapter, initialised from the seed. Raises UserError where peft refuses the configuration."""
+    if config.trains_base and base.model.dtype != torch.float32:
+        raise UserError(
+            f"adapter.{config.trains_base} trains weights of the base, which are {base.model.dtype} here: "
+            "set model.dtype=float32"
+        )
+    if config.method == "full":
+        return AdaptedModel(base.model.requires_grad_(True).eval(), base)
     try:
-        with forked_torch(seed, "init"), _quiet():
-            module = get_peft_model(base.model, METHODS[config.method](config))
+        with forked_torch(seed, "init"), quiet_peft():
+            width = base.model.get_input_embeddings().weight.shape[1]
+            module = get_peft_model(base.model, peft_config(config, width))
+            virtual.start(module, base, config)
     except ValueError as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"adapter.target_modules={config.target_modules!r} does not fit this model: {first}") from error
+        what = (
+            f"adapter.target_modules={config.target_modules!r}"
+            if config.target_modules
+            else f"adapter.method={config.method}"
+        )
+        raise UserError(f"{what} does not fit this model: {first}") from error
     module.eval()
     return AdaptedModel(module, base)
 
@@ -186,56 +312,11 @@ class Models:
             self._base = load_base(self.model, self.device, self.say)
         return self._base
 
-    def adapted(self) -> AdaptedModel:
-        """The base with this recipe's adapter in it; the same object at every call."""
+    def adapted(self, config: AdapterConfig | None = None) -> AdaptedModel:
+        """The base with an adapter in it, the recipe's own unless an algorithm needs another (twice the rank, say).
+
+        The same object at every call: an algorithm's two halves ask for the same adapter.
+        """
         if self._adapted is None:
-            self._adapted = attach(self.base(), self.adapter, self.seed)
+            self._adapted = attach(self.base(), config or self.adapter, self.seed)
         return self._adapted
-
-
-def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = lambda text: None) -> None:
-    """Write a plain transformers model with the adapter merged into its weights, and its tokenizer."""
-    base = load_base(config, "cpu", say)
-    delta = load_base_delta(adapter)
-    with _quiet():
-        merged: Any = PeftModel.from_pretrained(base.model, str(adapter))
-    if delta:
-        AdaptedModel(get_trainable(merged), base).set_base_delta(delta)
-    merged = merged.merge_and_unload()
-    with _quiet():
-        merged.save_pretrained(str(folder))
-    base.tokenizer.save_pretrained(str(folder))
-
-
-def get_trainable(module: PeftModel) -> PeftModel:
-    """A loaded adapter with its gradient switched on again (peft loads for inference)."""
-    for name, parameter in module.named_parameters():
-        if ".default" in name:
-            parameter.requires_grad_(True)
-    return module
-
-
-def load_adapted(config: ModelConfig, adapter: Path, device: str, say: Say = lambda text: None) -> AdaptedModel:
-    """A base model with a saved adapter (a run's `adapter/` or any of peft's) and its base delta, where it has one."""
-    base = load_base(config, device, say)
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{adapter} holds no adapter: expected adapter_config.json, as `fedloom run` and peft write it")
-    with _quiet():
-        module = PeftModel.from_pretrained(base.model, str(adapter))
-    module.eval()
-    model = AdaptedModel(get_trainable(module), base)
-    model.set_base_delta(load_base_delta(adapter))
-    return model
-
-
-BASE_DELTA = "base_delta.safetensors"
-
-
-def save_base_delta(folder: Path, delta: Mapping[str, torch.Tensor]) -> None:
-    """Beside the adapter that it belongs to."""
-    save_file({n: t.contiguous() for n, t in delta.items()}, str(folder / BASE_DELTA))
-
-
-def load_base_delta(folder: Path) -> dict[str, torch.Tensor] | None:
-    path = folder / BASE_DELTA
-    return load_file(str(path)) if path.is_file() else None

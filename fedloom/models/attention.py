@@ -7,7 +7,7 @@ to here. Per-segment SDPA runs on CPU and GPU alike; no GPU has run this file ye
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,22 +30,30 @@ def packed_attention(
     segment_lengths: tuple[int, ...] | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment.
+    """Causal attention within each segment, and to this layer's prefix where there is one.
 
     Shapes: query [1, heads, T, d]; key and value [1, kv_heads, T, d]; returns [1, T, heads, d].
+    `prefix_states` has for each layer the prefix's keys and values, each [1, kv_heads, v, d].
     Raises ValueError where it is called without `segment_lengths`, or for what SDPA cannot do.
     """
     if segment_lengths is None or attention_mask is not None or softcap is not None:
         raise ValueError("packed attention needs segment_lengths, no mask and no softcap")
+    queries, keys, values = (list(torch.split(x, list(segment_lengths), 2)) for x in (query, key, value))
+    before = 0
+    if prefix_states is not None:
+        front = prefix_states[int(module.layer_idx)]  # type: ignore[arg-type]
+        before = front[0].shape[2]
+        keys = [torch.cat([front[0].to(k.dtype), k], dim=2) for k in keys]
+        values = [torch.cat([front[1].to(v.dtype), v], dim=2) for v in values]
     groups = query.shape[1] // key.shape[1]
-    if groups > 1:
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    lengths = list(segment_lengths)
     outputs = []
-    for q, k, v in zip(*(torch.split(x, lengths, 2) for x in (query, key, value)), strict=True):
-        mask = _window(q.shape[2], sliding_window, q.device) if sliding_window else None
+    for q, k, v in zip(queries, keys, values, strict=True):
+        if groups > 1:
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        mask = _mask(q.shape[2], before, sliding_window, q.device)
         outputs.append(
             scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
@@ -54,16 +62,26 @@ def packed_attention(
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _window(length: int, window: int, device: torch.device) -> torch.Tensor | None:
-    """[length, length] bool, True where a query may look; None where the window is wider than the sequence."""
-    if length <= window:
+def _mask(length: int, before: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """[length, before + length] bool, True where a query may look; None where that is plain causal attention.
+
+    `before` positions of a prefix come first, so a query stands at `before` + its own place in the segment, where
+    SDPA's own is_causal would count from 0.
+    """
+    if not before and (window is None or length <= window):
         return None
-    at = torch.arange(length, device=device)
-    distance = at[:, None] - at[None, :]
-    return (distance >= 0) & (distance < window)
+    at = torch.arange(before + length, device=device)
+    distance = at[before:, None] - at[None, :]
+    seen: torch.Tensor = distance >= 0
+    return seen & (distance < window) if window else seen
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
+
+
+def plain(model: PreTrainedModel) -> str:
+    """The attention function for padded batches and generation."""
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.models import attention
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.virtual import packed_inputs
 
 #: How far packed and single losses of the probe may differ; a model that ignores segments is off by 1e-1 and more.
 PROBE_TOLERANCE = 1e-3
@@ -27,13 +28,8 @@ def token_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     batch = batch.to(model.device)
     if batch.packed:
         model.causal_lm.config._attn_implementation = attention.NAME  # stays: a recomputed forward needs it too
-        logits = model.module(
-            input_ids=batch.ids,
-            position_ids=batch.positions,
-            segment_lengths=batch.lengths,
-            logits_to_keep=batch.where,
-            use_cache=False,
-        ).logits[0]
+        inputs = packed_inputs(model, batch)
+        logits = (model.causal_lm if model.virtual_tokens else model.module)(**inputs).logits[0]
     else:
         logits = _padded_logits(model, batch)
     return cross_entropy(logits.float(), batch.labels, reduction="none")
@@ -43,7 +39,8 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     """[S, vocabulary], through a padded forward over the columns that any row has a label in."""
     columns, rows = batch.where % batch.ids.shape[1], batch.where // batch.ids.shape[1]
     first = int(columns.min()) if len(columns) else 0
-    keep = torch.arange(first, batch.ids.shape[1], device=batch.ids.device)
+    inserted = 0 if model.prefixed else model.virtual_tokens  # a prompt's positions have logits too
+    keep = torch.arange(first, batch.ids.shape[1], device=batch.ids.device) + inserted
     with attention.using(model.causal_lm, plain_attention(model)):
         logits = model.module(
             input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=keep, use_cache=False
@@ -54,7 +51,7 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
 
 def plain_attention(model: AdaptedModel) -> str:
     """The attention function for padded batches and generation."""
-    return "sdpa" if getattr(model.causal_lm, "_supports_sdpa", False) else "eager"
+    return attention.plain(model.causal_lm)
 
 
 def release(model: AdaptedModel) -> Any:

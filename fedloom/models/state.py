@@ -143,8 +143,8 @@ class WeightedMean:
             view.add_(tensors[name].detach().to("cpu", torch.float64), alpha=weight)
         self.total += weight
 
-    def result(self) -> torch.Tensor:
-        """The mean, [numel] float32. Raises ValueError where nothing was added."""
+    def result(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """The mean, [numel]. Raises ValueError where nothing was added."""
         if not self.total:
             raise ValueError("the mean of no updates does not exist")
-        return (self._sum / self.total).to(torch.float32)
+        return (self._sum / self.total).to(dtype)

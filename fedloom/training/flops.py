@@ -1,16 +1,19 @@
 """Floating-point operations of a training step, from the shapes of the model's layers: a closed form, not a profile.
 
-A frozen linear layer of n weights costs 2n per token forward and 2n backward (the gradient of its input); an adapter's
-own weights cost another 2n (their own gradient). Attention costs two matmuls of 2·L²·width forward for a sequence of L
-tokens and layer, and four backward; what a flash kernel recomputes is not counted. Padding is counted where it is
-computed. The first layer's inputs need no gradient, which the form ignores: it overcounts by under 2 % in a model of
-five layers and less in deeper ones. tests/training/test_flops.py checks it against torch's FlopCounterMode.
+A frozen linear layer of n weights costs 2n per token forward and 2n backward (the gradient of its input); a trained
+one's own weights cost another 2n (their own gradient). Attention costs two matmuls of 2·L·K·width forward for L queries
+and K keys in a layer, and four backward; what a flash kernel recomputes is not counted. Padding and virtual tokens are
+counted where they are computed. The first layer's inputs need no gradient, which the form ignores: it overcounts by
+under 2 % in a model of five layers and less in deeper ones. tests/training/test_flops.py checks it against torch's
+FlopCounterMode.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +29,7 @@ class Flops:
     def __init__(self, model: AdaptedModel) -> None:
         config = model.causal_lm.config.get_text_config()
         head = model.causal_lm.get_output_embeddings()
+        shapes = model.adapter.layout.shapes
         self._frozen = self._trained = 0
         for module in model.causal_lm.modules():
             if isinstance(module, nn.Linear | Conv1D) and module is not head:  # Conv1D: GPT-2's linear layer
@@ -33,20 +37,58 @@ class Flops:
                     self._trained += module.weight.numel()
                 else:
                     self._frozen += module.weight.numel()
+        # AdaLoRA's factors are parameters of their own, in no linear layer.
+        self._trained += sum(shape.numel() for n, shape in shapes.items() if n.endswith((".lora_A", ".lora_B")))
         self._head = head.weight.numel()
+        self._head_trained = bool(head.weight.requires_grad)
         self._layers = config.num_hidden_layers
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._attention_width = width * config.num_attention_heads
+        # Virtual tokens: embeddings pass through the layers, a prefix is keys alone; a network may make them.
+        self._inserted = 0 if model.prefixed else model.virtual_tokens
+        self._prefix = model.virtual_tokens if model.prefixed else 0
+        network = (s.numel() for n, s in shapes.items() if n.startswith("prompt_encoder.") and len(s) == 2)
+        self._network = model.virtual_tokens * (sum(network) - _embedding(shapes))
+        self._norms = sum(_dora_norm(n, shapes) for n in shapes if n.endswith(".lora_magnitude_vector"))
 
     def of(self, batch: Batch) -> int:
         """Forward and backward over `batch`."""
-        computed = batch.ids.numel()
-        linear = computed * (4 * self._frozen + 6 * self._trained)
-        head = 4 * self._head * _logits(batch)
+        linear = self._tokens(batch) * (4 * self._frozen + 6 * self._trained)
+        head = (6 if self._head_trained else 4) * self._head * _logits(batch)
+        encoder = 6 * self._network * self._encoded(batch)
+        return int(linear + head + encoder + self._norms + 3 * self._attention(batch))
+
+    def forward(self, batch: Batch) -> int:
+        """One forward pass alone, as training without gradients takes it."""
+        linear = self._tokens(batch) * 2 * (self._frozen + self._trained)
+        encoder = 2 * self._network * self._encoded(batch)
+        return int(linear + 2 * self._head * _logits(batch) + encoder + self._norms + self._attention(batch))
+
+    def _tokens(self, batch: Batch) -> int:
+        """Positions that pass through the layers."""
+        return batch.ids.numel() + self._inserted * len(batch.lengths)
+
+    def _encoded(self, batch: Batch) -> int:
+        """How many times a prompt's network runs: peft makes a padded batch's prefix once for each row."""
+        return len(batch.lengths) if self._prefix and not batch.packed else 1
+
+    def _attention(self, batch: Batch) -> int:
+        """The two matmuls of a forward pass, over all layers; backward takes twice as much."""
         lengths = batch.lengths if batch.packed else (batch.ids.shape[1],) * batch.ids.shape[0]
-        squares = sum(n * n for n in lengths)
-        attention = 12 * squares * self._attention_width * self._layers
-        return int(linear + head + attention)
+        queries = [n + self._inserted for n in lengths]
+        return int(4 * sum(n * (n + self._prefix) for n in queries) * self._attention_width * self._layers)
+
+
+def _embedding(shapes: Mapping[str, torch.Size]) -> int:
+    """Elements of the virtual tokens' own table, which is looked up and not multiplied."""
+    return shapes["prompt_encoder.embedding.weight"].numel() if "prompt_encoder.embedding.weight" in shapes else 0
+
+
+def _dora_norm(name: str, shapes: Mapping[str, torch.Size]) -> int:
+    """DoRA's B·A, formed in each forward pass for the norm of W + s·B·A; peft puts an identity through A and B."""
+    stem = name.removesuffix(".lora_magnitude_vector")
+    a, b = shapes[f"{stem}.lora_A.weight"], shapes[f"{stem}.lora_B.weight"]
+    return 2 * a[1] * (a.numel() + b.numel())
 
 
 def _logits(batch: Batch) -> int:

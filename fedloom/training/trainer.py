@@ -8,7 +8,7 @@ its token losses over its supervised tokens, all accumulation together.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -49,6 +49,44 @@ class FitResult:
     tokens: int = 0
     flops: int = 0
     optimizer_state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """One client-round's training, as an algorithm's client half is given it.
+
+    Most algorithms call `fit` once. One that trains two models calls it twice, one that trains other numbers than the
+    adapter's gives `fit` its own parameter, one that takes no gradients walks over `steps` itself.
+
+    Attributes:
+        steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes.
+        first_step, total_steps: where the round stands in the run, for schedules.
+        optimizer_state: of the client's last round, where the recipe keeps it.
+    """
+
+    model: AdaptedModel
+    steps: Callable[[], Iterator[Sequence[Batch]]]
+    config: TrainConfig
+    first_step: int
+    total_steps: int
+    optimizer_state: Mapping[str, torch.Tensor] | None = None
+
+    def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
+        """Plain local training of the live adapter, or of `parameter`, with `learner`'s loss and hooks."""
+        return fit(
+            self.model,
+            learner,
+            self.steps(),
+            self.config,
+            first_step=self.first_step,
+            total_steps=self.total_steps,
+            optimizer_state=self.optimizer_state,
+            parameter=parameter,
+        )
+
+    def learning_rate(self, step: int) -> float:
+        """Of this round's optimiser step `step` (from 0)."""
+        return learning_rate(self.config, self.first_step + step, self.total_steps)
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
@@ -102,6 +140,7 @@ def fit(
     first_step: int,
     total_steps: int,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
+    parameter: torch.nn.Parameter | None = None,
 ) -> FitResult:
     """Train the live adapter over `steps`, each a list of forward passes.
 
@@ -109,13 +148,18 @@ def fit(
         first_step: how many optimiser steps of the run lie before this round, for the schedule.
         total_steps: optimiser steps of the whole run.
         optimizer_state: from an earlier `FitResult`, to go on from it.
+        parameter: what the optimiser steps in place of the adapter, with a gradient of its own: `before_step` fills
+            that in from `model.grad`, `after_step` puts the new values into the model.
 
     Raises:
         ClientFailed: ``non_finite``, naming the step and its examples, where the recipe does not skip.
     """
-    optimizer = make_optimizer(config, model.parameter)
+    parameter = model.parameter if parameter is None else parameter
+    gradient = parameter.grad
+    assert gradient is not None
+    optimizer = make_optimizer(config, parameter)
     if optimizer_state:
-        load_optimizer_tensors(optimizer, model.parameter, optimizer_state)
+        load_optimizer_tensors(optimizer, parameter, optimizer_state)
     flops = Flops(model)
     result = FitResult()
     weighted, weight = 0.0, 0
@@ -126,13 +170,13 @@ def fit(
                 group["lr"] = learning_rate(config, first_step + number, total_steps)
             loss = _accumulate(model, learner, batches, result, flops)
             learner.before_step(model)
-            norm = float(model.grad.norm())
+            norm = float(gradient.norm())
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
                 result.skipped_steps += 1
                 continue
             if config.clip is not None and norm > config.clip:
-                model.grad.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+                gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             optimizer.step()
             learner.after_step(model)
             tokens = sum(len(b.labels) for b in batches)
@@ -142,7 +186,7 @@ def fit(
         model.module.eval()
         model.grad.zero_()
     result.loss = weighted / weight if weight else math.nan
-    result.optimizer_state = optimizer_tensors(optimizer, model.parameter)
+    result.optimizer_state = optimizer_tensors(optimizer, parameter)
     return result
 
 
@@ -159,6 +203,9 @@ def _accumulate(
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
+    penalty = model.penalty()
+    if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
+        penalty.backward()  # type: ignore[no-untyped-call]
     return total
 
 

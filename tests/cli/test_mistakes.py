@@ -51,6 +51,13 @@ MISTAKES = {
     "unknown runtime": (["runtime.name=simulater"], ["simulater", "did you mean simulator?"]),
     "unknown device": (["runtime.device=tpu9000"], ["tpu9000", "cpu"]),
     "no such GPU": (["runtime.device=cuda:7"], ["cuda:7"]),
+    "unknown method": (["adapter.method=prompt_tunning"], ["prompt_tunning", "did you mean prompt_tuning?"]),
+    "key of another method": (["adapter.virtual_tokens=4"], ["adapter.virtual_tokens", "prompt_tuning", "lora"]),
+    "no room for virtual tokens": (
+        ["adapter.method=prompt_tuning", "data.max_length=500"],
+        ["data.max_length=500", "512", "data.max_length=492"],
+    ),
+    "16-bit weights that train": (["adapter.method=full", "model.dtype=bfloat16"], ["method=full", "float32"]),
     "unknown modules": (["adapter.target_modules=[nowhere]"], ["nowhere", "adapter.target_modules"]),
 }
 

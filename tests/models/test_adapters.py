@@ -17,12 +17,9 @@ from fedloom.models.adapters import (
     AdaptedModel,
     Models,
     attach,
-    export_merged,
-    load_adapted,
-    load_base_delta,
-    save_base_delta,
 )
 from fedloom.models.loading import Base, load_base, pick_device
+from fedloom.models.results import export_merged, load_adapted, load_base_delta, save_base_delta
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 Q = "model.layers.0.self_attn.q_proj.weight"
@@ -294,12 +291,12 @@ def test_a_weight_without_an_adapter_on_it_can_change_too():
     assert torch.equal(logits(model.module), logits(plain))
 
 
-def test_a_16_bit_bases_delta_is_summed_in_fp32_and_rounded_once():
+def test_into_16_bit_weights_a_delta_is_summed_in_fp32_and_rounded_once():
     model = adapted(dtype=torch.bfloat16)
     before = weights_of(model)["model.layers.0.self_attn.q_proj.base_layer.weight"]
     b, a = factors(rank=4)
     b, a = (0.05 * b).bfloat16(), a.bfloat16()
-    model.set_base_delta({f"{Q}.B": b, f"{Q}.A": a})
+    model.set_base_delta({f"{Q}.B": b, f"{Q}.A": a}, into_weights=True)
     after = weights_of(model)["model.layers.0.self_attn.q_proj.base_layer.weight"]
     assert after.dtype == torch.bfloat16
     assert torch.equal(after, (before.float() + b.float() @ a.float()).bfloat16())
@@ -345,12 +342,52 @@ def test_deltas_on_disk(tmp_path):
     assert torch.equal(loaded[f"{Q}.A"], a)
 
 
-def test_a_delta_of_a_gpt2_layer_has_that_layers_own_orientation():
-    """Conv1D keeps [in, out]; a delta is in the weight's own shape."""
+def test_a_delta_is_out_by_in_however_the_weight_is_stored():
+    """GPT-2's Conv1D keeps [in, out]; LoRA's factors and so a delta do not."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         base = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=4)).eval().requires_grad_(False)
     model = attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(rank=2, target_modules=["c_attn"]), 0)
-    model.set_base_delta({"transformer.h.0.attn.c_attn.weight": torch.ones(32, 96)})
+    name = "transformer.h.0.attn.c_attn.weight"
+    layer = dict(base.named_modules())["transformer.h.0.attn.c_attn.base_layer"]
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    plain = layer(x)
+    draw = torch.Generator().manual_seed(2)
+    b, a = torch.randn(96, 3, generator=draw), torch.randn(3, 32, generator=draw)
+    for delta in ({name: b @ a}, {f"{name}.B": b, f"{name}.A": a}):
+        model.set_base_delta(delta)
+        assert torch.allclose(layer(x), plain + x @ (b @ a).T, atol=1e-4)
     with pytest.raises(ValueError, match="base"):
-        model.set_base_delta({"transformer.h.0.attn.c_attn.weight": torch.ones(96, 32)})
+        model.set_base_delta({name: torch.ones(32, 96)})
+    model.set_base_delta(None)
+    assert torch.equal(layer(x), plain)
+
+
+def test_beside_16_bit_weights_a_delta_loses_nothing(tiny_model):
+    """Rounded into bfloat16 weights a small delta is mostly lost; the layer's output gets it in fp32 instead."""
+    models = Models(ModelConfig(name=str(tiny_model), dtype="bfloat16"), AdapterConfig(rank=2, alpha=4), 0)
+    model = models.adapted()
+    before = weights_of(model)
+    layer = dict(model.base.model.named_modules())["model.layers.0.self_attn.q_proj.base_layer"]
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+    plain = layer(x).float()
+    b, a = factors()
+    small = {"B": 1e-3 * b, "A": a}
+    for delta in ({f"{Q}.{n}": t for n, t in small.items()}, {Q: small["B"] @ small["A"]}):
+        model.set_base_delta(delta)
+        assert all(torch.equal(p, before[n]) for n, p in weights_of(model).items())
+        expected = (plain + x.float() @ (small["B"] @ small["A"]).T).bfloat16().float()
+        assert torch.allclose(layer(x).float(), expected, atol=1e-6, rtol=1e-2)  # one rounding of the sum
+        model.set_base_delta(delta)  # set again, it is not added twice
+        assert torch.allclose(layer(x).float(), expected, atol=1e-6, rtol=1e-2)
+    large = {Q: b @ a}
+    model.set_base_delta(large)
+    moved = layer(x).float() - plain
+    assert moved.norm() == pytest.approx(float((x.float() @ (b @ a).T).norm()), rel=2e-2)
+    model.set_base_delta(None)
+    assert torch.equal(layer(x).float(), plain)
+    model.set_base_delta(large, into_weights=True)
+    assert torch.equal(
+        weights_of(model)["model.layers.0.self_attn.q_proj.base_layer.weight"],
+        (before["model.layers.0.self_attn.q_proj.base_layer.weight"].float() + b @ a).bfloat16(),
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -38,6 +39,20 @@ def gpt2() -> AdaptedModel:
     return attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(rank=4), 0)
 
 
+#: Enough layers that the first one, whose inputs need no gradient, weighs little; ranks that are not 1.
+METHODS = {
+    "rslora": {"method": "lora", "rslora": True, "rank": 4},
+    "dora": {"method": "lora", "dora": True, "rank": 4},
+    "adalora": {"method": "adalora", "rank": 4},
+    "ia3": {"method": "ia3"},
+    "prompt_tuning": {"method": "prompt_tuning", "virtual_tokens": 9},
+    "p_tuning": {"method": "p_tuning", "virtual_tokens": 9},
+    "prefix_tuning": {"method": "prefix_tuning", "virtual_tokens": 9},
+    "prefix_projection": {"method": "prefix_tuning", "virtual_tokens": 9, "prefix_projection": True},
+    "full": {"method": "full"},
+}
+
+
 def batch(shape: str, packed: bool):
     rng = np.random.default_rng(0)
     return collate(
@@ -58,6 +73,19 @@ def counted(model: AdaptedModel, made) -> int:
 def test_the_closed_form_is_within_two_percent_of_the_counter(shape, packed):
     model, made = llama(), batch(shape, packed)
     assert Flops(model).of(made) == pytest.approx(counted(model, made), rel=0.02)
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("shape", ["one long", "mixed"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_within_two_percent_of_the_counter(method, shape, packed):
+    base = tiny.causal_lm(num_hidden_layers=8, hidden_size=64, intermediate_size=160).requires_grad_(False)
+    model = attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(**METHODS[method]), 0)
+    made = batch(shape, packed)
+    assert Flops(model).of(made) == pytest.approx(counted(model, made), rel=0.02)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        token_losses(model, made)
+    assert Flops(model).forward(made) == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
 def test_layers_that_keep_their_weights_transposed_are_counted_too():
@@ -85,3 +113,12 @@ def test_adding_weights_to_the_adapter_costs_more():
     names = llama(rank=2).adapter.layout.numel
     tokens = made.ids.numel()
     assert large - small == 6 * tokens * 3 * names
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_forward_pass_alone_is_counted_to_the_operation(shape, packed):
+    model, made = llama(), batch(shape, packed)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        token_losses(model, made)
+    assert Flops(model).forward(made) == pytest.approx(counter.get_total_flops(), rel=1e-3)

@@ -1,0 +1,90 @@
+"""Ferret: ordinary local training, whose result travels as its coordinates in a random basis that everybody can draw.
+
+Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", arXiv 2409.06277. A client
+trains with the recipe's optimiser from w_r to w_rk and sends, of Δ_k = w_r − w_rk, the K coordinates
+
+    a_k = Vᵀ Δ_k / K          unbiased: E[V a_k] = Δ_k, with an error of about √(d/K) · ‖Δ_k‖
+    a_k = V⁺ Δ_k              projection: the nearest V a_k, which falls short of Δ_k by √(1 − K/d) · ‖Δ_k‖
+
+and everyone takes w_{r+1} = w_r − η V Σ_k p_k a_k. The buffer is cut into groups of blocks, each base lies in one group
+and d and K above are a group's own (the paper's block-wise reconstruction), so that a base costs one group and not the
+whole buffer. Bases are standard normal, where the paper's are truncated, and shared by the clients of a round, where
+the paper's are each client's own: then the server sends one list of K scalars however many clients there are.
+
+What travels: 4·K bytes up; as many for each round that the client missed, down, which it replays (history.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from fedloom.algorithms import base
+from fedloom.algorithms.directions import BLOCK, Direction
+from fedloom.algorithms.history import Replayed
+from fedloom.models.state import block_sum
+from fedloom.training.trainer import FitResult, LocalRun
+from fedloom.types import Payload, Update
+
+
+class Ferret(Replayed):
+    properties: ClassVar = base.Properties()
+
+    class Options(base.AlgorithmOptions):
+        bases: int = Field(
+            2048, ge=1, le=4096, description="K: how many random directions a round's result is written in"
+        )
+        coordinates: Literal["unbiased", "projection"] = Field(
+            "unbiased", description="right on average and noisy, or as near as can be and too short"
+        )
+        server_lr: float = Field(1.0, gt=0, description="η: how far the server goes along the clients' mean")
+
+    options: Options
+
+    def directions(self, round: int, count: int) -> list[Direction]:
+        """Bases are dealt to the groups in turn."""
+        groups = self._groups(count)
+        return [Direction(round, number, *groups[number % len(groups)]) for number in range(count)]
+
+    def _groups(self, bases: int) -> list[tuple[int, int]]:
+        """(first block, end) of each group: as many as there are blocks, or bases where those are fewer."""
+        blocks = self.space.blocks
+        groups = min(blocks, bases)
+        return [(g * blocks // groups, (g + 1) * blocks // groups) for g in range(groups)]
+
+    def accept(self, update: Update) -> None:
+        super().accept(update)
+        if len(update.payload.tensors["scalars"]) != self.options.bases:
+            raise ValueError(f"{len(update.payload.tensors['scalars'])} coordinates for {self.options.bases} bases")
+
+    def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
+        mean = self.mean(updates) * self.options.server_lr
+        self.history.rounds.append(mean)
+        return {"coefficients": len(mean), "largest_coefficient": float(mean.abs().max())}
+
+    def local_training(self, run: LocalRun) -> FitResult:
+        start = run.model.adapter.flat.clone()
+        result = run.fit(self)
+        self._sent = self.coordinates((start - run.model.adapter.flat).cpu())
+        return result
+
+    def coordinates(self, delta: torch.Tensor) -> torch.Tensor:
+        """a with V a ≈ `delta` in this round's bases: [K] float32."""
+        found = torch.zeros(self.options.bases, dtype=torch.float64)
+        directions = self.directions(self.round, self.options.bases)
+        for first, end in self._groups(self.options.bases):
+            part = delta[first * BLOCK : end * BLOCK].double()
+            own = [n for n, d in enumerate(directions) if d.start == first]
+            if self.options.coordinates == "unbiased":
+                dots = [block_sum(self.space.dense(directions[n]).double() * part) for n in own]
+                found[own] = torch.stack(dots) / len(own)
+            else:
+                bases = torch.stack([self.space.dense(directions[n]).double() for n in own], dim=1)
+                found[own] = torch.linalg.lstsq(bases, part[:, None], driver="gelsd").solution[:, 0]
+        return found.float()
+
+    def shared_state(self) -> Payload:
+        return Payload({"scalars": self._sent})

@@ -1,0 +1,122 @@
+"""HetLoRA: zero-padding, weights by norm, truncation, and ranks that shrink."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lora_rounds import CLIENTS, client, drawn, models, server, trained
+
+from fedloom.algorithms.hetlora import RANK
+from fedloom.checkpoint import from_bytes, to_bytes
+from fedloom.types import Payload
+
+
+def test_equal_ranks_and_norms_equal_fedit():
+    algorithm, plain = server("hetlora"), server("fedit")
+    updates = [type(u)(u.client, 1, u.payload, num_examples=1) for u in drawn(algorithm)]
+    sizes = [algorithm.weight(u) for u in updates]
+    for update, size in zip(updates, sizes, strict=True):  # ‖ΔW‖ is quadratic in the adapter
+        for t in update.payload.tensors.values():
+            t.mul_((sizes[0] / size) ** 0.5)
+    algorithm.aggregate(iter(updates))
+    plain.aggregate(iter(updates))
+    assert torch.allclose(algorithm.shared.flat, plain.shared.flat, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("weight_by", ["norm", "norm_and_examples"])
+def test_padded_and_weighted_by_norm(weight_by):
+    algorithm = server("hetlora", {"a": 1, "b": 2}, weight_by=weight_by)
+    updates = drawn(algorithm)
+    for t in updates[0].payload.tensors.values():
+        t.mul_(2)
+    weights = []
+    for u in updates:
+        dense = [2 * u.payload.tensors[p.b].double() @ u.payload.tensors[p.a].double() for p in algorithm.pairs]
+        norm = float(sum(d.norm() ** 2 for d in dense)) ** 0.5
+        weights.append(norm * (CLIENTS[u.client] if weight_by == "norm_and_examples" else 1))
+    algorithm.aggregate(iter(updates))
+    for p in algorithm.pairs:
+        a, b = (torch.zeros(algorithm.shared.views[n].shape, dtype=torch.float64) for n in (p.a, p.b))
+        for w, u in zip(weights, updates, strict=True):
+            r = u.payload.tensors[p.a].shape[0]
+            a[:r] += w / sum(weights) * u.payload.tensors[p.a]
+            b[:, :r] += w / sum(weights) * u.payload.tensors[p.b]
+        assert torch.allclose(algorithm.shared.views[p.a].double(), a, atol=1e-7)
+        assert torch.allclose(algorithm.shared.views[p.b].double(), b, atol=1e-7)
+
+
+def test_rows_that_nobody_had_stay():
+    algorithm = server("hetlora", {"a": 1})
+    before = algorithm.shared.snapshot().views
+    algorithm.aggregate(iter(drawn(algorithm)[:1]))
+    for p in algorithm.pairs:
+        assert torch.equal(algorithm.shared.views[p.a][1:], before[p.a][1:])
+        assert not torch.equal(algorithm.shared.views[p.a][:1], before[p.a][:1])
+
+
+def test_updates_of_nothing_count_alike():
+    algorithm = server("hetlora")
+    updates = drawn(algorithm)
+    for u in updates:
+        for p in algorithm.pairs:
+            u.payload.tensors[p.b].zero_()
+    algorithm.aggregate(iter(updates))
+    p = algorithm.pairs[0]
+    mean = sum(u.payload.tensors[p.a].double() for u in updates) / 3
+    assert torch.allclose(algorithm.shared.views[p.a].double(), mean, atol=1e-8)
+
+
+def test_the_penalty_s_gradient_by_finite_differences():
+    of = models()
+    algorithm = client("hetlora", of, gamma=0.5, penalty=0.7)
+    central = server("hetlora", of=of)
+    central.aggregate(iter(drawn(central)))
+    algorithm.begin("a", 1, None)
+    algorithm.receive(central.round_payload("a"))
+    model = of.adapted()
+    model.grad.zero_()
+    algorithm.before_step(model)
+    gradient, flat = model.grad.clone(), model.adapter.flat
+    model.grad.zero_()
+    direction = torch.randn(flat.shape, generator=torch.Generator().manual_seed(0))
+    flat.add_(direction, alpha=1e-3)
+    up = algorithm._tail_size()
+    flat.add_(direction, alpha=-2e-3)
+    down = algorithm._tail_size()
+    assert float(gradient @ direction) == pytest.approx(0.7 * (up - down) / 2e-3, rel=1e-3)
+    views = model.adapter.layout.views(gradient)
+    assert not any(views[p.a][:1].any() or views[p.b][:, :1].any() for p in algorithm.pairs)  # γ·3 → 1 row is safe
+
+
+def test_a_client_whose_tail_shrank_goes_on_with_less_and_the_server_follows():
+    of = models()
+    options = {"gamma": 0.67, "penalty": 50.0}
+    algorithm, central = client("hetlora", of, **options), server("hetlora", of=of, **options)
+    central.aggregate(iter(drawn(central)))
+    sent = trained(algorithm, central.round_payload("a"), "a", optimizer="sgd", lr=1e-2, clip=None)
+    assert {t.shape[0] for n, t in sent.tensors.items() if "lora_A" in n} == {2}
+    update = type(drawn(central)[0])("a", 1, sent, num_examples=1)
+    central.accept(update)
+    central.aggregate(iter([update]))
+    assert central.rank_of("a") == 2 and central.rank_of("b") == 3
+    again = server("hetlora", of=of, **options)
+    again.load_server_state(from_bytes(to_bytes(central.server_state())))
+    assert (
+        again.rank_of("a") == 2 and again.round_payload("a").tensors.keys() == central.round_payload("a").tensors.keys()
+    )
+    # The update that said so may be lost: the client knows by itself.
+    algorithm.begin("a", 2, Payload({RANK: torch.tensor(2)}))
+    algorithm.receive(Payload(central.shared.tensors()))
+    assert algorithm.own == 2 and not any(algorithm.model.adapter.views[p.a][2:].any() for p in algorithm.pairs)
+
+
+def test_without_gamma_nothing_is_pruned_and_a_lower_rank_is_refused():
+    of = models()
+    algorithm, central = client("hetlora", of), server("hetlora", of=of)
+    central.aggregate(iter(drawn(central)))
+    sent = trained(algorithm, central.round_payload("a"), "a", weight_decay=0.5)
+    assert {t.shape[0] for n, t in sent.tensors.items() if "lora_A" in n} == {3}
+    assert algorithm.personal_state().tensors == {}
+    lower = drawn(server("hetlora", {"a": 2}))[0]
+    with pytest.raises(ValueError, match="misshapen"):
+        central.accept(lower)
