@@ -44,7 +44,11 @@ for _class in (_Loader, _Dumper):
 
 def load_yaml(text: str) -> Any:
     """Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader: plain values only
+    loader = _Loader(text)  # a SafeLoader: plain values only
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def dump_yaml(values: Any) -> str:
