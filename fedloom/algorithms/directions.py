@@ -19,7 +19,7 @@ import torch
 from fedloom.randomness import torch_generator
 
 #: Elements that are drawn from one seed.
-BLOCK = 8192
+BLOCK = 16_384
 
 #: One unit of the fixed-point sum is 2⁻⁴⁰, far below the last bit of a float32 weight of any size that matters.
 UNITS = 2.0**40
@@ -80,14 +80,16 @@ class Replay:
             old, new = self._held.get(direction, 0.0), coefficients.get(direction, 0.0)
             if old != new:
                 for where, z in self._directions.pieces(direction):
-                    self._sum[where] += _fixed(new, z) - _fixed(old, z)
+                    self._sum[where] += _fixed(new, z)
+                    if old:
+                        self._sum[where] -= _fixed(old, z)
         self._held = dict(coefficients)
         return (self._start.double() - self._sum.double() / UNITS).float()
 
 
 def _fixed(coefficient: float, z: torch.Tensor) -> torch.Tensor:
     """a·z in whole units: the product of two float32 numbers is exact in float64, and rounded once."""
-    return (z.double() * coefficient * UNITS).round().long()
+    return z.double().mul_(coefficient * UNITS).round_().long()
 
 
 def check_coefficients(values: torch.Tensor) -> None:

@@ -105,9 +105,11 @@ class FedPer(fedavg.FedAvg):
 def last_layers(names: Iterable[str], wanted: int | float) -> frozenset[str]:
     """Those of `names` that lie in the last `wanted` layers (a fraction: of the layers; at least one).
 
-    A layer is the first number between dots in a name. Raises UserError where names have none.
+    A layer is the first number between dots in a name; a prompt's encoder, whose parts are numbered too, is in none.
+    Raises UserError where names have none.
     """
-    layer_of = {n: int(found.group(1)) for n in names if (found := re.search(r"\.(\d+)\.", n))}
+    inside = (n for n in names if not n.startswith("prompt_encoder."))
+    layer_of = {n: int(found.group(1)) for n in inside if (found := re.search(r"\.(\d+)\.", n))}
     layers = sorted(set(layer_of.values()))
     if not layers:
         raise UserError(

@@ -16,6 +16,7 @@ What travels: 4·K bytes up; as many for each round that the client missed, down
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
@@ -45,15 +46,21 @@ class Ferret(Replayed):
     options: Options
 
     def directions(self, round: int, count: int) -> list[Direction]:
-        """Bases are dealt to the groups in turn."""
+        """Each group has bases in proportion to its size: the j-th of K lies where the (j + ½)·d/K-th number does."""
         groups = self._groups(count)
-        return [Direction(round, number, *groups[number % len(groups)]) for number in range(count)]
+        firsts = [first for first, _ in groups]
+        blocks = [(2 * number + 1) * self.space.numel // (2 * count) // BLOCK for number in range(count)]
+        return [Direction(round, n, *groups[bisect_right(firsts, block) - 1]) for n, block in enumerate(blocks)]
 
     def _groups(self, bases: int) -> list[tuple[int, int]]:
-        """(first block, end) of each group: as many as there are blocks, or bases where those are fewer."""
-        blocks = self.space.blocks
-        groups = min(blocks, bases)
-        return [(g * blocks // groups, (g + 1) * blocks // groups) for g in range(groups)]
+        """(first block, end) of each group: one block each, or more so that every group has a few bases.
+
+        What is left over after the last whole block belongs to the last group.
+        """
+        whole = max(1, self.space.numel // BLOCK)
+        groups = max(1, min(whole, bases // 4))
+        ends = [(g + 1) * whole // groups for g in range(groups - 1)] + [self.space.blocks]
+        return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def accept(self, update: Update) -> None:
         super().accept(update)

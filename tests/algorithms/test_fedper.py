@@ -126,8 +126,9 @@ def test_which_layers_are_the_last():
     assert last_layers(names, 2) == frozenset(names[10:12])
     assert last_layers(names, 0.25) == frozenset(names[9:12])
     assert last_layers(names, 0.01) == frozenset(names[11:12])
-    with pytest.raises(UserError, match=r"algorithm\.private"):
-        last_layers(["prompt_embeddings"], 1)
+    for without in ("prompt_embeddings", "prompt_encoder.mlp_head.2.weight"):
+        with pytest.raises(UserError, match=r"algorithm\.private"):
+            last_layers([without], 1)
 
 
 @pytest.mark.parametrize("private", ["layers.1.*q_proj", "lora_B"])

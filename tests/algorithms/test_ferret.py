@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from federation import Federation
@@ -68,15 +70,19 @@ def test_as_many_bases_as_numbers_lose_nothing():
     assert torch.allclose(rebuilt(made(200, bases=300, coordinates="projection"), d), d.double(), atol=1e-8)
 
 
-def test_every_part_of_the_buffer_has_bases():
-    for bases in (1, 2, 3, 7, 100):
-        algorithm = made(bases=bases)
-        covered = torch.zeros(SIZE)
-        for direction in algorithm.directions(1, bases):
-            for where, _ in algorithm.space.pieces(direction):
-                covered[where] += 1
-        assert covered.min() >= 1
-        assert covered.max() - covered.min() <= 1  # dealt evenly
+def test_every_part_of_the_buffer_has_its_share_of_bases():
+    for size in (100, BLOCK, BLOCK + 1, 2 * BLOCK - 1, SIZE, 7 * BLOCK + 300):
+        for bases in (1, 2, 3, 7, 8, 12, 100):
+            algorithm = made(size, bases=bases)
+            covered: dict = {}
+            for direction in algorithm.directions(1, bases):
+                covered[direction[2:]] = covered.get(direction[2:], 0) + 1
+            parts = sorted(covered)
+            assert parts[0][0] == 0 and parts[-1][1] == algorithm.space.blocks
+            assert all(a[1] == b[0] for a, b in pairwise(parts))
+            for (start, stop), count in covered.items():
+                numbers = min(stop * BLOCK, size) - start * BLOCK
+                assert abs(count - bases * numbers / size) <= 1
 
 
 def test_the_server_reconstructs_the_mean_of_the_updates(tiny_recipe, tmp_path):
