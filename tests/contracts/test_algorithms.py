@@ -26,7 +26,7 @@ from fedloom.data.batching import Plan, collate, round_indices
 from fedloom.errors import ClientFailed, RunFailed
 from fedloom.evaluation.loss import loss_sums
 from fedloom.experiment import Setting, Watch, prepare
-from fedloom.models.adapters import load_adapted
+from fedloom.models.results import load_adapted
 from fedloom.rounds import Schedule
 from fedloom.runtimes import wire
 from fedloom.runtimes.simulator import Simulator
