@@ -31,7 +31,7 @@ def plain(setting, indices, client: str, steps_per_round: int, rounds: int, keep
         ]
         done = fit(
             model,
-            cls(cls.Options(), 0),
+            cls(cls.Options(), 0, recipe.adapter),
             steps,
             recipe.train,
             first_step=(round - 1) * steps_per_round,

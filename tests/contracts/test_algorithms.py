@@ -299,7 +299,7 @@ def test_with_neutral_options_one_client_is_plain_local_training(name, tiny_reci
         for passes in round_indices(shard.train, plan, round, recipe.seed, client)
     ]
     cls = registry.algorithms.get("fedavg")
-    fit(setting.model, cls(cls.Options(), 0), steps, train, first_step=0, total_steps=6)
+    fit(setting.model, cls(cls.Options(), 0, recipe.adapter), steps, train, first_step=0, total_steps=6)
 
     folder = tmp_path / "run" / "adapter"
     if properties(name).personal:
@@ -367,7 +367,7 @@ def test_nothing_that_a_client_keeps_is_in_any_message(name, tiny_recipe, tmp_pa
 def one_round(setting: Setting, folder: Path) -> tuple[dict[str, Payload], list[Update]]:
     """Each client's personal state and update after a first round, played by hand through the interface."""
     server, cls = setting.algorithm, type(setting.algorithm)
-    client = cls(server.options, server.seed)
+    client = cls(server.options, server.seed, server.adapter)
     kept, updates = {}, []
     for name in setting.schedule.training:
         payload = server.initial_payload(name)
@@ -395,7 +395,7 @@ def played(request, tiny_recipe, tmp_path) -> tuple[Algorithm, list[Update], Cal
     _, updates = one_round(setting, tmp_path)
 
     def fresh() -> Algorithm:
-        algorithm = type(setting.algorithm)(setting.algorithm.options, setting.algorithm.seed)
+        algorithm = type(setting.algorithm)(setting.algorithm.options, setting.algorithm.seed, setting.algorithm.adapter)
         algorithm.server_model(setting.models)
         return algorithm
 
