@@ -59,6 +59,7 @@ def test_every_way_to_the_same_coefficients_ends_with_the_same_bits():
     assert torch.equal(at_once, followed)
     assert torch.equal(at_once, Replay(SPACE, start()).at(dict(reversed(items))))
     assert torch.equal(at_once, detour.at(wanted))
+    assert torch.equal(at_once, detour.at(wanted))  # and it stays there
 
 
 def test_float_addition_would_not():

@@ -108,6 +108,7 @@ def test_the_two_optimisers_of_fedrep_are_kept_apart(tiny_recipe, tmp_path):
     f.train("copy", 1)
     f.train("copy", 2)
     state = f.store.load("copy", 2)["optimizer"].tensors
+    assert set(state) == {f"{p}/{n}" for p in ("private", "shared") for n in ("step", "exp_avg", "exp_avg_sq")}
     assert (int(state["private/step"]), int(state["shared/step"])) == (4, 6)
     views = {part: f.model.adapter.layout.views(state[f"{part}/exp_avg"]) for part in ("private", "shared")}
     for n in f.model.adapter.views:

@@ -82,7 +82,8 @@ def test_every_method_is_within_two_percent_of_the_counter(method, shape, packed
     base = tiny.causal_lm(num_hidden_layers=8, hidden_size=64, intermediate_size=160).requires_grad_(False)
     model = attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(**METHODS[method]), 0)
     made = batch(shape, packed)
-    assert Flops(model).of(made) == pytest.approx(counted(model, made), rel=0.02)
+    exact = method in {"full", "prompt_tuning", "p_tuning"}  # the first layer's inputs have a gradient as well
+    assert Flops(model).of(made) == pytest.approx(counted(model, made), rel=0.001 if exact else 0.02)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         token_losses(model, made)
     assert Flops(model).forward(made) == pytest.approx(counter.get_total_flops(), rel=0.001)
