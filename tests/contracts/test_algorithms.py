@@ -30,6 +30,7 @@ from fedloom.models.results import load_adapted
 from fedloom.rounds import Schedule
 from fedloom.runtimes import wire
 from fedloom.runtimes.simulator import Simulator
+from fedloom.training import trainer
 from fedloom.training.trainer import fit
 from fedloom.types import Partition, Payload, Update
 
@@ -191,10 +192,10 @@ def test_a_clients_own_state_comes_back_bit_for_bit(name, tiny_recipe, tmp_path)
         store.save(client, 1, {"personal": state})
         loaded = store.load(client, 1).get("personal", Payload())
         assert same(loaded, state)
-        setting.algorithm.begin(client, loaded)
+        setting.algorithm.begin(client, 2, loaded)
         assert same(setting.algorithm.personal_state(), state)
         assert setting.algorithm.client == client
-        setting.algorithm.begin("another", None)
+        setting.algorithm.begin("another", 2, None)
         assert same(setting.algorithm.personal_state(), Payload())
     assert any(s.tensors for s in kept.values()) == properties(name).personal
 
@@ -227,7 +228,7 @@ class Faults:
             return trained
 
         monkeypatch.setattr(fedloom.client.Client, "_train", failing)
-        monkeypatch.setattr(fedloom.client, "fit", failing_fit)
+        monkeypatch.setattr(trainer, "fit", failing_fit)
 
 
 @pytest.mark.parametrize("name", those(lambda p: not p.pooled))
@@ -372,7 +373,7 @@ def one_round(setting: Setting, folder: Path) -> tuple[dict[str, Payload], list[
     for name in setting.schedule.training:
         payload = server.initial_payload(name)
         client.client_model(setting.models, payload)
-        client.begin(name, None)
+        client.begin(name, 1, None)
         client.receive(payload)
         shard = setting.data.client(name)
         steps = [
