@@ -42,7 +42,9 @@ def export_run(run: Path, format: str, out: Path, client: str | None, say: Calla
         raise UserError(f"unknown format {format!r}: {suggest(format, FORMATS)}")
     source = result_folder(run, client)
     if format == "peft" and not (source / "adapter_config.json").is_file():
-        raise UserError(f"{run} trained the whole model (adapter.method=full), so it has no adapter: use --format merged")
+        raise UserError(
+            f"{run} trained the whole model (adapter.method=full), so it has no adapter: use --format merged"
+        )
     if out.exists():
         raise UserError(f"{out} is there already: name another folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
