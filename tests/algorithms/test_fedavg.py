@@ -11,6 +11,7 @@ import torch
 import fedloom
 from fedloom import experiment, registry
 from fedloom.checkpoint import load_tensors
+from fedloom.config import AdapterConfig
 from fedloom.data.batching import Plan, collate, round_indices
 from fedloom.experiment import Setting, Watch, prepare
 from fedloom.training.trainer import fit
@@ -19,7 +20,7 @@ from fedloom.types import Partition, Payload, Shard, Update
 
 def fedavg(**options):
     cls = registry.algorithms.get("fedavg")
-    return cls(cls.Options(**options), 0)
+    return cls(cls.Options(**options), 0, AdapterConfig())
 
 
 def split_as(monkeypatch, sizes: dict[str, int]) -> None:

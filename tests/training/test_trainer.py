@@ -35,7 +35,7 @@ def adapted() -> AdaptedModel:
 
 def fedavg():
     cls = registry.algorithms.get("fedavg")
-    return cls(cls.Options(), 0)
+    return cls(cls.Options(), 0, AdapterConfig())
 
 
 SEQUENCES = [
