@@ -74,9 +74,17 @@ def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> S
             f"federation.clients_per_round={federation.clients_per_round} but only {len(training)} clients hold training "
             "data: ask for fewer, or split among more (split.num_clients)"
         )
-    if federation.min_clients > schedule.sampled():
+    counted, unit = schedule.sampled(), "clients"
+    if algorithm.properties.asynchronous:
+        counted, unit = algorithm.buffer(schedule.sampled()), "updates"
+        if counted > schedule.sampled():
+            raise UserError(
+                f"algorithm.buffer={counted} but only {schedule.sampled()} clients are in flight: lower it, or raise "
+                "federation.clients_per_round"
+            )
+    if federation.min_clients > counted:
         raise UserError(
-            f"federation.min_clients={federation.min_clients} but a round has {schedule.sampled()} clients: "
+            f"federation.min_clients={federation.min_clients} but a round has {counted} {unit}: "
             "no round could succeed, lower it"
         )
     if not algorithm.properties.pooled:

@@ -165,6 +165,11 @@ class RuntimeConfig(Section):
     name: str = Field("simulator", description="where the clients run")
     device: str = Field("auto", description="cpu, cuda, cuda:0 …; auto takes a GPU where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads; null takes the cores really available")
+    speed_spread: float = Field(
+        0.5,
+        ge=0,
+        description="under an asynchronous algorithm, how unlike simulated clients' speeds are: σ of their log",
+    )
 
 
 class EvaluationConfig(Section):

@@ -76,6 +76,7 @@ class Display:
                 f"round {event['round']}/{self._rounds}  training loss {_number(event['loss'])}  "
                 f"{event['updates']} updates"
                 + (f", {event['failures']} failed" if event["failures"] else "")
+                + _asynchronous(event["metrics"])
                 + f"  up {size(event['upload_bytes'])}  down {size(event['download_bytes'])}  {event['seconds']:.0f} s"
             )
         elif kind == "evaluation":
@@ -97,6 +98,12 @@ def _headline(event: Mapping[str, Any]) -> str:
         f"{event['name']}: {event['algorithm']} on {event['corpus']}, {event['clients']} clients, {event['model']}, "
         f"{event['parameters']:,} trainable parameters, {event['rounds']} rounds"
     )
+
+
+def _asynchronous(metrics: Mapping[str, float]) -> str:
+    """How old the updates of a round were, and when it was over in virtual time, where there is either."""
+    age = f", {metrics['staleness']:.1f} versions old" if "staleness" in metrics else ""
+    return age + (f", at {metrics['virtual_seconds']:.1f} virtual s" if "virtual_seconds" in metrics else "")
 
 
 def result_table(summary: Mapping[str, Any]) -> Table:

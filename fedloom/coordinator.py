@@ -3,6 +3,9 @@
     before the first round, after every k-th and after the last: evaluate
     each round: sample clients → send → gather → aggregate → server step → checkpoint
 
+Under an asynchronous algorithm clients are not sampled for a round: asynchronous.py keeps them at work, and a round is
+gathered when enough of them have come back.
+
 A round is finished once its checkpoint is on disk; whatever kills the process after that costs nothing of it. The
 coordinator does not know where clients run nor what is in a payload.
 """
@@ -17,7 +20,9 @@ from typing import Any, Protocol
 
 from fedloom.algorithms.base import Algorithm, Deployed
 from fedloom.arrival import in_order
+from fedloom.asynchronous import InFlight
 from fedloom.checkpoint import Checkpoints, RoundState
+from fedloom.clock import Clock
 from fedloom.errors import RunFailed
 from fedloom.rounds import Progress, Schedule
 from fedloom.tracking import Events
@@ -27,7 +32,10 @@ from fedloom.types import Assignment, Cost, Failure, Outcome, Update, pooled_mea
 class Runtime(Protocol):
     """What the coordinator needs of a runtime (runtimes/base.py)."""
 
-    def run(self, assignments: Iterable[Assignment]) -> Iterator[Outcome]: ...
+    @property
+    def virtual(self) -> bool: ...
+
+    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]: ...
 
     def close(self) -> None: ...
 
@@ -47,6 +55,7 @@ class Coordinator:
         score: whether clients answer questions besides the loss.
         server_scorer: for a corpus whose test set the server holds.
         tick: called as clients come back.
+        clock: when outcomes arrive, where the runtime's time is virtual and the algorithm asynchronous.
     """
 
     def __init__(
@@ -61,6 +70,7 @@ class Coordinator:
         score: bool,
         server_scorer: ServerScorer | None = None,
         tick: Tick = lambda what, round, done, total: None,
+        clock: Clock | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.runtime = runtime
@@ -73,6 +83,16 @@ class Coordinator:
         self.tick = tick
         self.progress = Progress()
         self._contacted: set[str] = set()
+        self.in_flight: InFlight | None = None
+        if algorithm.properties.asynchronous:
+            self.in_flight = InFlight(
+                runtime.run,
+                lambda client, round: self._assign(client, "train", round),
+                schedule,
+                algorithm.buffer(schedule.sampled()),
+                clock if runtime.virtual else None,
+                checkpoints.folder / "in-flight",
+            )
 
     @property
     def rounds(self) -> int:
@@ -82,6 +102,8 @@ class Coordinator:
         """Go on from a checkpoint. Clients are sent the recipe and the initial payload again."""
         self.algorithm.load_server_state(state.server)
         self.progress = Progress.from_notes(state.round, state.notes)
+        if self.in_flight:
+            self.in_flight.load(state.notes["in_flight"], state.files)
 
     def run(self) -> Progress:
         """All rounds that are left. Raises RunFailed below quorum; every finished round is on disk then."""
@@ -93,6 +115,8 @@ class Coordinator:
                 self._evaluate(finished)
                 self.checkpoints.amend(self._state())
             if finished >= self.rounds:
+                if self.in_flight:
+                    self.in_flight.close()
                 return self.progress
             self._round(finished + 1)
 
@@ -116,12 +140,9 @@ class Coordinator:
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()
-        clients = self.schedule.sample(number)
-        self.events.write("round_started", round=number, clients=list(clients))
         tally = _Tally()
-        outcomes = self._counted("train", number, clients)
-        updates = self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
-        metrics = self.algorithm.aggregate(updates)
+        updates = self._at_once(number, tally) if self.in_flight is None else self._as_they_come(number, tally)
+        metrics = dict(self.algorithm.aggregate(updates)) | (self.in_flight.metrics() if self.in_flight else {})
         self.algorithm.server_step()
         self.progress.finished = number
         self.progress.cost += tally.cost
@@ -141,6 +162,22 @@ class Coordinator:
             metrics=dict(metrics),
         )
         self.events.write("checkpoint", round=number, path=self._checkpoint().name)
+
+    def _at_once(self, number: int, tally: _Tally) -> Iterator[Update]:
+        """A synchronous round: the usable updates of all clients that are sampled for it."""
+        clients = self.schedule.sample(number)
+        self.events.write("round_started", round=number, clients=list(clients))
+        outcomes = self._counted("train", number, clients)
+        return self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
+
+    def _as_they_come(self, number: int, tally: _Tally) -> Iterator[Update]:
+        """An asynchronous round: the first usable updates to arrive, whichever round their clients started in."""
+        assert self.in_flight is not None
+        self.events.write("round_started", round=number, clients=self.in_flight.begin(number))
+        return self.in_flight.gather(
+            lambda outcomes: self._accepted(outcomes, number, tally),
+            lambda done, total: self.tick("train", number, done, total),
+        )
 
     def _accepted(self, outcomes: Iterator[Outcome], number: int, tally: _Tally) -> Iterator[Update]:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
@@ -168,6 +205,7 @@ class Coordinator:
                 upload_bytes=outcome.cost.upload_bytes,
                 download_bytes=outcome.cost.download_bytes,
                 seconds=round(outcome.cost.wall_seconds, 3),
+                **(self.in_flight.about(outcome) if self.in_flight else {"staleness": 0, "arrived": None}),
             )
             yield outcome
         if tally.updates < self.schedule.federation.min_clients:
@@ -275,7 +313,10 @@ class Coordinator:
     # ------------------------------------------------------------------ checkpoints
 
     def _state(self) -> RoundState:
-        return RoundState(self.progress.finished, self.algorithm.server_state(), self.progress.notes())
+        notes, files = self.progress.notes(), {}
+        if self.in_flight:
+            notes["in_flight"], files = self.in_flight.notes(), self.in_flight.files()
+        return RoundState(self.progress.finished, self.algorithm.server_state(), notes, files)
 
     def _checkpoint(self) -> Path:
         return self.checkpoints.save(self._state())

@@ -30,6 +30,7 @@ from fedloom.choices import (
     pick_suite,
 )
 from fedloom.client import Client
+from fedloom.clock import Speeds
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, Tick
 from fedloom.data.federated import FederatedData
@@ -204,6 +205,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
         score=setting.suite is not None,
         server_scorer=server_scorer(recipe, setting.model, setting.template, setting.suite, setting.data),
         tick=watch.tick,
+        clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
     )
     if state is None:
         events.write("run_started", **_headline(setting))

@@ -17,8 +17,9 @@ import torch
 
 #: Every purpose that randomness is drawn for; a new one is added here.
 Purpose = Literal[
-    "corpus", "split", "sample", "batches", "init", "dropout", "noise", "quantise", "questions", "directions", "seeds"
-]
+    "corpus", "split", "sample", "batches", "init", "dropout", "noise", "quantise", "questions", "directions", "seeds",
+    "arrival",
+]  # fmt: skip
 
 
 def derived_seed(seed: int, purpose: Purpose, round: int = 0, client: str = "") -> int:

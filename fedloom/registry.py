@@ -86,6 +86,7 @@ algorithms = Registry(
         "fedrot_lora": "fedloom.algorithms.fedrot_lora:FedRotLoRA",
         "slora": "fedloom.algorithms.slora:SLoRA",
         "fedprox": "fedloom.algorithms.fedprox:FedProx",
+        "fedbuff": "fedloom.algorithms.fedbuff:FedBuff",
         "scaffold": "fedloom.algorithms.scaffold:Scaffold",
         "fedavgm": "fedloom.algorithms.fedopt:FedAvgM",
         "fedadagrad": "fedloom.algorithms.fedopt:FedAdagrad",

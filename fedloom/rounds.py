@@ -48,6 +48,11 @@ class Schedule:
         rng = numpy_generator(self.seed, "sample", round)
         return tuple(self.training[i] for i in sorted(rng.choice(len(self.training), count, replace=False)))
 
+    def queue(self, round: int) -> tuple[str, ...]:
+        """All clients that can be sampled, in the order in which an asynchronous round asks them."""
+        order = numpy_generator(self.seed, "sample", round).permutation(len(self.training))
+        return tuple(self.training[i] for i in order)
+
     def evaluates(self, finished: int) -> bool:
         """Whether an evaluation belongs after `finished` rounds."""
         if finished in (0, self.federation.rounds):

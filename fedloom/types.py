@@ -184,7 +184,8 @@ class Assignment:
         kind: train, evaluate or save.
         client: whom it is for.
         round: 1 for the first round; under `evaluate`, the number of rounds finished. A client starts from the newest
-            state of its own that is older than this round (older or equal under `evaluate` and `save`).
+            state of its own that is older than this round (older or equal under `evaluate` and `save`). It is also the
+            version of the model that training starts from: the one after round − 1 rounds. The outcome says it again.
         rounds: how many rounds the run has.
         payload: what the algorithm sends.
         steps: optimiser steps to take, or None where the client counts epochs.

@@ -19,7 +19,7 @@ LAYERS = [
     {"types", "overrides", "section", "methods", "config", "carriers"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
-    {"checkpoint", "arrival", "rounds", "tracking", "client", "coordinator", "runfolder"},
+    {"checkpoint", "arrival", "clock", "asynchronous", "rounds", "tracking", "client", "coordinator", "runfolder"},
     {"runtimes", "summary", "answers", "report"},
     {"choices", "deployment"},
     {"experiment", "evaluate", "export", "fetching", "doctor"},

@@ -68,6 +68,7 @@ class Properties:
         personal: each client ends with a model of its own; those are evaluated and saved.
         pooled: a baseline that trains on all clients' data in one place (simulator only).
         mixed_ranks: clients may have ranks of their own (adapter.ranks).
+        asynchronous: clients are not waited for: `buffer` updates make a round, some from older versions of the model.
         streams: aggregation folds one update at a time; otherwise it holds all of a round in memory.
         methods: the PEFT methods it takes; None takes all.
         neutral: options under which one client's run equals plain local training.
@@ -79,6 +80,7 @@ class Properties:
     personal: bool = False
     pooled: bool = False
     mixed_ranks: bool = False
+    asynchronous: bool = False
     streams: bool = True
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
@@ -144,6 +146,10 @@ class Algorithm(ABC):
         Reading it sends the round's later clients their payloads: nothing that `round_payload` reads may change before
         it is exhausted.
         """
+
+    def buffer(self, in_flight: int) -> int:
+        """How many updates make a round while `in_flight` clients work. Asked of asynchronous algorithms only."""
+        return in_flight
 
     def update_layout(self) -> Layout | None:
         """Names and shapes that an update must have; None where they differ from client to client."""
