@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -186,7 +186,7 @@ class Coordinator:
             refused = self._refused(outcome)
             if refused is not None:
                 tally.failures += 1
-                self._failed(refused, "train")
+                self._failed(replace(refused, round=number), "train")  # the round that it is missing from
                 continue
             assert isinstance(outcome, Update)
             skipped = int(outcome.metrics.get("skipped_steps", 0))

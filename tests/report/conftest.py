@@ -101,7 +101,13 @@ def _write_events(
                 continue
             losses.append(start[name] * (0.3 + 0.6 * math.exp(-pace[name] * r)))
             work = {"examples": 200, "tokens": 8123, "steps": 8, "skipped_steps": 0, "loss": losses[-1]}
-            sent = {"upload_bytes": 2_441_100 + r, "download_bytes": 2_441_096, "seconds": 4.2, "staleness": 0, "arrived": None}
+            sent = {
+                "upload_bytes": 2_441_100 + r,
+                "download_bytes": 2_441_096,
+                "seconds": 4.2,
+                "staleness": 0,
+                "arrived": None,
+            }
             events.write("client_update", round=r, client=name, **work, **sent)
         moved = {"upload_bytes": 2_441_100 * len(losses), "download_bytes": 2_441_096 * len(names)}
         done = {"updates": len(losses), "failures": len(names) - len(losses), "loss": sum(losses) / len(losses)}
