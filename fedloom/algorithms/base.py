@@ -234,4 +234,5 @@ def parse_options(algorithm: type[Algorithm], name: str, values: Mapping[str, An
             valid = [f"algorithm.{k}" for k in algorithm.Options.model_fields]
             hint = suggest(f"algorithm.{key}", valid) if valid else f"{name} has no options"
             raise UserError(f"unknown option algorithm.{key} of {name}: {hint}") from None
-        raise UserError(f"algorithm.{key}={first['input']!r} is not valid for {name}: {first['msg'].lower()}") from None
+        said = first["msg"].removeprefix("Value error, ").lower()
+        raise UserError(f"algorithm.{key}={first['input']!r} is not valid for {name}: {said}") from None

@@ -30,7 +30,8 @@ class Runtime(Protocol):
 
         `assignments` is pulled only while the caller waits for an outcome. None in it means that there is nothing more
         to send before the next outcome was handed over: the runtime waits for one, and pulls again afterwards; with
-        nothing under way it ends. Another `run` (an evaluation) may come and go while this one is not waited for.
+        nothing under way it ends. An assignment's tensors are the server's own, which the next round changes, so it is
+        encoded when it is pulled. Another `run` (an evaluation) may come and go while this one is not waited for.
         """
         ...
 
