@@ -73,6 +73,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "pooled": any(e["pooled"] for e in run.of("evaluation")),
         "failures": run.of("client_failed"),
         "updates": len(run.of("client_update")),
+        "ages": _ages(run),
         "clients": clients[:MOST_ROWS],
         "clients_left_out": max(0, len(clients) - MOST_ROWS),
         "answers": run.answers.get("answers", []),
@@ -158,6 +159,16 @@ def _clients(run: RunFolder) -> list[dict[str, Any]]:
     if len(rows) > charts.DRAWN:
         rows.sort(key=lambda row: -((row.get("loss") or {}).get("after") or 0.0))
     return rows
+
+
+def _ages(run: RunFolder) -> dict[str, Any] | None:
+    """Of an asynchronous run, how old its updates were and how long it took in virtual time."""
+    rounds = [e for e in run.of("round_finished") if "staleness" in e["metrics"]]
+    if not rounds:
+        return None
+    ages = [e["staleness"] for e in run.of("client_update")]
+    virtual = rounds[-1]["metrics"].get("virtual_seconds")
+    return {"mean": f"{sum(ages) / len(ages):.1f}", "oldest": max(ages), "virtual": virtual}
 
 
 def _strip(run: RunFolder) -> list[tuple[str, int, str]]:

@@ -167,6 +167,15 @@ def test_a_client_keeps_its_colour_whoever_answers_first() -> None:
     assert [(line.name, line.style) for line in chart.lines[1:]] == [("a", "c0"), ("b", "c1")]
 
 
+def test_a_client_that_came_back_twice_in_a_round_is_drawn_once() -> None:
+    updates = [
+        {"event": "client_update", "round": r, "client": "a", "loss": x} for r, x in ((1, 4.0), (2, 3.0), (2, 1.0))
+    ]
+    chart = charts.training_chart([*updates, {"event": "round_finished", "round": 2, "loss": 2.5}], None)
+    assert chart
+    assert {line.name: line.points for line in chart.lines} == {"all clients": ((2, 2.5),), "a": ((1, 4.0), (2, 2.0))}
+
+
 @pytest.mark.parametrize("kept", [1, 2, 4])
 def test_a_run_that_has_just_begun(run_folder: Make, kept: int) -> None:
     run = run_folder("a-run", finished=False)

@@ -307,6 +307,10 @@ def test_a_run_has_stale_updates_and_says_so(undisturbed):
         if e["event"] == "round_started":
             assert len(e["clients"]) == len(set(e["clients"])) == 3
     assert not (undisturbed / "checkpoints" / "in-flight").exists()
+    oldest = max(staleness for *_, staleness, _ in updates)
+    page = (undisturbed / "report.html").read_text()
+    assert f"{sum(u[4] for u in updates) / 10:.1f} versions of the model old on average, {oldest} at most" in page
+    assert "By the clients' simulated speeds the rounds took" in page
 
 
 KILL_AT_THE_THIRD_UPDATE = """
@@ -371,6 +375,27 @@ def test_a_runtime_in_real_time_that_delivers_in_that_order_gives_the_same_bits(
     other = fedloom.run(tiny_recipe({**RECIPE, "runtime.name": "test-order"}), out=tmp_path / "other")
     assert digest(other.folder) != digest(undisturbed)
     assert other.summary["loss"]["after"] < other.summary["loss"]["before"]
+
+
+def test_a_stale_update_that_is_refused_is_told_of_in_the_round_that_it_is_missing_from(
+    undisturbed, tiny_recipe, tmp_path, monkeypatch
+):
+    """As every event of a round, so that a resumed run voids it with its round."""
+    fedbuff = registry.algorithms.get("fedbuff")
+    accept = fedbuff.accept
+
+    def refusing(server, update):
+        accept(server, update)
+        if server.staleness(update):
+            raise ValueError("too old")
+
+    monkeypatch.setattr(fedbuff, "accept", refusing)
+    run = fedloom.run(tiny_recipe({**RECIPE, "evaluation.every": 0}), out=tmp_path / "run")
+    events = read_events(run.folder / "events.jsonl")
+    rounds = [e["round"] for e in events if e["event"] in {"round_started", "client_failed", "round_finished"}]
+    assert rounds == sorted(rounds)
+    assert run.summary["failures"] == sum(e["event"] == "client_failed" for e in events) > 0
+    assert {u[4] for u in counted(run.folder)} == {0}
 
 
 def test_the_run_ends_when_too_few_can_come(tiny_recipe, tmp_path, monkeypatch):
