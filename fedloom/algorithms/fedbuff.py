@@ -12,6 +12,9 @@ makes a shorter step, as in the paper, and not the same step with other proporti
 Differences are fp32 on the wire, sums are fp64. θ_t + Σ p_k (θ_k − θ_t) is FedAvg's Σ p_k θ_k but for the rounding of
 each difference, at most 2⁻²⁴ of it: on the first numbers of a run the two agree within one unit in the last place, not
 bit for bit. The whole adapter travels down, its difference travels up; the server keeps no older version.
+
+It is a sum, but not one that is declared `linear_sum`: updates and their weights do not share one set of w_k, a client may
+be in one buffer twice, and nobody is sampled for a round, so what wraps plain sums to make them private does not fit.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ class FedBuff(fedavg.FedAvg):
         version: how often the server has aggregated; what `Assignment.round` − 1 was when a client started.
     """
 
-    properties: ClassVar = base.Properties(linear_sum=True, order_independent=False, asynchronous=True)
+    properties: ClassVar = base.Properties(order_independent=False, asynchronous=True)
 
     class Options(fedavg.FedAvg.Options):
         buffer: int | float = Field(
