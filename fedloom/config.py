@@ -168,6 +168,7 @@ class RuntimeConfig(Section):
     speed_spread: float = Field(
         0.5,
         ge=0,
+        le=5,
         description="under an asynchronous algorithm, how unlike simulated clients' speeds are: σ of their log",
     )
 
