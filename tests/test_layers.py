@@ -39,6 +39,7 @@ HOMES = {
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
     "dp_accounting": ("algorithms/accounting.py",),
+    "scipy": ("algorithms/accounting.py",),
     "fcntl": ("runfolder.py",),
 }
 

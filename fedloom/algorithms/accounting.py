@@ -13,6 +13,7 @@ dp-accounting's. This file does not know what was released.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -59,21 +60,7 @@ class Ledger:
 
     def epsilon(self, delta: float) -> float:
         """ε at `delta` of all releases together; infinite where one had no noise."""
-        if not self.entries:
-            return 0.0
-        if any(noise == 0 for _, noise, _ in self.entries):
-            return math.inf
-        if all(rate == 1 for *_, rate in self.entries):
-            together = sum(count / noise**2 for count, noise, _ in self.entries) ** -0.5
-            return float(library().get_epsilon_gaussian(together, delta))
-        dp = library()
-        # Little noise has a wide distribution: coarser steps keep its size, and can only make ε larger.
-        step = 1e-4 if min(noise for _, noise, _ in self.entries) >= 0.5 else 1e-3
-        accountant = dp.pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, step)
-        for count, noise, rate in self.entries:
-            gaussian = dp.GaussianDpEvent(noise)
-            accountant.compose(gaussian if rate == 1 else dp.PoissonSampledDpEvent(rate, gaussian), count)
-        return float(accountant.get_epsilon(delta))
+        return _epsilon(tuple(self.entries), delta)
 
     def tensor(self) -> torch.Tensor:
         """[entries, 3] float64, for a checkpoint."""
@@ -86,6 +73,25 @@ class Ledger:
         return ledger
 
 
+@cache
+def _epsilon(entries: tuple[tuple[int, float, float], ...], delta: float) -> float:
+    if not entries:
+        return 0.0
+    if any(noise == 0 for _, noise, _ in entries):
+        return math.inf
+    dp = library()
+    if all(rate == 1 for *_, rate in entries):
+        together = sum(count / noise**2 for count, noise, _ in entries) ** -0.5
+        return float(dp.get_epsilon_gaussian(together, delta))
+    # Little noise has a wide distribution: coarser steps keep its size, and can only make ε larger.
+    step = 1e-4 if min(noise for _, noise, _ in entries) >= 0.5 else 1e-3
+    accountant = dp.pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, step)
+    for count, noise, rate in entries:
+        gaussian = dp.GaussianDpEvent(noise)
+        accountant.compose(gaussian if rate == 1 else dp.PoissonSampledDpEvent(rate, gaussian), count)
+    return float(accountant.get_epsilon(delta))
+
+
 def spent(noise: float, rounds: int, rate: float, delta: float) -> float:
     """ε of `rounds` equal releases."""
     ledger = Ledger()
@@ -95,25 +101,25 @@ def spent(noise: float, rounds: int, rate: float, delta: float) -> float:
 
 def noise_for(epsilon: float, delta: float, rounds: int, rate: float) -> float:
     """The least z, to four digits and rounded up, with which `rounds` releases stay within `epsilon`. Raises UserError."""
+    library()  # which brings scipy
+    from scipy.optimize import brentq
 
-    def kept(noise: float) -> bool:
-        return spent(noise, rounds, rate, delta) <= epsilon
+    def excess(logarithm: float) -> float:
+        return math.log(max(spent(math.exp(logarithm), rounds, rate, delta), 1e-12) / epsilon)
 
-    high = 1.0
-    while not kept(high):
-        high *= 2
-        if high > MOST_NOISE:
+    low, high = math.log(LEAST_NOISE), 0.0
+    while excess(high) > 0:
+        low, high = high, high + math.log(4)
+        if high > math.log(MOST_NOISE):
             raise UserError(
                 f"privacy.epsilon={epsilon:g} with δ={delta:g} over {rounds} rounds cannot be kept with any noise worth "
                 "adding: ask for a larger epsilon, or fewer rounds"
             )
-    low = high / 2
-    while kept(low):
-        low, high = low / 2, low
-        if high < 2 * LEAST_NOISE:
-            return LEAST_NOISE if kept(LEAST_NOISE) else high
-    while high / low > 1.00005:
-        middle = (low + high) / 2
-        low, high = (low, middle) if kept(middle) else (middle, high)
-    digits = 10.0 ** (3 - math.floor(math.log10(high)))
-    return math.ceil(high * digits) / digits
+    if low == math.log(LEAST_NOISE) and excess(low) <= 0:
+        return LEAST_NOISE
+    noise = math.exp(brentq(excess, low, high, xtol=1e-6))
+    digit = 10.0 ** (math.floor(math.log10(noise)) - 3)
+    steps = math.ceil(noise / digit)
+    while spent(steps * digit, rounds, rate, delta) > epsilon:
+        steps += 1
+    return float(f"{steps * digit:.4g}")
