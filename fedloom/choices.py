@@ -116,11 +116,14 @@ def settle_privacy(recipe: Recipe, algorithm: Algorithm, schedule: Schedule, say
     recipe = settled(recipe, len(schedule.training))
     privacy = recipe.privacy
     assert privacy is not None
+    alike = f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}"
+    if not privacy.noise:
+        say(f"{alike}, and no noise is added: nothing is promised")
+        return recipe, make(recipe)
+    target = f", to keep to ε={privacy.epsilon:g}" if privacy.epsilon else ""
     say(
-        f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}, and noise of "
-        f"{privacy.noise:g} times the clip is added at the {privacy.where}"
-        + (f", to keep to ε={privacy.epsilon:g}" if privacy.epsilon else "")
-        + f" (δ={privacy.delta:g})"
+        f"{alike}, and noise of {privacy.noise:g} times the clip is added at the {privacy.where}{target} "
+        f"(δ={privacy.delta:g})"
     )
     if privacy.seeded:
         say("privacy: the noise follows from the recipe's seed, so this holds only against those who do not know it")

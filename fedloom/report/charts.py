@@ -81,7 +81,7 @@ def seconds_chart(events: Iterable[Event]) -> BarChart | None:
 def privacy_chart(events: Iterable[Event]) -> LineChart | None:
     """ε spent after each round; None where nothing is counted. With noise at the clients also what the models tell."""
     rounds = [(e["round"], e["metrics"]) for e in events if e["event"] == "round_finished"]
-    known = (("epsilon", "ε", "all"), ("epsilon_models", "ε of the models alone", "context"))
+    known = (("epsilon", "ε", "all"), ("epsilon_models", "ε of the models alone", "c0"))
     lines = [
         Line(name, points, style)
         for key, name, style in known

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -163,6 +165,18 @@ def test_epsilon_is_in_events_summary_report_and_on_the_terminal(tiny_recipe, tm
     stored = (tmp_path / "run" / "recipe.yaml").read_text()
     assert f"noise: {noise}" in stored and "population: 3" in stored
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["privacy"] == summary
+    docs = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
+    assert set(summary) == set(re.findall(r"`privacy\.(\w+)`", docs))
+
+
+def test_without_noise_a_run_says_that_it_promises_nothing(tiny_recipe, tmp_path):
+    said = []
+    result = run(
+        tiny_recipe({"privacy.noise": 0, "federation.rounds": 1}), tmp_path / "run", watch=Watch(say=said.append)
+    )
+    assert any("nothing is promised" in line for line in said)
+    assert result.summary["privacy"]["epsilon"] is None
+    assert "so nothing is promised" in result.report.read_text()
 
 
 def test_without_privacy_nothing_of_it_is_written(tiny_recipe, tmp_path):
