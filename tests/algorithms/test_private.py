@@ -319,6 +319,8 @@ def test_without_noise_nothing_is_promised_and_norms_are_shown(federation):
 
 
 def test_with_noise_no_number_of_a_round_is_a_clients(federation):
-    """What is logged follows from the noisy mean: the same whether the clients' own norms differ or not."""
-    server = federation({"noise": 1.0, "clip": 0.01}).server
-    assert set(server.aggregate(iter([]))) == {"distance_moved", "clip", "epsilon", "delta"}
+    """What is logged follows from the noisy mean, whoever sent what."""
+    federation = federation({"noise": 1.0, "clip": 0.01})
+    updates = [federation.train(c, 1) for c in federation.clients]
+    for sent in ([], updates):
+        assert set(federation.server.aggregate(iter(sent))) == {"distance_moved", "clip", "epsilon", "delta"}
