@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from fedloom import registry
-from fedloom.config import Recipe, builtin_recipes
+from fedloom.config import Recipe, builtin_recipes, section_of
 
 PAGE = Path(__file__).parent / "recipes.md"
 
@@ -54,14 +54,25 @@ def _sections() -> str:
     text = "## Keys\n\n"
     top = []
     for name, info in Recipe.model_fields.items():
-        section = info.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            rows = [(f"`{k}`", _type(f.annotation), _default(f), f.description or "") for k, f in section.model_fields.items()]
-            text += f"### {name}\n\n{info.description[:1].upper()}{info.description[1:]}.\n\n"
-            text += _table(("key", "values", "default", "what it does"), rows)
+        section = section_of(info.annotation)
+        if section is not None:
+            absent = " `null` by default." if info.default is None else ""
+            text += f"### {name}\n\n{info.description[:1].upper()}{info.description[1:]}.{absent}\n\n"
+            text += _table(("key", "values", "default", "what it does"), _rows(section))
         else:
             top.append((f"`{name}`", _type(info.annotation), _default(info), info.description or ""))
     return text + "### At the top\n\n" + _table(("key", "values", "default", "what it does"), top)
+
+
+def _rows(section: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """A row for each key; a section inside has its own keys behind its row."""
+    rows = []
+    for key, info in section.model_fields.items():
+        inner = section_of(info.annotation)
+        values = "section or null" if inner else _type(info.annotation)
+        rows.append((f"`{prefix}{key}`", values, _default(info), info.description or ""))
+        rows += _rows(inner, f"{prefix}{key}.") if inner else []
+    return rows
 
 
 def _algorithms() -> str:

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from fedloom import registry
-from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.making import make
 from fedloom.checkpoint import ClientStore, Damaged, folder_name
 from fedloom.config import Recipe
 from fedloom.data.batching import Batch, Plan, collate, round_indices
@@ -93,9 +93,7 @@ class Client:
             return
         self._configured = values
         self._recipe = Recipe.parse(values)
-        chosen = self._recipe.algorithm
-        cls = registry.algorithms.get(chosen.name)
-        self._algorithm = cls(parse_options(cls, chosen.name, chosen.options), self._recipe.seed, self._recipe.adapter)
+        self._algorithm = make(self._recipe)
 
     def _prepare(self, assignment: Assignment) -> None:
         """Model and state, as they were after the rounds before this one."""

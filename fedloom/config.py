@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedloom.errors import UserError, suggest
 from fedloom.methods import AdapterConfig as AdapterConfig  # noqa: PLC0414  (importable from here)
 from fedloom.overrides import dump_yaml, load_yaml, nearest_key, nested_copy, set_dotted
+from fedloom.privacy import PrivacyConfig as PrivacyConfig  # noqa: PLC0414  (importable from here)
 from fedloom.section import Fraction, Section
 
 
@@ -160,6 +161,13 @@ class FederationConfig(Section):
             raise ValueError(f"clients_per_round={value:g} is neither a whole number nor a fraction below 1")
         return int(value) if isinstance(value, float) and value >= 1 else value
 
+    def sampled(self, clients: int) -> int:
+        """Clients in a round, of so many that hold training data."""
+        wanted = self.clients_per_round
+        if wanted is None:
+            return clients
+        return max(1, round(wanted * clients)) if isinstance(wanted, float) else wanted
+
 
 class RuntimeConfig(Section):
     name: str = Field("simulator", description="where the clients run")
@@ -204,6 +212,7 @@ class Recipe(Section):
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(steps=8), description="a client's local training")
     federation: FederationConfig = Field(default_factory=FederationConfig, description="rounds and sampling")
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="where the clients run")
+    privacy: PrivacyConfig | None = Field(None, description="clipping, noise and an accountant; null: none of them")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and when")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="events, checkpoints and trackers")
     seed: int = Field(42, ge=0, description="all randomness follows from it")
@@ -311,11 +320,17 @@ def _leave_other_methods(values: dict[str, Any], method: Any) -> None:
 def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in model.model_fields.items():
-        annotation = info.annotation
         keys.append(prefix + name)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += _valid_keys(annotation, f"{prefix}{name}.")
+        inner = section_of(info.annotation)
+        if inner is not None:
+            keys += _valid_keys(inner, f"{prefix}{name}.")
     return keys
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section behind a field's type, one that may be null too; None where the field is a plain value."""
+    options = [o for o in (annotation, *get_args(annotation)) if isinstance(o, type) and issubclass(o, BaseModel)]
+    return options[0] if options else None
 
 
 def _one_sentence(error: ValidationError) -> str:

@@ -77,6 +77,7 @@ class Display:
                 f"{event['updates']} updates"
                 + (f", {event['failures']} failed" if event["failures"] else "")
                 + _asynchronous(event["metrics"])
+                + _spent(event["metrics"])
                 + f"  up {size(event['upload_bytes'])}  down {size(event['download_bytes'])}  {event['seconds']:.0f} s"
             )
         elif kind == "evaluation":
@@ -106,6 +107,13 @@ def _asynchronous(metrics: Mapping[str, float]) -> str:
     return age + (f", at {metrics['virtual_seconds']:.1f} virtual s" if "virtual_seconds" in metrics else "")
 
 
+def _spent(metrics: Mapping[str, Any]) -> str:
+    """(ε, δ) so far, of a private run."""
+    if "epsilon" not in metrics:
+        return ""
+    return f"  ε {metrics['epsilon']:.3g} (δ {metrics['delta']:.1g})"
+
+
 def result_table(summary: Mapping[str, Any]) -> Table:
     """The end of a run in a few lines."""
     table = Table("", "before", "after", box=None, pad_edge=False)
@@ -119,6 +127,8 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("held-out loss", _number(loss["before"]), _number(loss["after"]))
     if worst := loss["worst_client"]:
         table.add_row(f"  worst client, {worst['client']}", _number(worst["before"]), _number(worst["after"]))
+    if (privacy := summary["privacy"]) and privacy["epsilon"] is not None:
+        table.add_row("privacy spent: ε, δ", f"{privacy['epsilon']:.3g}", f"{privacy['delta']:.1g}")
     table.add_row("bytes up, down", size(cost["upload_bytes"]), size(cost["download_bytes"]))
     table.add_row("training tokens, steps", f"{cost['train_tokens']:,}", f"{cost['steps']:,}")
     table.add_row("seconds, wall and CPU", f"{cost['wall_seconds']:.0f}", f"{cost['cpu_seconds']:.0f}")

@@ -98,12 +98,18 @@ class Coordinator:
     def rounds(self) -> int:
         return self.schedule.federation.rounds
 
-    def resume(self, state: RoundState) -> None:
-        """Go on from a checkpoint. Clients are sent the recipe and the initial payload again."""
+    def resume(self, state: RoundState, lost: int = 0) -> None:
+        """Go on from a checkpoint. Clients are sent the recipe and the initial payload again.
+
+        Args:
+            lost: rounds that were finished after this checkpoint and are done again.
+        """
         self.algorithm.load_server_state(state.server)
         self.progress = Progress.from_notes(state.round, state.notes)
         if self.in_flight:
             self.in_flight.load(state.notes["in_flight"], state.files)
+        if self.algorithm.repeated(lost):
+            self._checkpoint()
 
     def run(self) -> Progress:
         """All rounds that are left. Raises RunFailed below quorum; every finished round is on disk then."""

@@ -28,6 +28,7 @@ from fedloom.choices import (
     make_algorithm,
     make_schedule,
     pick_suite,
+    settle_privacy,
 )
 from fedloom.client import Client
 from fedloom.clock import Speeds
@@ -147,6 +148,7 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     corpus, recipe = load_data(recipe, watch.say)
     clients = partition(corpus, recipe.split, recipe.seed)
     schedule = make_schedule(recipe, algorithm, clients)
+    recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
 
     # A frozen base with one adapter in it, and how it is spoken to.
     models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
@@ -210,7 +212,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
     if state is None:
         events.write("run_started", **_headline(setting))
     else:
-        coordinator.resume(state)
+        coordinator.resume(state, lost=max(checkpoints.rounds()) - state.round)
         events.write("run_resumed", round=state.round, rounds=recipe.federation.rounds, note="; ".join(damages))
     return coordinator
 
@@ -246,6 +248,7 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
         digest,
         setting.suite.name if setting.suite else None,
         setting.score_note,
+        algorithm.guarantee(),
     )
     folder.write("summary.json", summary)
     seconds = summary["cost"]["wall_seconds"]

@@ -25,6 +25,7 @@ def summarise(
     adapter_sha256: str,
     suite: str | None,
     score_note: str,
+    privacy: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The summary as JSON values; docs/run-folder.md explains each key.
 
@@ -32,6 +33,7 @@ def summarise(
         partition: the clients of the recipe, before the `global` baseline pools them.
         adapter_sha256: of the deployed tensors; of all personal ones together where clients end with their own.
         score_note: why there is no score, or the empty string.
+        privacy: what the algorithm guarantees.
     """
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
     clients = {name: _client(name, partition, first, last) for name in partition.clients}
@@ -59,6 +61,7 @@ def summarise(
             "after": last["loss"],
             "worst_client": _worst(clients, "loss", worst=max),
         },
+        "privacy": None if privacy is None else dict(privacy),
         "cost": _cost(progress),
         "clients": len(partition.clients),
         "rounds": progress.finished,

@@ -16,7 +16,7 @@ ROOT = Path(fedloom.__file__).parent
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach"},
-    {"types", "overrides", "section", "methods", "config", "carriers"},
+    {"types", "overrides", "section", "methods", "privacy", "config", "carriers"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
     {"checkpoint", "arrival", "clock", "asynchronous", "rounds", "tracking", "client", "coordinator", "runfolder"},
@@ -38,6 +38,8 @@ HOMES = {
     "typer": ("cli.py", "console.py", "__main__.py"),
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
+    "dp_accounting": ("algorithms/accounting.py",),
+    "scipy": ("algorithms/accounting.py",),
     "fcntl": ("runfolder.py",),
 }
 

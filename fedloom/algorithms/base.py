@@ -212,6 +212,17 @@ class Algorithm(ABC):
     def load_server_state(self, state: Payload) -> None:
         self.shared.load({n.removeprefix("shared/"): t for n, t in state.tensors.items() if n.startswith("shared/")})
 
+    def repeated(self, rounds: int) -> bool:
+        """A run was interrupted and goes on from this state; `rounds` rounds after it were finished, and are done again.
+
+        Returns whether that changed the state, which then is written at once.
+        """
+        return False
+
+    def guarantee(self) -> Mapping[str, Any] | None:
+        """What is promised of the privacy of each client so far, as JSON values (docs/run-folder.md); None for nothing."""
+        return None
+
     def begin(self, client: str, round: int, personal: Payload | None) -> None:
         """It is `client`'s turn in `round` (under evaluation: rounds finished), with what it kept from its last one."""
         self.client = client

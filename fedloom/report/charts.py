@@ -82,6 +82,18 @@ def seconds_chart(events: Iterable[Event]) -> BarChart | None:
     return BarChart("Time for each round", "duration", (("seconds", seconds, "plain"),)) if seconds else None
 
 
+def privacy_chart(events: Iterable[Event]) -> LineChart | None:
+    """ε spent after each round; None where nothing is counted. With noise at the clients also what the models tell."""
+    rounds = [(e["round"], e["metrics"]) for e in events if e["event"] == "round_finished"]
+    known = (("epsilon", "ε", "all"), ("epsilon_models", "ε of the models alone", "c0"))
+    lines = [
+        Line(name, points, style)
+        for key, name, style in known
+        if (points := _points((x, metrics.get(key)) for x, metrics in rounds))
+    ]
+    return LineChart("Privacy spent over rounds", "digits", tuple(lines), zero=True) if lines else None
+
+
 def overlay_chart(runs: Mapping[str, Sequence[Event]], key: str) -> LineChart | None:
     """`key` over all clients, one line for each run."""
     lines = []

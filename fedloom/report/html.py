@@ -66,6 +66,8 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "loss": _figure(charts.evaluation_chart(events, "loss", worst, order), 380),
         "training": _figure(charts.training_chart(events, worst, order), 300),
         "score": _figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
+        "privacy": run.privacy,
+        "spent": _figure(charts.privacy_chart(events), 260),
         "bytes": _figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
         "seconds": _figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
         "split": split and {"caption": split.caption(), **_matrix(split)},

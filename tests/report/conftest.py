@@ -149,6 +149,11 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
         },
+        "privacy": recipe.privacy and {
+            "epsilon": 6.57, "delta": 1e-5, "epsilon_models": None, "where": "server", "noise": 1.0, "clip": 0.5,
+            "adaptive": False, "population": len(rows), "expected_clients": len(rows), "sampling_rate": 1.0,
+            "releases": 2, "seeded": False,
+        },
         "clients": len(rows), "rounds": recipe.federation.rounds, "seed": 42, "failures": 1, "skipped_steps": 0,
         "data": {
             "examples": sum(sizes.values()), **sizes, "dropped": {"empty_answer": 3}, "truncated": 11,
