@@ -71,6 +71,8 @@ class Properties:
         streams: aggregation folds one update at a time; otherwise it holds all of a round in memory.
         methods: the PEFT methods it takes; None takes all.
         neutral: options under which one client's run equals plain local training.
+        offsite: clients hold an emulator of the model and not the model; they measure that, the server measures the
+            result in the full model.
     """
 
     linear_sum: bool = False
@@ -82,6 +84,7 @@ class Properties:
     streams: bool = True
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
+    offsite: bool = False
 
 
 class Algorithm(ABC):
@@ -205,6 +208,14 @@ class Algorithm(ABC):
 
     def load_server_state(self, state: Payload) -> None:
         self.shared.load({n.removeprefix("shared/"): t for n, t in state.tensors.items() if n.startswith("shared/")})
+
+    def left_server(self) -> Mapping[str, int] | None:
+        """What a client was given of the model, under `offsite`: parameters and bytes, and those of the full model."""
+        return None
+
+    def compared_with(self) -> Mapping[str, Any] | None:
+        """The `algorithm` section of an ordinary run that this one wants to stand beside it; None wants none."""
+        return None
 
     def begin(self, client: str, round: int, personal: Payload | None) -> None:
         """It is `client`'s turn in `round` (under evaluation: rounds finished), with what it kept from its last one."""

@@ -86,7 +86,9 @@ def _write_events(
         loss = sum(c["loss"] * c["tokens"] for c in clients.values()) / tokens
         mean = sum(c["score"] for c in clients.values()) / len(clients) if score else None
         counted = {"questions": 20 * len(names) if score else 0, "tokens": tokens, "clients": clients}
-        events.write("evaluation", round=done, loss=loss, score=mean, seconds=9.5, pooled=False, **counted)
+        events.write(
+            "evaluation", round=done, loss=loss, score=mean, seconds=9.5, pooled=False, emulator=None, **counted
+        )
 
     about = {"algorithm": recipe.algorithm.name, "model": recipe.model.name, "corpus": recipe.data.corpus}
     events.write("run_started", name=recipe.name, clients=len(names), rounds=rounds, parameters=1_216_512, **about)
