@@ -94,7 +94,8 @@ def skeleton(files: Tensors, cut: Cut, dtype: torch.dtype) -> PreTrainedModel:
 
 def fill(model: PreTrainedModel, tensors: Tensors, files: Tensors, device: str) -> Base:
     """Put `tensors` into a skeleton, strictly by name. Raises ValueError that lists what is missing or foreign."""
-    wanted = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in set(tensor_names(model))}
+    names = set(tensor_names(model))
+    wanted = {n: t for n, t in [*model.named_parameters(), *model.named_buffers()] if n in names}
     missing, foreign = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or foreign:
         raise ValueError(f"the message does not fill the model; missing: {missing[:5]}, unexpected: {foreign[:5]}")

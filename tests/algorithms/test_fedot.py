@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import weakref
 
 import pytest
 import tiny
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 import fedloom
 from fedloom import registry
 from fedloom.algorithms import fedavg
+from fedloom.algorithms.fedot import FedOT
 from fedloom.checkpoint import from_bytes, to_bytes
 from fedloom.config import ModelConfig
 from fedloom.console import result_table
@@ -415,14 +418,23 @@ class Killed(BaseException):
     pass
 
 
-def test_a_run_killed_while_its_reference_trains_is_carried_on(recipe, tmp_path):
+def test_a_run_killed_while_its_reference_trains_is_carried_on(recipe, tmp_path, monkeypatch):
     made = recipe({"reference": True})
     whole = fedloom.run(made, tmp_path / "whole").summary
-    seen = []
+    seen, emulators, build = [], [], FedOT.client_model
+
+    def watched(self, models, payload):
+        model = build(self, models, payload)
+        emulators.append(weakref.ref(model.causal_lm))
+        return model
+
+    monkeypatch.setattr(FedOT, "client_model", watched)
 
     def tick(what, round, done, total):
         seen.append((what, round, done))
         if seen.count(("train", 2, 1)) == 2:  # the second run's second round
+            gc.collect()
+            assert len(emulators) == 1 and emulators[0]() is None  # let go of before the reference began
             raise Killed
 
     with pytest.raises(Killed):
