@@ -1,6 +1,6 @@
 """What offsite tuning loses as more of the model stays with the server: the recipe `fedot` at several drops, in one table.
 
-    python benchmarks/offsite.py                       0, 20 and 50 % of the middle's layers dropped: half an hour on two cores
+    python benchmarks/offsite.py                       0, 20 and 50 % of the middle's layers dropped: 20 CPU minutes
     python benchmarks/offsite.py --drops 0.2           one of them
     python benchmarks/offsite.py train.steps=1 …       any key of the recipe changed
 
