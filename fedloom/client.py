@@ -86,7 +86,11 @@ class Client:
         return replace(outcome, cost=outcome.cost + spent)
 
     def close(self) -> None:
+        """Let go of the model, which the algorithm's client half holds too."""
         self._model = None
+        if self._configured is not None:
+            self._configured = None
+            del self._algorithm
 
     def _configure(self, values: Mapping[str, Any]) -> None:
         if values == self._configured:

@@ -129,12 +129,26 @@ def result_table(summary: Mapping[str, Any]) -> Table:
         table.add_row(f"  worst client, {worst['client']}", _number(worst["before"]), _number(worst["after"]))
     if (privacy := summary["privacy"]) and privacy["epsilon"] is not None:
         table.add_row("privacy spent: ε, δ", f"{privacy['epsilon']:.3g}", f"{privacy['delta']:.1g}")
+    if offsite := summary.get("offsite"):
+        _offsite_rows(table, offsite)
     table.add_row("bytes up, down", size(cost["upload_bytes"]), size(cost["download_bytes"]))
     table.add_row("training tokens, steps", f"{cost['train_tokens']:,}", f"{cost['steps']:,}")
     table.add_row("seconds, wall and CPU", f"{cost['wall_seconds']:.0f}", f"{cost['cpu_seconds']:.0f}")
     if summary["failures"]:
         table.add_row("client failures", "", str(summary["failures"]))
     return table
+
+
+def _offsite_rows(table: Table, offsite: Mapping[str, Any]) -> None:
+    """The five losses of offsite tuning (two of them are the run's own, above), and what left the server."""
+    emulator = [_number(offsite[name]["loss"]) for name in ("emulator_zero_shot", "emulator_tuned")]
+    tuned = offsite["full_tuned"]
+    table.add_row("  of the emulator, as clients have it", *emulator)
+    table.add_row("  of the same layers tuned in the full model", "", _number(tuned["loss"] if tuned else None))
+    left = offsite["left_server"]
+    table.add_row(
+        "left the server", f"{left['share_of_parameters']:.1%} of parameters", f"{left['share_of_bytes']:.1%} of bytes"
+    )
 
 
 def split_rows(described: Mapping[str, Any]) -> Table:

@@ -40,8 +40,9 @@ class Runtime(Protocol):
     def close(self) -> None: ...
 
 
-#: Scores the server's own questions with a deployed model: (right, questions).
-ServerScorer = Callable[[Deployed], tuple[int, int]]
+#: Measures a deployed model on data that the server holds: sums, as clients send them (without the loss's where only
+#: questions are asked).
+ServerMeasure = Callable[[Deployed], Mapping[str, float]]
 
 #: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
 Tick = Callable[[str, int, int, int], None]
@@ -53,7 +54,7 @@ class Coordinator:
     Args:
         recipe: the resolved recipe, sent with the first assignment of each client.
         score: whether clients answer questions besides the loss.
-        server_scorer: for a corpus whose test set the server holds.
+        server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
         tick: called as clients come back.
         clock: when outcomes arrive, where the runtime's time is virtual and the algorithm asynchronous.
     """
@@ -68,7 +69,7 @@ class Coordinator:
         recipe: Mapping[str, Any],
         *,
         score: bool,
-        server_scorer: ServerScorer | None = None,
+        server_measure: ServerMeasure | None = None,
         tick: Tick = lambda what, round, done, total: None,
         clock: Clock | None = None,
     ) -> None:
@@ -79,7 +80,7 @@ class Coordinator:
         self.events = events
         self.recipe = recipe
         self.score = score
-        self.server_scorer = server_scorer
+        self.server_measure = server_measure
         self.tick = tick
         self.progress = Progress()
         self._contacted: set[str] = set()
@@ -270,14 +271,19 @@ class Coordinator:
         """Loss and score of what is deployed, on each client's own test data and on all of it together.
 
         Personal models differ from client to client, so after the last round each is also measured on everybody's test
-        data: the mean of that is what other settings are compared with.
+        data: the mean of that is what other settings are compared with. Where clients hold an emulator, what they measure
+        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data.
         """
         started = time.perf_counter()
         cost = Cost()
         own, spent = self._measure(finished, "test")
         cost += spent
         pooled = self.algorithm.properties.personal and finished == self.rounds
-        if pooled:
+        emulator = None
+        if self.algorithm.properties.offsite and self.server_measure:
+            emulator = _means(_summed(own.values()))
+            loss, _, score, questions = _means(self.server_measure(self.algorithm.deployed())).values()
+        elif pooled:
             everywhere, spent = self._measure(finished, "pooled")
             cost += spent
             loss = pooled_mean([(m["loss_sum"] / m["tokens"], 1) for m in everywhere.values() if m["tokens"]])
@@ -286,8 +292,9 @@ class Coordinator:
         else:
             loss = pooled_mean([(m["loss_sum"], m["tokens"]) for m in own.values()])
             right, questions = sum(m["right"] for m in own.values()), int(sum(m["questions"] for m in own.values()))
-            if self.server_scorer and self.score and not (self.algorithm.properties.personal and finished):
-                right, questions = self.server_scorer(self.algorithm.deployed())
+            if self.server_measure and self.score and not (self.algorithm.properties.personal and finished):
+                asked = self.server_measure(self.algorithm.deployed())
+                right, questions = asked["right"], int(asked["questions"])
             score = right / questions if questions else None
         result = {
             "loss": loss,
@@ -297,6 +304,7 @@ class Coordinator:
             "clients": {name: _means(m) for name, m in own.items()},
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
+            "emulator": emulator,
         }
         self.progress.cost += cost
         self.progress.evaluation_cost += cost
@@ -337,6 +345,11 @@ class _Tally:
     skipped_steps: int = 0
     cost: Cost = Cost()
     losses: list[tuple[float, float]] = field(default_factory=list)
+
+
+def _summed(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    listed = list(sums)
+    return {key: sum(s[key] for s in listed) for key in ("loss_sum", "tokens", "right", "questions")}
 
 
 def _means(sums: Mapping[str, float]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from fedloom.coordinator import Coordinator, Tick
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
-from fedloom.deployment import result_loader, save_result, server_scorer
+from fedloom.deployment import result_loader, save_result, server_measure
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
@@ -136,8 +136,12 @@ class Setting:
     schedule: Schedule
 
 
-def prepare(recipe: Recipe, watch: Watch) -> Setting:
-    """From a recipe to data, model and algorithm. Raises UserError for whatever cannot be."""
+def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setting:
+    """From a recipe to data, model and algorithm. Raises UserError for whatever cannot be.
+
+    Args:
+        models: a base that is loaded already, of the same recipe but for its algorithm.
+    """
     threads = recipe.runtime.threads or environment.available_cores()
     torch.set_num_threads(threads)
     registry.runtimes.get(recipe.runtime.name)
@@ -151,7 +155,8 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
 
     # A frozen base with one adapter in it, and how it is spoken to.
-    models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
+    if models is None:
+        models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
     model = algorithm.server_model(models)
     check_positions(recipe, model)
     template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
@@ -205,7 +210,14 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
         events,
         recipe.resolved(),
         score=setting.suite is not None,
-        server_scorer=server_scorer(recipe, setting.model, setting.template, setting.suite, setting.data),
+        server_measure=server_measure(
+            recipe,
+            setting.model,
+            setting.template,
+            setting.suite,
+            setting.data,
+            offsite=setting.algorithm.properties.offsite,
+        ),
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
     )
@@ -238,6 +250,8 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
     watch.say("asking the same questions after training")
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
+    coordinator.runtime.close()
+    reference = _reference(setting, folder, watch)
     load("")
     summary = summarise(
         recipe,
@@ -249,13 +263,42 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
         setting.suite.name if setting.suite else None,
         setting.score_note,
         algorithm.guarantee(),
+        algorithm.left_server(),
+        reference,
     )
     folder.write("summary.json", summary)
     seconds = summary["cost"]["wall_seconds"]
     coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
     coordinator.events.close()
-    coordinator.runtime.close()
     return Result(summary, folder.path, write_report(folder.path), release(model), model.tokenizer)
+
+
+def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, Any] | None:
+    """The summary of the ordinary run that the algorithm wants to stand beside this one, in `reference/`; None: none.
+
+    It uses the base model that is loaded already. A run that was killed in it, or has more rounds now, carries it on.
+    """
+    section = setting.algorithm.compared_with()
+    if section is None:
+        return None
+    recipe = setting.recipe.with_values(
+        {
+            "name": f"{setting.recipe.name}-reference",
+            "description": f"what {setting.recipe.name} is compared with: the same federation on the full model",
+            "algorithm": dict(section),
+            "evaluation.every": 0,
+            "evaluation.answers": 0,
+            "tracking.trackers": [],
+        }
+    )
+    path = folder / "reference"
+    resume = RunFolder(path).holds_a_run
+    watch.say("tuning the same layers of the full model, to compare with (algorithm.reference=false leaves this out)")
+    quiet = Watch(say=lambda text: watch.say(f"reference: {text}"), tick=watch.tick)
+    with opened(path, resume=resume, overwrite=False) as inner:
+        if resume:
+            recipe = continued(inner.stored_recipe(), recipe)
+        return _run(prepare(recipe, quiet, setting.models), inner, resume, quiet).summary
 
 
 def _headline(setting: Setting) -> dict[str, Any]:

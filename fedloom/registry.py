@@ -107,6 +107,9 @@ algorithms = Registry(
         "fedmezo": "fedloom.algorithms.fedmezo:FedMeZO",
         "decomfl": "fedloom.algorithms.decomfl:DeComFL",
         "ferret": "fedloom.algorithms.ferret:Ferret",
+        "fedavg_outer": "fedloom.algorithms.fedavg_outer:FedAvgOuter",
+        "fedot": "fedloom.algorithms.fedot:FedOT",
+        "fedbiot": "fedloom.algorithms.fedbiot:FedBiOT",
     },
 )
 

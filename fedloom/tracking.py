@@ -28,7 +28,7 @@ SCHEMA: dict[str, tuple[str, ...]] = {
     "round_finished": (
         "round", "updates", "failures", "loss", "upload_bytes", "download_bytes", "seconds", "metrics",
     ),
-    "evaluation": ("round", "loss", "score", "questions", "tokens", "clients", "seconds", "pooled"),
+    "evaluation": ("round", "loss", "score", "questions", "tokens", "clients", "seconds", "pooled", "emulator"),
     "checkpoint": ("round", "path"),
     "run_finished": ("rounds", "adapter_sha256", "seconds"),
 }  # fmt: skip

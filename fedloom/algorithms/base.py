@@ -72,6 +72,8 @@ class Properties:
         streams: aggregation folds one update at a time; otherwise it holds all of a round in memory.
         methods: the PEFT methods it takes; None takes all.
         neutral: options under which one client's run equals plain local training.
+        offsite: clients hold an emulator of the model and not the model; they measure that, the server measures the
+            result in the full model.
     """
 
     linear_sum: bool = False
@@ -84,6 +86,7 @@ class Properties:
     streams: bool = True
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
+    offsite: bool = False
 
 
 class Algorithm(ABC):
@@ -221,6 +224,14 @@ class Algorithm(ABC):
 
     def guarantee(self) -> Mapping[str, Any] | None:
         """What is promised of the privacy of each client so far, as JSON values (docs/run-folder.md); None for nothing."""
+        return None
+
+    def left_server(self) -> Mapping[str, int] | None:
+        """What a client was given of the model, under `offsite`: parameters and bytes, and those of the full model."""
+        return None
+
+    def compared_with(self) -> Mapping[str, Any] | None:
+        """The `algorithm` section of an ordinary run that this one wants to stand beside it; None wants none."""
         return None
 
     def begin(self, client: str, round: int, personal: Payload | None) -> None:

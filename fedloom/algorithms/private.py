@@ -279,6 +279,12 @@ class Private(base.Algorithm):
     def deployed(self, client: str | None = None) -> base.Deployed:
         return self.inner.deployed(client)
 
+    def left_server(self) -> Mapping[str, int] | None:
+        return self.inner.left_server()
+
+    def compared_with(self) -> Mapping[str, Any] | None:
+        return self.inner.compared_with()
+
     def personal_state(self) -> Payload:
         return self.inner.personal_state()
 

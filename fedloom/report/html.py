@@ -98,6 +98,7 @@ def many_view(runs: Mapping[str, RunFolder]) -> dict[str, Any]:
         "runs": [(name, run, run.headline, f"c{i % charts.COLOURED}") for i, (name, run) in enumerate(runs.items())],
         "loss": _figure(charts.overlay_chart(events, "loss"), 380),
         "score": _figure(charts.overlay_chart(events, "score"), 340),
+        "offsite": [(name, run.summary["offsite"]) for name, run in runs.items() if run.summary.get("offsite")],
         "differing": differing,
         "missing": [f"{name}: {file} {why}" for name, run in runs.items() for file, why in run.missing.items()],
     }

@@ -7,7 +7,7 @@ base-weight delta, and personal tensors beside shared ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import merging
 import pytest
+import tiny
 import torch
 
 import fedloom
@@ -58,6 +59,33 @@ def those(wanted: Callable[[Any], Any]) -> list[str]:
 def _own_algorithms(monkeypatch):
     for name, cls in OWN.items():
         monkeypatch.setitem(registry.algorithms._targets, name, cls)
+
+
+@pytest.fixture(scope="session")
+def deep_model(tmp_path_factory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("deep-model"), tiny.causal_lm(num_hidden_layers=5))
+
+
+@pytest.fixture(scope="session")
+def public_data(tmp_path_factory) -> Path:
+    return tiny.write_rows(tmp_path_factory.mktemp("public-data") / "public.jsonl", 12, seed=5)
+
+
+@pytest.fixture
+def tiny_recipe(tiny_recipe, deep_model, public_data) -> Callable[..., Recipe]:
+    """The tiny recipe; for an algorithm that cuts the model, with layers to cut and what its options need."""
+
+    def make(overrides: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
+        values = {**(overrides or {}), **more}
+        fields = class_of(values["algorithm"]).Options.model_fields
+        if "bottom" in fields:
+            wanted = {"bottom": 1, "top": 1, "drop": 0.34, "reference": False}
+            wanted["align"] = {"path": str(public_data), "steps": 1, "max_length": 48, "template": "plain"}
+            options = {k: v for k, v in wanted.items() if k in fields}
+            values = {**values, "model": str(deep_model), "algorithm": {"name": values["algorithm"], **options}}
+        return tiny_recipe(values)
+
+    return make
 
 
 # ------------------------------------------------------------------ what a run leaves

@@ -20,6 +20,16 @@ SKILLS = [
 ]  # fmt: skip
 SCRIPT = "<script>alert('boo')</script> & \"quoted\" {{ 7 * 7 }}"
 
+FIVE = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
+OFFSITE: dict[str, Any] = {
+    **{name: {"loss": 1.25 + i / 8, "score": 0.125 * i} for i, name in enumerate(FIVE)},
+    "note": "",
+    "left_server": {
+        "parameters": 116_000_001, "parameters_of_model": 134_515_008, "bytes": 464_000_007, "bytes_of_model": 538_060_032,
+        "share_of_parameters": 0.8625, "share_of_bytes": 0.8635,
+    },
+}  # fmt: skip
+
 
 def write_run(
     path: Path,
@@ -29,8 +39,12 @@ def write_run(
     finished: bool = True,
     seed: int = 7,
     overrides: dict[str, Any] | None = None,
+    offsite: bool = False,
 ) -> Path:
-    """Write a run folder. `score` false is a corpus that cannot be scored; `finished` false stops early."""
+    """Write a run folder. `score` false is a corpus that cannot be scored; `finished` false stops early.
+
+    `offsite`: the clients held an emulator.
+    """
     path.mkdir(parents=True)
     draw = random.Random(seed)
     named = num_clients <= len(SKILLS)
@@ -43,7 +57,8 @@ def write_run(
     _write_events(path, recipe, split, score, finished, draw)
     answers = _answers(clients, score)
     if finished:
-        (path / "summary.json").write_text(json.dumps(_summary(path, recipe, split, score)), encoding="utf-8")
+        summary = {**_summary(path, recipe, split, score), "offsite": OFFSITE if offsite else None}
+        (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     else:
         answers["answers"] = [{**a, "after": None, "right_after": None} for a in answers["answers"]]
     (path / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
@@ -86,7 +101,9 @@ def _write_events(
         loss = sum(c["loss"] * c["tokens"] for c in clients.values()) / tokens
         mean = sum(c["score"] for c in clients.values()) / len(clients) if score else None
         counted = {"questions": 20 * len(names) if score else 0, "tokens": tokens, "clients": clients}
-        events.write("evaluation", round=done, loss=loss, score=mean, seconds=9.5, pooled=False, **counted)
+        events.write(
+            "evaluation", round=done, loss=loss, score=mean, seconds=9.5, pooled=False, emulator=None, **counted
+        )
 
     about = {"algorithm": recipe.algorithm.name, "model": recipe.model.name, "corpus": recipe.data.corpus}
     events.write("run_started", name=recipe.name, clients=len(names), rounds=rounds, parameters=1_216_512, **about)

@@ -105,9 +105,9 @@ def test_user_text_stays_text(run_folder: Make) -> None:
 
 
 def test_every_number_of_the_summary_is_on_the_page(run_folder: Make) -> None:
-    run = run_folder("a-run")
+    run = run_folder("a-run", offsite=True)
     summary, page = summary_of(run), Page(write_report(run))
-    shown = ("score", "loss", "cost", "per_client", "adapter", "data")
+    shown = ("score", "loss", "cost", "per_client", "adapter", "data", "offsite")
     numbers = {float(v) for key in shown for v in leaves(summary[key]).values() if formats.is_number(v)}
     assert numbers <= page.values, sorted(numbers - page.values)
     assert summary["adapter_sha256"] in page.text
@@ -343,7 +343,8 @@ def test_docs_name_every_key_of_the_summary(run_folder: Make) -> None:
     text = DOCS.read_text(encoding="utf-8").partition("\n## summary.json")[2].partition("\n## ")[0]
     first_cells = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     free = re.compile(r"^(data\.dropped|per_client|versions|environment)\.[^.]+")
-    keys = {free.sub(r"\1.*", key) for key in leaves(summary_of(run_folder("a-run", overrides={"privacy.noise": 1.0})))}
+    run = run_folder("a-run", overrides={"privacy.noise": 1.0}, offsite=True)
+    keys = {free.sub(r"\1.*", key) for key in leaves(summary_of(run))}
     assert keys == set(re.findall(r"`([^`]+)`", first_cells))
 
 
