@@ -45,7 +45,9 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "
             f"an algorithm that takes mixed ranks ({', '.join(_taking_mixed_ranks())})"
         )
-    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed, recipe.adapter)
+    options = parse_options(cls, name, recipe.algorithm.options)
+    cls.check(options, recipe.adapter, recipe.train, recipe.model)
+    algorithm: Algorithm = cls(options, recipe.seed, recipe.adapter)
     return algorithm
 
 

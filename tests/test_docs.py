@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom import registry
 from fedloom.cli import app
 from fedloom.config import builtin_recipes
 
@@ -15,13 +16,17 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
-def test_the_page_of_recipes_is_what_the_schema_says():
+def test_the_generated_pages_are_what_the_code_says():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec and spec.loader
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    written = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert written == generate.page(), "run `make docs`"
+    pages = generate.pages()
+    assert {p.relative_to(ROOT).as_posix() for p in pages} == {"docs/recipes.md", "docs/algorithms/README.md"}
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run `make docs`"
+    table = (ROOT / "docs" / "algorithms" / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in table for name in registry.algorithms.names())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

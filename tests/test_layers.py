@@ -21,7 +21,7 @@ LAYERS = [
     {"training", "algorithms"},
     {"checkpoint", "arrival", "rounds", "tracking", "client", "coordinator", "runfolder"},
     {"runtimes", "summary", "answers", "report"},
-    {"choices", "deployment"},
+    {"choices", "deployment", "catalogue"},
     {"experiment", "evaluate", "export", "fetching", "doctor"},
     {"console", "cli", "__main__"},
 ]
