@@ -28,6 +28,9 @@ WHAT_TO_ADD = (
     "fedloom.algorithms.about; leave out what is the whole adapter (up, down, server) or nothing (client)"
 )
 
+#: Less work where the default is for large models.
+OPTIONS = {"ferret": {"bases": 64}}
+
 #: Counters that a state may have besides its numbers: bytes for each client.
 COUNTERS = 32
 
@@ -63,7 +66,7 @@ def layout(tiny_model):
 @pytest.mark.parametrize("name", NAMES)
 def test_messages_states_and_memory_are_what_an_algorithm_says(name, layout, tiny_recipe, tmp_path):
     said, properties = own(name), registry.algorithms.get(name).properties
-    federation = Federation(tiny_recipe({"algorithm": name}), tmp_path)
+    federation = Federation(tiny_recipe({"algorithm": {"name": name, **OPTIONS.get(name, {})}}), tmp_path)
     clients, server = federation.clients, federation.server
     for number in (1, 2):
         sizes = Sizes(layout, 2, len(clients), number, federation.recipe.train.steps, server.options)
