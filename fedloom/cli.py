@@ -127,13 +127,15 @@ def algorithms(
     ] = None,
 ) -> None:
     """List the algorithms and what each costs and promises; with a name, print that one's page."""
-    from fedloom import catalogue
+    from fedloom import catalogue, registry
 
     found, troubles = ([catalogue.entry(name)], []) if name else catalogue.entries(lenient=True)
     for line in catalogue.page(found[0]) if name else [*catalogue.table(found), "", *catalogue.legend()]:
         out.print(line, markup=False)
     for trouble in troubles:
         err.print(f"left out: {trouble}", markup=False)
+    for note in registry.notes():
+        err.print(note, markup=False)
     if not name:
         out.print("one of them: fedloom algorithms NAME; all of them: docs/algorithms/README.md", markup=False)
 

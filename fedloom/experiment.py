@@ -162,6 +162,8 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
 
     # What each client holds of it, as tokens; what is scored, and by whom.
     suite, score_note = pick_suite(recipe, corpus)
+    for note in registry.notes():
+        watch.say(note)
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
     holders = clients.pooled() if algorithm.properties.pooled else clients
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
