@@ -13,7 +13,7 @@ import fedloom  # isort: skip
 import pytest
 import tiny
 import torch
-from loading_once import loading_once  # noqa: F401
+from quick import loading_once, no_reports, no_waiting  # noqa: F401
 
 from fedloom.config import ModelConfig, Recipe
 from fedloom.models.loading import locate

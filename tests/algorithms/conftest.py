@@ -1,4 +1,4 @@
-"""Nothing here is about loading a model: it is read once."""
+"""Nothing here is about loading a model, a disk or a report (quick.py)."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _loading_once(loading_once: None) -> None:
+def _quick(loading_once: None, no_waiting: None, no_reports: None) -> None:
     pass
