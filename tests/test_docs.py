@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from fedloom import registry
+from fedloom.choices import make_algorithm
 from fedloom.cli import app
-from fedloom.config import builtin_recipes
+from fedloom.config import Recipe, builtin_recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -41,6 +42,20 @@ def test_a_recipe_says_what_it_shows_and_how_long_it_takes(path):
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert head[0].startswith("# What it shows: ")
     assert any(line.startswith("# How long: ") for line in head)
+
+
+@pytest.mark.parametrize("path", builtin_recipes().values(), ids=lambda p: p.stem)
+def test_a_recipes_algorithm_takes_its_settings(path):
+    recipe = Recipe.load(path)
+    assert make_algorithm(recipe).options == make_algorithm(Recipe.parse(recipe.resolved())).options
+
+
+def test_every_family_of_algorithms_has_a_recipe():
+    shown = {
+        registry.algorithms.get(Recipe.load(path).algorithm.name).about.family for path in builtin_recipes().values()
+    }
+    families = {registry.algorithms.get(name).about.family for name in registry.algorithms.names()}
+    assert shown == families
 
 
 def test_the_readme_names_every_command():
