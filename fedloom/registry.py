@@ -144,3 +144,20 @@ suites = Registry(
 )
 
 runtimes = Registry("runtime", "runtimes", {"simulator": "fedloom.runtimes.simulator:Simulator"})
+
+operators = Registry(
+    "operator",
+    "operators",
+    {
+        "cast": "fedloom.operators.cast:Cast",
+        "bf16": "fedloom.operators.cast:Bf16",
+        "fp16": "fedloom.operators.cast:Fp16",
+        "quantize": "fedloom.operators.quantize:Quantize",
+        "sparsify": "fedloom.operators.sparsify:Sparsify",
+        "delta": "fedloom.operators.delta:Delta",
+        "deflate": "fedloom.operators.compress:Deflate",
+        "gzip": "fedloom.operators.compress:Gzip",
+        "zstd": "fedloom.operators.compress:Zstd",
+        "lz4": "fedloom.operators.compress:Lz4",
+    },
+)
