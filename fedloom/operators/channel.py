@@ -21,7 +21,7 @@ from fedloom.config import OperatorsConfig
 from fedloom.errors import ClientFailed, RunFailed, UserError
 from fedloom.operators.base import CannotEncode
 from fedloom.operators.chain import Chain, Residual
-from fedloom.operators.flat import BadPayload
+from fedloom.operators.flat import BadPayload, bits
 from fedloom.randomness import torch_generator
 from fedloom.types import Assignment, Failure, Outcome, Payload, Update
 
@@ -162,9 +162,4 @@ class ClientChannel:
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal in every bit, so that a NaN is itself and -0 is not 0."""
-    b = b.detach().cpu()
-    return a.dtype == b.dtype and a.shape == b.shape and bool(torch.equal(_bits(a), _bits(b)))
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().reshape(-1).view(torch.uint8)
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.operators.base import Around, Notes, Operator, OperatorOptions, is_float, no_notes
-from fedloom.operators.flat import BadPayload, Part, Parts, Spec
+from fedloom.operators.flat import BadPayload, Part, Parts, Spec, bits
 
 
 class DeltaOptions(OperatorOptions):
@@ -32,7 +32,7 @@ class Delta(Operator):
         made: Parts = {}
         for name, values in parts.items():
             if around.exact:
-                made[name] = _bits(values) ^ _bits(self._reference(name, values.dtype, values.numel(), around))
+                made[name] = bits(values) ^ bits(self._reference(name, values.dtype, values.numel(), around))
             elif is_float(Part(values.dtype, 0)):
                 made[name] = values - self._reference(name, values.dtype, values.numel(), around)
             else:
@@ -45,7 +45,7 @@ class Delta(Operator):
         for name, part in spec.items():
             if around.exact:
                 reference = self._reference(name, part.dtype, part.count, around)
-                made[name] = (parts[name] ^ _bits(reference)).view(part.dtype)
+                made[name] = (parts[name] ^ bits(reference)).view(part.dtype)
             elif is_float(part):
                 made[name] = parts[name] + self._reference(name, part.dtype, part.count, around)
             else:
@@ -62,7 +62,3 @@ class Delta(Operator):
             if own == part and there is not None and there.dtype == dtype and tuple(there.shape) == shape:
                 flat[start : start + prod(shape)].view(shape).copy_(there)
         return flat
-
-
-def _bits(values: torch.Tensor) -> torch.Tensor:
-    return values.contiguous().view(torch.uint8)

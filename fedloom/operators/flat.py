@@ -153,7 +153,15 @@ def check(parts: Mapping[str, torch.Tensor], spec: Spec) -> None:
             )
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """[bytes]: a window into a tensor that is contiguous and on the CPU, else of a copy."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() < 2:  # torch takes any stride of so few elements for contiguous, and then refuses to view them
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8)
+
+
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a tensor without a copy where it is contiguous and on the CPU."""
-    flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)
+    """The same as Python's bytes."""
+    window: Any = bits(tensor).numpy()
+    return memoryview(window)

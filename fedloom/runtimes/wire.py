@@ -233,7 +233,8 @@ def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> tor
     """A tensor with aligned memory of its own: where it lay in the message would show in sums."""
     made = torch.empty(shape, dtype=dtype)
     if made.numel():
-        raw_bytes(made)[:] = data
+        window: Any = made.reshape(-1).view(torch.uint8).numpy()
+        memoryview(window)[:] = data
     return made
 
 
