@@ -19,6 +19,7 @@ from fedloom.algorithms.base import Algorithm, Deployed
 from fedloom.arrival import in_order
 from fedloom.checkpoint import Checkpoints, RoundState
 from fedloom.errors import RunFailed
+from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
 from fedloom.tracking import Events
 from fedloom.types import Assignment, Cost, Failure, Outcome, Update, pooled_mean
@@ -44,6 +45,7 @@ class Coordinator:
 
     Args:
         recipe: the resolved recipe, sent with the first assignment of each client.
+        channel: the operators that payloads go through.
         score: whether clients answer questions besides the loss.
         server_scorer: for a corpus whose test set the server holds.
         tick: called as clients come back.
@@ -58,6 +60,7 @@ class Coordinator:
         events: Events,
         recipe: Mapping[str, Any],
         *,
+        channel: ServerChannel,
         score: bool,
         server_scorer: ServerScorer | None = None,
         tick: Tick = lambda what, round, done, total: None,
@@ -68,6 +71,7 @@ class Coordinator:
         self.checkpoints = checkpoints
         self.events = events
         self.recipe = recipe
+        self.channel = channel
         self.score = score
         self.server_scorer = server_scorer
         self.tick = tick
@@ -82,6 +86,7 @@ class Coordinator:
         """Go on from a checkpoint. Clients are sent the recipe and the initial payload again."""
         self.algorithm.load_server_state(state.server)
         self.progress = Progress.from_notes(state.round, state.notes)
+        self.channel.load_notes(state.notes.get("channel", {}))
 
     def run(self) -> Progress:
         """All rounds that are left. Raises RunFailed below quorum; every finished round is on disk then."""
@@ -146,6 +151,7 @@ class Coordinator:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
         for outcome in outcomes:
             tally.cost += outcome.cost
+            outcome = self.channel.opened(outcome)
             refused = self._refused(outcome)
             if refused is not None:
                 tally.failures += 1
@@ -208,7 +214,7 @@ class Coordinator:
         first = client not in self._contacted
         self._contacted.add(client)
         payload = self.algorithm.initial_payload(client) if first else self.algorithm.round_payload(client)
-        return Assignment(
+        assignment = Assignment(
             kind=kind,
             client=client,
             round=round,
@@ -218,6 +224,9 @@ class Coordinator:
             dataset=dataset,
             score=self.score,
             recipe=self.recipe if first else None,
+        )
+        return self.channel.sent(
+            assignment, first and type(self.algorithm).initial_payload is not Algorithm.initial_payload
         )
 
     # ------------------------------------------------------------------ evaluation
@@ -275,7 +284,8 @@ class Coordinator:
     # ------------------------------------------------------------------ checkpoints
 
     def _state(self) -> RoundState:
-        return RoundState(self.progress.finished, self.algorithm.server_state(), self.progress.notes())
+        notes = {**self.progress.notes(), "channel": self.channel.notes()}
+        return RoundState(self.progress.finished, self.algorithm.server_state(), notes)
 
     def _checkpoint(self) -> Path:
         return self.checkpoints.save(self._state())

@@ -41,6 +41,7 @@ from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
+from fedloom.operators.channel import Chains, ServerChannel
 from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
@@ -141,6 +142,7 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     registry.runtimes.get(recipe.runtime.name)
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
+    Chains.of(recipe.operators)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -203,6 +205,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
         checkpoints,
         events,
         recipe.resolved(),
+        channel=ServerChannel(Chains.of(recipe.operators), recipe.seed),
         score=setting.suite is not None,
         server_scorer=server_scorer(recipe, setting.model, setting.template, setting.suite, setting.data),
         tick=watch.tick,

@@ -246,7 +246,27 @@ suites = Registry(
 
 runtimes = Registry("runtime", "runtimes", {"simulator": "fedloom.runtimes.simulator:Simulator"})
 
+operators = Registry(
+    "operator",
+    "operators",
+    {
+        "cast": "fedloom.operators.cast:Cast",
+        "bf16": "fedloom.operators.cast:Bf16",
+        "fp16": "fedloom.operators.cast:Fp16",
+        "quantize": "fedloom.operators.quantize:Quantize",
+        "sparsify": "fedloom.operators.sparsify:Sparsify",
+        "delta": "fedloom.operators.delta:Delta",
+        "deflate": "fedloom.operators.compress:Deflate",
+        "gzip": "fedloom.operators.compress:Gzip",
+        "zstd": "fedloom.operators.compress:Zstd",
+        "lz4": "fedloom.operators.compress:Lz4",
+    },
+    "fedloom.operators.base:Operator",
+)
+
 
 def notes() -> list[str]:
     """What the user should know of all the names that were asked for, each sentence once in a process."""
-    return [note for table in (algorithms, corpora, splitters, suites, runtimes) for note in table.take_notes()]
+    return [
+        note for table in (algorithms, corpora, splitters, suites, runtimes, operators) for note in table.take_notes()
+    ]

@@ -15,7 +15,7 @@ ROOT = Path(fedloom.__file__).parent
 
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
-    {"errors", "environment", "randomness", "registry", "reach"},
+    {"errors", "environment", "randomness", "registry", "reach", "limits"},
     {"types", "overrides", "section", "methods", "config", "carriers"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
@@ -39,6 +39,8 @@ HOMES = {
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
     "fcntl": ("runfolder.py",),
+    "zstandard": ("operators/compress.py",),
+    "lz4": ("operators/compress.py",),
 }
 
 #: Never, anywhere: each of these can run what it reads.
