@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedloom import registry
-from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.base import Algorithm, parse_options
 from fedloom.algorithms.making import make, settled
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
@@ -48,6 +48,8 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "
             f"an algorithm that takes mixed ranks ({', '.join(_taking_mixed_ranks())})"
         )
+    options = parse_options(cls, name, recipe.algorithm.options)
+    cls.check(options, recipe.adapter, recipe.train, recipe.model)
     return make(recipe)
 
 

@@ -28,6 +28,7 @@ from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
+from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
 from fedloom.training.trainer import LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
@@ -62,6 +63,7 @@ class Client:
         self._suite = suite
         self._recipe: Recipe
         self._algorithm: Algorithm
+        self._channel: ClientChannel
         self._model: AdaptedModel | None = None
         self._configured: Mapping[str, Any] | None = None
 
@@ -98,16 +100,19 @@ class Client:
         self._configured = values
         self._recipe = Recipe.parse(values)
         self._algorithm = make(self._recipe)
+        self._channel = ClientChannel(Chains.of(self._recipe.operators), self._recipe.seed)
 
     def _prepare(self, assignment: Assignment) -> None:
         """Model and state, as they were after the rounds before this one."""
+        payload = self._channel.received(assignment)
         if self._model is None:
-            self._model = self._algorithm.client_model(self._models, assignment.payload)
+            self._model = self._algorithm.client_model(self._models, payload)
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
         self._algorithm.evaluating = assignment.kind != "train"
         self._algorithm.begin(assignment.client, assignment.round, self._state.get("personal"))
-        self._algorithm.receive(assignment.payload)
+        self._channel.resume(self._state.get("operators"))
+        self._algorithm.receive(payload)
 
     def _train(self, assignment: Assignment) -> Update:
         assert self._model is not None
@@ -131,9 +136,10 @@ class Client:
             )
         if not result.steps:
             raise ClientFailed("non_finite", f"all {result.skipped_steps} steps of this round were skipped")
-        payload = self._algorithm.shared_state()
+        payload = self._channel.encoded(self._algorithm.shared_state(), client, round)
         kept = Payload(result.optimizer_state) if train.optimizer_state == "keep" else Payload()
-        self._store.save(client, round, {"personal": self._algorithm.personal_state(), "optimizer": kept})
+        own = {"personal": self._algorithm.personal_state(), "optimizer": kept, "operators": self._channel.state()}
+        self._store.save(client, round, own)
         return Update(
             client,
             round,

@@ -169,6 +169,30 @@ class FederationConfig(Section):
         return max(1, round(wanted * clients)) if isinstance(wanted, float) else wanted
 
 
+class OperatorConfig(Section):
+    """`name`, and beside it the operator's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="the operator")
+
+
+class OperatorsConfig(Section):
+    """Chains of message operators, each a list of names or of mappings with a name and options."""
+
+    initial: list[OperatorConfig] = Field(
+        default_factory=list, description="what a client's first payload goes through: an emulator, the first broadcast"
+    )
+    up: list[OperatorConfig] = Field(default_factory=list, description="what an update goes through")
+    down: list[OperatorConfig] = Field(default_factory=list, description="what later payloads go through")
+
+    @field_validator("initial", "up", "down", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, str | Mapping):
+            value = [value]
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
 class RuntimeConfig(Section):
     name: str = Field("simulator", description="where the clients run")
     device: str = Field("auto", description="cpu, cuda, cuda:0 …; auto takes a GPU where there is one")
@@ -211,6 +235,9 @@ class Recipe(Section):
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="the federated algorithm")
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(steps=8), description="a client's local training")
     federation: FederationConfig = Field(default_factory=FederationConfig, description="rounds and sampling")
+    operators: OperatorsConfig = Field(
+        default_factory=OperatorsConfig, description="message operators (docs/operators.md)"
+    )
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="where the clients run")
     privacy: PrivacyConfig | None = Field(None, description="clipping, noise and an accountant; null: none of them")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and when")

@@ -24,6 +24,7 @@ from fedloom.asynchronous import InFlight
 from fedloom.checkpoint import Checkpoints, RoundState
 from fedloom.clock import Clock
 from fedloom.errors import RunFailed
+from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
 from fedloom.tracking import Events
 from fedloom.types import Assignment, Cost, Failure, Outcome, Update, pooled_mean
@@ -53,6 +54,7 @@ class Coordinator:
 
     Args:
         recipe: the resolved recipe, sent with the first assignment of each client.
+        channel: the operators that payloads go through.
         score: whether clients answer questions besides the loss.
         server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
         tick: called as clients come back.
@@ -68,6 +70,7 @@ class Coordinator:
         events: Events,
         recipe: Mapping[str, Any],
         *,
+        channel: ServerChannel,
         score: bool,
         server_measure: ServerMeasure | None = None,
         tick: Tick = lambda what, round, done, total: None,
@@ -79,6 +82,7 @@ class Coordinator:
         self.checkpoints = checkpoints
         self.events = events
         self.recipe = recipe
+        self.channel = channel
         self.score = score
         self.server_measure = server_measure
         self.tick = tick
@@ -107,6 +111,7 @@ class Coordinator:
         """
         self.algorithm.load_server_state(state.server)
         self.progress = Progress.from_notes(state.round, state.notes)
+        self.channel.load_notes(state.notes["channel"])
         if self.in_flight:
             self.in_flight.load(state.notes["in_flight"], state.files)
         if self.algorithm.repeated(lost):
@@ -190,6 +195,7 @@ class Coordinator:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
         for outcome in outcomes:
             tally.cost += outcome.cost
+            outcome = self.channel.opened(outcome)
             refused = self._refused(outcome)
             if refused is not None:
                 tally.failures += 1
@@ -253,7 +259,7 @@ class Coordinator:
         first = client not in self._contacted
         self._contacted.add(client)
         payload = self.algorithm.initial_payload(client) if first else self.algorithm.round_payload(client)
-        return Assignment(
+        assignment = Assignment(
             kind=kind,
             client=client,
             round=round,
@@ -263,6 +269,9 @@ class Coordinator:
             dataset=dataset,
             score=self.score,
             recipe=self.recipe if first else None,
+        )
+        return self.channel.sent(
+            assignment, first and type(self.algorithm).initial_payload is not Algorithm.initial_payload
         )
 
     # ------------------------------------------------------------------ evaluation
@@ -327,7 +336,7 @@ class Coordinator:
     # ------------------------------------------------------------------ checkpoints
 
     def _state(self) -> RoundState:
-        notes, files = self.progress.notes(), {}
+        notes, files = {**self.progress.notes(), "channel": self.channel.notes()}, {}
         if self.in_flight:
             notes["in_flight"], files = self.in_flight.notes(), self.in_flight.files()
         return RoundState(self.progress.finished, self.algorithm.server_state(), notes, files)

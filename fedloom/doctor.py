@@ -17,6 +17,8 @@ from fedloom import carriers, environment
 EXTRAS = {
     "skills": ("reasoning_gym", "the corpora fed-skills and fed-gsm-symbolic"),
     "report": ("matplotlib", "PNG pictures of `fedloom split`"),
+    "zstd": ("zstandard", "the operator zstd"),
+    "lz4": ("lz4", "the operator lz4"),
 }
 
 #: A run of the built-in model wants about this much.

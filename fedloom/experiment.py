@@ -43,6 +43,7 @@ from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
+from fedloom.operators.channel import Chains, ServerChannel
 from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
@@ -147,6 +148,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     registry.runtimes.get(recipe.runtime.name)
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
+    Chains.of(recipe.operators)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -170,6 +172,8 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
 
     # What each client holds of it, as tokens; what is scored, and by whom.
     suite, score_note = pick_suite(recipe, corpus)
+    for note in registry.notes():
+        watch.say(note)
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
     holders = clients.pooled() if algorithm.properties.pooled else clients
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
@@ -209,6 +213,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
         checkpoints,
         events,
         recipe.resolved(),
+        channel=ServerChannel(Chains.of(recipe.operators), recipe.seed),
         score=setting.suite is not None,
         server_measure=server_measure(
             recipe,

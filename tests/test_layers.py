@@ -15,13 +15,13 @@ ROOT = Path(fedloom.__file__).parent
 
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
-    {"errors", "environment", "randomness", "registry", "reach"},
+    {"errors", "environment", "randomness", "registry", "reach", "limits"},
     {"types", "overrides", "section", "methods", "privacy", "config", "carriers"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
     {"checkpoint", "arrival", "clock", "asynchronous", "rounds", "tracking", "client", "coordinator", "runfolder"},
     {"runtimes", "summary", "answers", "report"},
-    {"choices", "deployment"},
+    {"choices", "deployment", "catalogue"},
     {"experiment", "evaluate", "export", "fetching", "doctor"},
     {"console", "cli", "__main__"},
 ]
@@ -41,6 +41,8 @@ HOMES = {
     "dp_accounting": ("algorithms/accounting.py",),
     "scipy": ("algorithms/accounting.py",),
     "fcntl": ("runfolder.py",),
+    "zstandard": ("operators/compress.py",),
+    "lz4": ("operators/compress.py",),
 }
 
 #: Never, anywhere: each of these can run what it reads.

@@ -24,7 +24,8 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedloom.config import AdapterConfig
+from fedloom.algorithms.about import About
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import UserError, suggest
 from fedloom.models.adapters import AdaptedModel, Models
@@ -90,9 +91,10 @@ class Properties:
 
 
 class Algorithm(ABC):
-    """Subclass, override what differs, and name it in the registry (docs/architecture.md shows one).
+    """Subclass, override what differs, and name it in the registry (docs/extending.md adds one).
 
     Attributes:
+        properties: what is tested of it. `about`: what it says of itself in tables; each class has its own, or none.
         adapter: the recipe's section: method, rank and each client's own rank.
         model: this process's model; there once `server_model` or `client_model` was called.
         shared: the server's copy of what all clients share, on the CPU; there once `server_model` was called.
@@ -103,6 +105,7 @@ class Algorithm(ABC):
     """
 
     properties: ClassVar[Properties] = Properties()
+    about: ClassVar[About]
     Options: ClassVar[type[AlgorithmOptions]] = AlgorithmOptions
 
     def __init__(self, options: AlgorithmOptions, seed: int, adapter: AdapterConfig) -> None:
@@ -115,6 +118,13 @@ class Algorithm(ABC):
         self.client = ""
         self.round = 0
         self.evaluating = False
+
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        """Refuse a recipe that this algorithm cannot run, as far as its settings tell, before anything is loaded.
+
+        Raises UserError with a sentence that names the setting and the mend. By default everything is taken.
+        """
 
     # ------------------------------------------------------------------ model pre-processing
 

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, whole
 from fedloom.algorithms.turns import copies, joined, turn
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
@@ -27,6 +28,7 @@ from fedloom.types import Payload
 
 class Ditto(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    about: ClassVar = About("personalised", "adapter, both ways", "Li et al. 2020, arXiv 2012.04221", client=whole)
 
     class Options(fedavg.FedAvg.Options):
         lam: float = Field(0.1, ge=0, description="λ: 0 trains the personal model alone, ∞ leaves it the shared one")

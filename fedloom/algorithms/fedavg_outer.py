@@ -12,6 +12,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from fedloom.algorithms import base, fedprox
+from fedloom.algorithms.about import About
 from fedloom.errors import UserError
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.emulator import Cut, cut_model
@@ -24,6 +25,13 @@ class FedAvgOuter(fedprox.FedProx):
     """
 
     properties: ClassVar = base.Properties(linear_sum=True, methods=frozenset({"full", "lora"}), neutral={"mu": 0.0})
+    about: ClassVar = About(
+        "baseline",
+        "outer layers, both ways",
+        up=lambda s: s.outer,
+        down=lambda s: s.outer,
+        server=lambda s: s.outer,
+    )
 
     class Options(fedprox.FedProx.Options):
         bottom: int = Field(2, ge=0, description="how many of the first layers are tuned")

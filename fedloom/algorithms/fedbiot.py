@@ -18,6 +18,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from fedloom.algorithms import base, fedot
+from fedloom.algorithms.about import About
 from fedloom.algorithms.alignment import AlignOptions
 from fedloom.errors import UserError
 
@@ -29,6 +30,14 @@ class BiLevelOptions(AlignOptions):
 class FedBiOT(fedot.FedOT):
     properties: ClassVar = base.Properties(
         linear_sum=True, methods=frozenset({"full", "lora"}), neutral={"mu": 0.0, "drop": 0.0}, offsite=True
+    )
+    about: ClassVar = About(
+        "offsite",
+        "outer layers; emulator too",
+        "Wu et al. 2024, arXiv 2406.17706",
+        up=lambda s: s.outer,
+        down=lambda s: s.outer + s.emulator,
+        server=lambda s: s.outer + s.emulator,
     )
 
     class Options(fedot.FedOT.Options):

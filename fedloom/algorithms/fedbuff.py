@@ -26,6 +26,7 @@ import torch
 from pydantic import Field, field_validator
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.state import WeightedMean
 from fedloom.types import Payload, Update
@@ -38,6 +39,7 @@ class FedBuff(fedavg.FedAvg):
     """
 
     properties: ClassVar = base.Properties(order_independent=False, asynchronous=True)
+    about: ClassVar = About("averaging", "adapter; its change up", "Nguyen et al. 2021, arXiv 2106.06639")
 
     class Options(fedavg.FedAvg.Options):
         buffer: int | float = Field(

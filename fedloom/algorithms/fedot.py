@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg_outer
+from fedloom.algorithms.about import About
 from fedloom.algorithms.alignment import Aligner, AlignOptions
 from fedloom.config import AdapterConfig
 from fedloom.errors import ClientFailed, UserError
@@ -46,6 +47,14 @@ class FedOT(fedavg_outer.FedAvgOuter):
 
     properties: ClassVar = base.Properties(
         linear_sum=True, methods=frozenset({"full", "lora"}), neutral={"mu": 0.0, "drop": 0.0}, offsite=True
+    )
+    about: ClassVar = About(
+        "offsite",
+        "outer layers, both ways",
+        "Kuang et al. 2023, arXiv 2309.00363",
+        up=lambda s: s.outer,
+        down=lambda s: s.outer,
+        server=lambda s: s.outer + (s.emulator if s.options.align else 0),
     )
 
     class Options(fedavg_outer.FedAvgOuter.Options):

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.state import block_sum
@@ -23,6 +24,7 @@ from fedloom.types import Payload
 
 class FedProx(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True, neutral={"mu": 0.0})
+    about: ClassVar = About("averaging", "adapter, both ways", "Li et al. 2018, arXiv 1812.06127")
 
     class Options(fedavg.FedAvg.Options):
         mu: float = Field(0.01, ge=0, description="μ: how strongly a client is held near the broadcast; 0 is FedAvg")

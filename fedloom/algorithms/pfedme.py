@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, whole
 from fedloom.algorithms.turns import copies
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
@@ -32,6 +33,7 @@ from fedloom.types import Payload, Update
 
 class PFedMe(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    about: ClassVar = About("personalised", "adapter, both ways", "Dinh et al. 2020, arXiv 2006.08848", client=whole)
 
     class Options(fedavg.FedAvg.Options):
         lam: float = Field(15.0, gt=0, description="λ: how near the personal model stays to the shared one")
