@@ -110,6 +110,15 @@ def federated_data(
     return FederatedData(corpus, sequences, clients, questions)
 
 
+def check_objective(recipe: Recipe, corpus: Corpus) -> None:
+    """Refuse to learn preferences from data that have none."""
+    if recipe.train.objective == "dpo" and not any(e.rejected for e in corpus.examples):
+        raise UserError(
+            f"train.objective=dpo needs a rejected answer beside each answer, and {corpus.name} has none: use "
+            "data.corpus=fed-preferences, or name the column that holds them with data.columns.rejected=NAME"
+        )
+
+
 def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
     """Whether batches are padding-free: on or off. Under auto the model is tried once."""
     if wanted == "off":

@@ -20,7 +20,7 @@ from fedloom import registry
 from fedloom.algorithms.base import Algorithm, parse_options
 from fedloom.checkpoint import ClientStore, Damaged, folder_name
 from fedloom.config import Recipe
-from fedloom.data.batching import Batch, Plan, collate, round_indices
+from fedloom.data.batching import Batch, Plan, round_indices
 from fedloom.data.federated import ClientData, FederatedData
 from fedloom.data.prompts import Template
 from fedloom.errors import ClientFailed
@@ -29,6 +29,7 @@ from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.randomness import forked_torch
+from fedloom.training.objectives import OBJECTIVES
 from fedloom.training.trainer import LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
@@ -93,6 +94,7 @@ class Client:
             return
         self._configured = values
         self._recipe = Recipe.parse(values)
+        self._objective = OBJECTIVES[self._recipe.train.objective](self._recipe.train)
         chosen = self._recipe.algorithm
         cls = registry.algorithms.get(chosen.name)
         self._algorithm = cls(parse_options(cls, chosen.name, chosen.options), self._recipe.seed, self._recipe.adapter)
@@ -115,12 +117,15 @@ class Client:
             raise ClientFailed("no_data", "this client has no training examples")
         plan = Plan(train.batch_size, train.accumulation, assignment.steps, None if assignment.steps else train.epochs)
         per_round = plan.steps_per_round(len(data.train))
+        passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
+        packed = self._recipe.train.packing == "on"
+        self._objective.prepare(self._model, data.sequences, [i for step in passes for p in step for i in p], packed)
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
         with forked_torch(self._recipe.seed, "dropout", round, client):
             result = self._algorithm.local_training(
                 LocalRun(
                     self._model,
-                    partial(self._steps, data, plan, round, client),
+                    partial(self._steps, data, passes),
                     train,
                     first_step=(round - 1) * per_round,
                     total_steps=assignment.rounds * per_round,
@@ -142,14 +147,11 @@ class Client:
             cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps),
         )
 
-    def _steps(self, data: ClientData, plan: Plan, round: int, client: str) -> Iterator[list[Batch]]:
+    def _steps(self, data: ClientData, steps: list[list[list[int]]]) -> Iterator[list[Batch]]:
         pad = self._template.tokenizer.pad_token_id or 0
         packed = self._recipe.train.packing == "on"
-        for passes in round_indices(data.train, plan, round, self._recipe.seed, client):
-            yield [
-                collate([data.sequences[i] for i in indices], packed=packed, pad=pad, examples=indices)
-                for indices in passes
-            ]
+        for passes in steps:
+            yield [self._objective.batch(data.sequences, indices, packed=packed, pad=pad) for indices in passes]
 
     def _evaluate(self, assignment: Assignment) -> Update:
         assert self._model is not None
@@ -174,6 +176,9 @@ class Client:
                 packed=packed,
             )
         metrics = {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right)}
+        metrics |= self._objective.sums(
+            self._model, data.sequences, indices, batch_size=settings.batch_size, packed=packed
+        )
         return Update(assignment.client, assignment.round, Payload(), metrics=metrics)
 
     def _save(self, assignment: Assignment) -> Update:
