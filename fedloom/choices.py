@@ -48,6 +48,11 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "
             f"an algorithm that takes mixed ranks ({', '.join(_taking_mixed_ranks())})"
         )
+    if cls.properties.offsite and recipe.train.objective == "dpo":
+        raise UserError(
+            f"train.objective=dpo compares with the base model, which clients of {name} do not hold: use "
+            "train.objective=sft, or an algorithm whose clients do, such as fedavg_outer"
+        )
     options = parse_options(cls, name, recipe.algorithm.options)
     cls.check(options, recipe.adapter, recipe.train, recipe.model)
     return make(recipe)
@@ -160,6 +165,15 @@ def federated_data(
     questions = select_questions(corpus, clients, limit, recipe.seed)
     suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
     return FederatedData(corpus, sequences, clients, questions)
+
+
+def check_objective(recipe: Recipe, corpus: Corpus) -> None:
+    """Refuse to learn preferences from data that have none."""
+    if recipe.train.objective == "dpo" and not any(e.rejected for e in corpus.examples):
+        raise UserError(
+            f"train.objective=dpo needs a rejected answer beside each answer, and {corpus.name} has none: use "
+            "data.corpus=fed-preferences, or name the column that holds them with data.columns.rejected=NAME"
+        )
 
 
 def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:

@@ -20,7 +20,7 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.making import make
 from fedloom.checkpoint import ClientStore, Damaged, folder_name
 from fedloom.config import Recipe
-from fedloom.data.batching import Batch, Plan, collate, round_indices
+from fedloom.data.batching import Batch, Plan, round_indices
 from fedloom.data.federated import ClientData, FederatedData
 from fedloom.data.prompts import Template
 from fedloom.errors import ClientFailed
@@ -30,6 +30,7 @@ from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
+from fedloom.training.objectives import OBJECTIVES
 from fedloom.training.trainer import LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
@@ -101,6 +102,7 @@ class Client:
         self._recipe = Recipe.parse(values)
         self._algorithm = make(self._recipe)
         self._channel = ClientChannel(Chains.of(self._recipe.operators), self._recipe.seed)
+        self._objective = OBJECTIVES[self._recipe.train.objective](self._recipe.train)
 
     def _prepare(self, assignment: Assignment) -> None:
         """Model and state, as they were after the rounds before this one."""
@@ -122,12 +124,15 @@ class Client:
             raise ClientFailed("no_data", "this client has no training examples")
         plan = Plan(train.batch_size, train.accumulation, assignment.steps, None if assignment.steps else train.epochs)
         per_round = plan.steps_per_round(len(data.train))
+        passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
+        packed = self._recipe.train.packing == "on"
+        self._objective.prepare(self._model, data.sequences, [i for step in passes for p in step for i in p], packed)
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
         with forked_torch(self._recipe.seed, "dropout", round, client):
             result = self._algorithm.local_training(
                 LocalRun(
                     self._model,
-                    partial(self._steps, data, plan, round, client),
+                    partial(self._steps, data, passes),
                     train,
                     first_step=(round - 1) * per_round,
                     total_steps=assignment.rounds * per_round,
@@ -150,14 +155,11 @@ class Client:
             cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps),
         )
 
-    def _steps(self, data: ClientData, plan: Plan, round: int, client: str) -> Iterator[list[Batch]]:
+    def _steps(self, data: ClientData, steps: list[list[list[int]]]) -> Iterator[list[Batch]]:
         pad = self._template.tokenizer.pad_token_id or 0
         packed = self._recipe.train.packing == "on"
-        for passes in round_indices(data.train, plan, round, self._recipe.seed, client):
-            yield [
-                collate([data.sequences[i] for i in indices], packed=packed, pad=pad, examples=indices)
-                for indices in passes
-            ]
+        for passes in steps:
+            yield [self._objective.batch(data.sequences, indices, packed=packed, pad=pad) for indices in passes]
 
     def _evaluate(self, assignment: Assignment) -> Update:
         assert self._model is not None
@@ -182,6 +184,9 @@ class Client:
                 packed=packed,
             )
         metrics = {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right)}
+        metrics |= self._objective.sums(
+            self._model, data.sequences, indices, batch_size=settings.batch_size, packed=packed
+        )
         return Update(assignment.client, assignment.round, Payload(), metrics=metrics)
 
     def _save(self, assignment: Assignment) -> Update:

@@ -35,7 +35,7 @@ class DataConfig(Section):
     path: str | None = Field(
         None, description="a .json, .jsonl, .csv or .parquet file (.gz too), a folder of them, or a hub id"
     )
-    columns: dict[Literal["instruction", "input", "output", "category"], str] | None = Field(
+    columns: dict[Literal["instruction", "input", "output", "category", "rejected"], str] | None = Field(
         None, description="which column of your data plays which role, e.g. {instruction: question, output: answer}"
     )
     license: str | None = Field(None, description="the licence of your own data, written into the summary")
@@ -104,6 +104,16 @@ class TrainConfig(Section):
     epochs: int | None = Field(None, ge=1, description="passes over a client's own data in a round, instead of steps")
     batch_size: int = Field(8, ge=1, description="examples in one forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes summed into one optimiser step")
+    objective: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="sft: learn the answers; dpo: prefer each answer to the rejected one beside it, for data that have both",
+    )
+    dpo_beta: float = Field(
+        0.1, gt=0, description="dpo: β, how much a change against the base counts; large keeps the model near it"
+    )
+    dpo_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo: the share of pairs taken to be labelled the wrong way round"
+    )
     lr: float = Field(1e-3, ge=0, description="peak learning rate")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the client's optimiser")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW's β1, β2")

@@ -83,7 +83,11 @@ class Display:
         elif kind == "evaluation":
             score = "" if event["score"] is None else f"  score {event['score']:.3f} of {event['questions']} questions"
             when = "before training" if event["round"] == 0 else f"after round {event['round']}"
-            self.say(f"{when}  held-out loss {_number(event['loss'])}{score}")
+            preference = event["preference"]
+            won = (
+                "" if preference is None else f"  preferred {preference['accuracy']:.3f} of {preference['pairs']} pairs"
+            )
+            self.say(f"{when}  held-out loss {_number(event['loss'])}{score}{won}")
         elif kind == "client_failed":
             self.say(f"round {event['round']}: client {event['client']} failed ({event['reason']}): {event['detail']}")
 
@@ -124,6 +128,11 @@ def result_table(summary: Mapping[str, Any]) -> Table:
             table.add_row(f"  worst client, {worst['client']}", _number(worst["before"], 3), _number(worst["after"], 3))
     else:
         table.add_row("score", "none", summary["score"]["note"])
+    if preference := summary.get("preference"):
+        for key, name in (("accuracy", "preferred answers"), ("loss", "preference loss")):
+            value = preference[key]
+            pairs = f" ({preference['pairs']} pairs)" if key == "accuracy" else ""
+            table.add_row(name + pairs, _number(value["before"], 3), _number(value["after"], 3))
     table.add_row("held-out loss", _number(loss["before"]), _number(loss["after"]))
     if worst := loss["worst_client"]:
         table.add_row(f"  worst client, {worst['client']}", _number(worst["before"]), _number(worst["after"]))

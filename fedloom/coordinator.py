@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedloom import measured
 from fedloom.algorithms.base import Algorithm, Deployed
 from fedloom.arrival import in_order
 from fedloom.asynchronous import InFlight
@@ -287,33 +288,26 @@ class Coordinator:
         cost = Cost()
         own, spent = self._measure(finished, "test")
         cost += spent
-        pooled = self.algorithm.properties.personal and finished == self.rounds
-        emulator = None
+        personal = self.algorithm.properties.personal
+        pooled, emulator = personal and finished == self.rounds, None
         if self.algorithm.properties.offsite and self.server_measure:
-            emulator = _means(_summed(own.values()))
-            loss, _, score, questions = _means(self.server_measure(self.algorithm.deployed())).values()
+            emulator = measured.together(own)
+            found = measured.means(self.server_measure(self.algorithm.deployed()))
         elif pooled:
-            everywhere, spent = self._measure(finished, "pooled")
+            sums, spent = self._measure(finished, "pooled")
             cost += spent
-            loss = pooled_mean([(m["loss_sum"] / m["tokens"], 1) for m in everywhere.values() if m["tokens"]])
-            score = pooled_mean([(m["right"] / m["questions"], 1) for m in everywhere.values() if m["questions"]])
-            questions = max((int(m["questions"]) for m in everywhere.values()), default=0)
+            found = measured.everywhere(sums)
         else:
-            loss = pooled_mean([(m["loss_sum"], m["tokens"]) for m in own.values()])
-            right, questions = sum(m["right"] for m in own.values()), int(sum(m["questions"] for m in own.values()))
-            if self.server_measure and self.score and not (self.algorithm.properties.personal and finished):
-                asked = self.server_measure(self.algorithm.deployed())
-                right, questions = asked["right"], int(asked["questions"])
-            score = right / questions if questions else None
+            asks = self.server_measure if self.score and not (personal and finished) else None
+            found = measured.together(own, asks(self.algorithm.deployed()) if asks else None)
         result = {
-            "loss": loss,
-            "score": score,
-            "questions": questions,
+            **{key: found[key] for key in ("loss", "score", "questions")},
             "tokens": int(sum(m["tokens"] for m in own.values())),
-            "clients": {name: _means(m) for name, m in own.items()},
+            "clients": {name: measured.means(m) for name, m in own.items()},
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
             "emulator": emulator,
+            "preference": measured.preference(own),
         }
         self.progress.cost += cost
         self.progress.evaluation_cost += cost
@@ -321,7 +315,7 @@ class Coordinator:
         self.events.write("evaluation", round=finished, **result)
 
     def _measure(self, finished: int, dataset: str) -> tuple[dict[str, Mapping[str, float]], Cost]:
-        """Client → sums (loss_sum, tokens, right, questions)."""
+        """Client → sums (measured.py), of those that could be measured."""
         sums: dict[str, Mapping[str, float]] = {}
         cost = Cost()
         for outcome in self._counted("evaluate", finished, self.schedule.testing, dataset):
@@ -354,18 +348,3 @@ class _Tally:
     skipped_steps: int = 0
     cost: Cost = Cost()
     losses: list[tuple[float, float]] = field(default_factory=list)
-
-
-def _summed(sums: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    listed = list(sums)
-    return {key: sum(s[key] for s in listed) for key in ("loss_sum", "tokens", "right", "questions")}
-
-
-def _means(sums: Mapping[str, float]) -> dict[str, Any]:
-    tokens, questions = int(sums["tokens"]), int(sums["questions"])
-    return {
-        "loss": sums["loss_sum"] / tokens if tokens else None,
-        "tokens": tokens,
-        "score": sums["right"] / questions if questions else None,
-        "questions": questions,
-    }

@@ -21,6 +21,7 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
+    check_objective,
     check_positions,
     choose_packing,
     federated_data,
@@ -152,6 +153,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
+    check_objective(recipe, corpus)
     clients = partition(corpus, recipe.split, recipe.seed)
     schedule = make_schedule(recipe, algorithm, clients)
     recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)

@@ -221,6 +221,7 @@ corpora = Registry(
         "fed-gsm8k": "fedloom.corpora.gsm8k:SOURCE",
         "fed-gsm8k-3": "fedloom.corpora.gsm8k:SOURCE",
         "fed-codealpaca": "fedloom.corpora.codealpaca:SOURCE",
+        "fed-preferences": "fedloom.corpora.preferences:SOURCE",
     },
     "fedloom.data.declaration:Source",
     instance=True,

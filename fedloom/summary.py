@@ -65,6 +65,7 @@ def summarise(
             "after": last["loss"],
             "worst_client": _worst(clients, "loss", worst=max),
         },
+        "preference": _preference(first["preference"], last["preference"]),
         "privacy": None if privacy is None else dict(privacy),
         "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
         "cost": _cost(progress),
@@ -112,6 +113,14 @@ def _offsite(
             "share_of_bytes": left["bytes"] / left["bytes_of_model"],
         },
     }
+
+
+def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of preference tuning: how often the preferred answer won, and the mean loss and margin of a pair."""
+    if first is None or last is None:
+        return None
+    both = {key: {"before": first[key], "after": last[key]} for key in ("accuracy", "loss", "margin")}
+    return {**both, "pairs": last["pairs"]}
 
 
 def _pair(measured: Mapping[str, Any]) -> dict[str, Any]:

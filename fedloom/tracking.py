@@ -28,7 +28,9 @@ SCHEMA: dict[str, tuple[str, ...]] = {
     "round_finished": (
         "round", "updates", "failures", "loss", "upload_bytes", "download_bytes", "seconds", "metrics",
     ),
-    "evaluation": ("round", "loss", "score", "questions", "tokens", "clients", "seconds", "pooled", "emulator"),
+    "evaluation": (
+        "round", "loss", "score", "questions", "tokens", "clients", "seconds", "pooled", "emulator", "preference",
+    ),
     "checkpoint": ("round", "path"),
     "run_finished": ("rounds", "adapter_sha256", "seconds"),
 }  # fmt: skip

@@ -27,6 +27,7 @@ class Example:
         instruction: what is asked.
         input: further context, or the empty string.
         output: the answer that is trained on.
+        rejected: under preference tuning, the answer that `output` is preferred to; empty elsewhere.
         category: what the `meta` and `dirichlet` splitters go by (a skill, a language, a specialty).
         choices: the options of a multiple-choice question, in order; empty otherwise.
         task: which task the answer is verified by; the category unless the corpus says otherwise.
@@ -40,6 +41,7 @@ class Example:
     choices: tuple[str, ...] = ()
     task: str = ""
     reference: Mapping[str, Any] | None = None
+    rejected: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Corpus:
             digest.update(f"{len(group)}\n".encode())
             for e in group:
                 row = [e.instruction, e.input, e.output, e.category, list(e.choices)]
+                row += [e.rejected] if e.rejected else []
                 digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()
 

@@ -29,8 +29,8 @@ from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import UserError, suggest
 from fedloom.models.adapters import AdaptedModel, Models
-from fedloom.models.forward import token_losses
 from fedloom.models.state import Adapter, Layout, check_names
+from fedloom.training.objectives import unit_losses
 from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
 
@@ -193,14 +193,14 @@ class Algorithm(ABC):
         """This round's training of the live model. By default optimiser steps on `local_loss`."""
         return run.fit(self)
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
         """This batch's contribution to the loss of its optimiser step: a scalar to run backward from.
 
         Args:
-            step_tokens: supervised tokens in the whole step, all accumulation together. Contributions add up to the
-                step's loss, so a penalty on the weights counts `len(batch.labels) / step_tokens` of itself.
+            step_units: supervised tokens, or pairs, in the whole step, all accumulation together. Contributions add
+                up to the step's loss, so a penalty on the weights counts `batch.units / step_units` of itself.
         """
-        return token_losses(model, batch).sum() / step_tokens
+        return unit_losses(model, batch).sum() / step_units
 
     def before_step(self, model: AdaptedModel) -> None:
         """The gradient of the step stands in `model.grad`, not yet clipped: the place to correct it."""

@@ -63,8 +63,8 @@ class _Near:
     def __init__(self, owner: Ditto, anchor: torch.Tensor, lam: float) -> None:
         self._owner, self._anchor, self._lam = owner, anchor, lam
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
-        return self._owner.local_loss(model, batch, step_tokens)
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
+        return self._owner.local_loss(model, batch, step_units)
 
     def before_step(self, model: AdaptedModel) -> None:
         model.grad.add_(model.adapter.flat - self._anchor, alpha=self._lam)

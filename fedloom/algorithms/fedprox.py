@@ -35,12 +35,12 @@ class FedProx(fedavg.FedAvg):
         super().receive(payload)
         self._start = self.model.adapter.flat.clone()  # θ_t
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
-        loss = super().local_loss(model, batch, step_tokens)
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
+        loss = super().local_loss(model, batch, step_units)
         if not self.options.mu:
             return loss
         # model.parameter is the whole flat buffer, so that one term reaches every trainable tensor. A step's batches
         # add up to one penalty.
-        share = len(batch.labels) / step_tokens
+        share = batch.units / step_units
         penalty: torch.Tensor = self.options.mu / 2 * block_sum((model.parameter - self._start).square())
         return loss + share * penalty

@@ -58,6 +58,8 @@ class AdaptedModel:
             under the first of their names.
         virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
         prefixed: whether those are keys and values of every layer, not embeddings.
+        base_delta: what `set_base_delta` put in.
+        bare: whether forward passes leave peft's model out (inside `reference`).
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -82,6 +84,8 @@ class AdaptedModel:
         self.parameter = torch.nn.Parameter(self.adapter.flat)
         self.parameter.grad = self.grad
         self.initial = self.adapter.flat.detach().clone()
+        self.base_delta: Mapping[str, torch.Tensor] = {}
+        self.bare = False
         self._base_weights: dict[str, torch.Tensor] = {}
         self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -172,6 +176,7 @@ class AdaptedModel:
             change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
             original = self._base_weights.setdefault(name, weights[name].detach().clone())
             weights[name].data.copy_(original.float() + (change.T if name in transposed else change))
+        self.base_delta = dict(delta)
 
     def transposed_weights(self) -> set[str]:
         """Those that are stored [in, out] (GPT-2's)."""
@@ -183,6 +188,26 @@ class AdaptedModel:
         layers: Iterator[tuple[str, torch.nn.Module]] = self.base.model.named_modules()
         found = [layer for name, layer in layers if _base_name(f"{name}.weight") == weight]
         return found[-1]
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The base as it was loaded, without a second copy of it: no adapter, no base delta. Afterwards all is as it was.
+
+        A fresh adapter changes nothing, and the weights of the base that train (under `full` or `bias`) start as the
+        base's own, so the adapter as it was created stands for none; virtual tokens are left out.
+        """
+        live, delta = self.adapter.flat.clone(), self.base_delta
+        virtual = self.virtual_tokens, self.prefixed
+        try:
+            self.set_base_delta(None)
+            self.adapter.copy_(self.initial)
+            if self.virtual_tokens:
+                self.virtual_tokens, self.prefixed, self.bare = 0, False, True
+            yield
+        finally:
+            (self.virtual_tokens, self.prefixed), self.bare = virtual, False
+            self.adapter.copy_(live)
+            self.set_base_delta(delta)
 
     def save(self, folder: Path, base_name: str) -> None:
         """Write the live adapter for use elsewhere.

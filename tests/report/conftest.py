@@ -102,7 +102,15 @@ def _write_events(
         mean = sum(c["score"] for c in clients.values()) / len(clients) if score else None
         counted = {"questions": 20 * len(names) if score else 0, "tokens": tokens, "clients": clients}
         events.write(
-            "evaluation", round=done, loss=loss, score=mean, seconds=9.5, pooled=False, emulator=None, **counted
+            "evaluation",
+            round=done,
+            loss=loss,
+            score=mean,
+            seconds=9.5,
+            pooled=False,
+            emulator=None,
+            preference=None,
+            **counted,
         )
 
     about = {"algorithm": recipe.algorithm.name, "model": recipe.model.name, "corpus": recipe.data.corpus}
@@ -166,6 +174,10 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
         },
+        "preference": (recipe.train.objective == "dpo" and {
+            "accuracy": {"before": 0.0, "after": 0.8125}, "loss": {"before": 0.6931, "after": 0.4321},
+            "margin": {"before": 0.0, "after": 1.234}, "pairs": 48,
+        }) or None,
         "privacy": recipe.privacy and {
             "epsilon": 6.57, "delta": 1e-5, "epsilon_models": None, "where": "server", "noise": 1.0, "clip": 0.5,
             "adaptive": False, "population": len(rows), "expected_clients": len(rows), "sampling_rate": 1.0,

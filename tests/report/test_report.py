@@ -339,11 +339,19 @@ def test_docs_name_every_event_and_field() -> None:
     assert documented == {event: set(fields) for event, fields in SCHEMA.items()}
 
 
+def test_preferences_are_a_table_where_they_were_learned(run_folder: Make) -> None:
+    text = Page(write_report(run_folder("a-run", overrides={"train.objective": "dpo"}))).text
+    assert "48 test pairs" in text
+    assert "pairs won 0.0 % 81.2 %" in " ".join(text.split())
+    assert "1.234" in text
+    assert "pairs won" not in Page(write_report(run_folder("b-run"))).text
+
+
 def test_docs_name_every_key_of_the_summary(run_folder: Make) -> None:
     text = DOCS.read_text(encoding="utf-8").partition("\n## summary.json")[2].partition("\n## ")[0]
     first_cells = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     free = re.compile(r"^(data\.dropped|per_client|versions|environment)\.[^.]+")
-    run = run_folder("a-run", overrides={"privacy.noise": 1.0}, offsite=True)
+    run = run_folder("a-run", overrides={"privacy.noise": 1.0, "train.objective": "dpo"}, offsite=True)
     keys = {free.sub(r"\1.*", key) for key in leaves(summary_of(run))}
     assert keys == set(re.findall(r"`([^`]+)`", first_cells))
 
