@@ -38,7 +38,7 @@ again as it was.
 
 def page() -> str:
     """The whole page as text."""
-    return HEAD + _builtin() + _sections() + _algorithms()
+    return HEAD + _builtin() + _sections() + _algorithms() + _operators()
 
 
 def _builtin() -> str:
@@ -72,6 +72,15 @@ def _algorithms() -> str:
         options = ", ".join(f"`{k}` ({_default(f)}): {f.description}" for k, f in cls.Options.model_fields.items())
         rows.append((f"`{name}`", first, options or "none"))
     return "## Algorithms and their own options\n\n" + _table(("name", "idea", "options beside the name"), rows)
+
+
+def _operators() -> str:
+    rows = []
+    for name in registry.operators.names():
+        fields = registry.operators.get(name).Options.model_fields
+        options = ", ".join(f"`{k}` ({_default(f)}): {f.description}" for k, f in sorted(fields.items()))
+        rows.append((f"`{name}`", options or "none"))
+    return "## Message operators and their own options\n\n" + _table(("name", "options beside the name"), rows)
 
 
 def _type(annotation: Any) -> str:
