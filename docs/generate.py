@@ -53,7 +53,7 @@ again as it was.
 
 def page() -> str:
     """The whole page as text."""
-    return HEAD + _builtin() + _sections() + _algorithms()
+    return HEAD + _builtin() + _sections() + _algorithms() + _operators()
 
 
 def _builtin() -> str:
@@ -130,6 +130,15 @@ def _row(e: catalogue.Entry) -> tuple[str, ...]:
         f"`{e.name}`", e.about.travels, bound + catalogue.shown(e.bytes("up")), bound + catalogue.shown(e.bytes("down")),
         e.adapters("server"), e.adapters("client"), *("yes" if m else "" for m in marked), e.methods, paper,
     )  # fmt: skip
+
+
+def _operators() -> str:
+    rows = []
+    for name in registry.operators.names():
+        fields = registry.operators.get(name).Options.model_fields
+        options = ", ".join(f"`{k}` ({_default(f)}): {f.description}" for k, f in sorted(fields.items()))
+        rows.append((f"`{name}`", options or "none"))
+    return "## Message operators and their own options\n\n" + _table(("name", "options beside the name"), rows)
 
 
 def _type(annotation: Any) -> str:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -366,7 +367,8 @@ def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The section behind a field's type, one that may be null too; None where the field is a plain value."""
-    options = [o for o in (annotation, *get_args(annotation)) if isinstance(o, type) and issubclass(o, BaseModel)]
+    either = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else ()
+    options = [o for o in (annotation, *either) if isinstance(o, type) and issubclass(o, BaseModel)]
     return options[0] if options else None
 
 

@@ -59,8 +59,7 @@ class Compress(Operator):
         for name, values in parts.items():
             raw = raw_bytes(values)
             squeezed = self.squeeze(raw)
-            padding = max(0, -(-len(raw) // limits.COMPRESSION_RATIO) - len(squeezed) - HEAD.size)
-            data = bytearray(HEAD.pack(len(raw), len(squeezed)) + squeezed + b"\0" * padding)
+            data = bytearray(HEAD.pack(len(raw), len(squeezed)) + squeezed + bytes(_padding(len(raw), len(squeezed))))
             made[f"{name}.{self.name}"] = torch.frombuffer(data, dtype=torch.uint8)
         return made, {}
 
@@ -80,10 +79,11 @@ class Compress(Operator):
                 f"{len(data)} bytes compressed by {self.name} claim to hold {raw}: more than "
                 f"{limits.COMPRESSION_RATIO} times as many are not unpacked"
             )
-        if squeezed > len(data) - HEAD.size or raw % part.dtype.itemsize:
-            raise BadPayload(f"a part compressed by {self.name} is truncated")
+        end = HEAD.size + squeezed
+        if len(data) != end + _padding(raw, squeezed) or any(data[end:]) or raw % part.dtype.itemsize:
+            raise BadPayload(f"a part compressed by {self.name} is truncated, or longer than it says")
         try:
-            expanded = self.expand(bytes(data[HEAD.size : HEAD.size + squeezed]), raw)
+            expanded = self.expand(bytes(data[HEAD.size : end]), raw)
         except self.errors as error:
             raise BadPayload(f"a part compressed by {self.name} is damaged ({type(error).__name__})") from error
         if len(expanded) != raw:
@@ -95,6 +95,11 @@ class Compress(Operator):
 
 class ZlibOptions(OperatorOptions):
     level: int = Field(6, ge=1, le=9, description="1 is fast, 9 is small")
+
+
+def _padding(raw: int, squeezed: int) -> int:
+    """Zero bytes behind what shrank by more than the ratio."""
+    return max(0, -(-raw // limits.COMPRESSION_RATIO) - squeezed - HEAD.size)
 
 
 class Deflate(Compress):

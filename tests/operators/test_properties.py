@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -77,7 +79,8 @@ def test_a_lossy_operator_keeps_its_declared_error(described, payload):
     try:
         got = sent(chain, payload)
     except CannotEncode as error:  # fp16, or a rescaled fp16 tensor: a number is over the largest one
-        assert "over 65504" in str(error) or "rescale" in str(error) or "its range" in str(error)
+        if not re.search("over 65504|rescale", str(error)):
+            raise
         return
     check_bound(chain, payload, got, largest(payload))
 
@@ -87,8 +90,9 @@ def test_a_lossy_operator_keeps_its_declared_error(described, payload):
 def test_a_random_chain_keeps_the_sum_of_the_declared_errors(chain, payload, reference, seed):
     try:
         got = sent(chain, payload, reference.tensors, {}, seed)
-    except CannotEncode as error:
-        assert "over 65504" in str(error) or "finite" in str(error)  # a difference of two fp16 numbers may overflow
+    except CannotEncode as error:  # a difference of two fp16 numbers may overflow
+        if not re.search("over 65504|finite", str(error)):
+            raise
         return
     start = largest(payload) + (largest(reference) if chain.needs_reference else 0.0)
     check_bound(chain, payload, got, start)
