@@ -22,6 +22,7 @@ from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
     check_positions,
+    check_ranks,
     choose_packing,
     federated_data,
     load_data,
@@ -147,6 +148,7 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
     clients = partition(corpus, recipe.split, recipe.seed)
+    check_ranks(recipe, clients)
     schedule = make_schedule(recipe, algorithm, clients)
 
     # A frozen base with one adapter in it, and how it is spoken to.
