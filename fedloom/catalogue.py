@@ -131,7 +131,7 @@ def marks(properties: Properties) -> str:
 #: What the columns of bytes are, for under a table.
 LEGEND = (
     f"up, down: the tensors of one client's messages in a round of {REFERENCE}. An adapter is 9.8 MB there; names add "
-    "0.6 % to a message with one. Worked out from each algorithm's formula, which tests hold against measured messages.",
+    "0.3 % to a message with one. Worked out from each algorithm's formula, which tests hold against measured messages.",
     "server, client: what each keeps between rounds, in adapters, a client's optimiser not counted.",
 )
 

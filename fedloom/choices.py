@@ -17,7 +17,7 @@ from fedloom.data.prompts import Template
 from fedloom.data.sources import load_corpus, resolve_split, source_of
 from fedloom.data.splitters import select_questions, select_test_set
 from fedloom.data.tokenization import tokenise
-from fedloom.errors import UserError
+from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import supports_packing
@@ -69,6 +69,13 @@ def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:
     say(f"loading {recipe.data.corpus or recipe.data.path}")
     corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
     return corpus, recipe
+
+
+def check_ranks(recipe: Recipe, clients: Partition) -> None:
+    """Refuse a rank of its own for a client that there is not: it would silently have everybody's."""
+    for client in recipe.adapter.ranks or {}:
+        if client not in clients.clients:
+            raise UserError(f"adapter.ranks names {client}, which is no client: {suggest(client, clients.clients)}")
 
 
 def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:

@@ -23,6 +23,7 @@ from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
     check_objective,
     check_positions,
+    check_ranks,
     choose_packing,
     federated_data,
     load_data,
@@ -155,6 +156,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     corpus, recipe = load_data(recipe, watch.say)
     check_objective(recipe, corpus)
     clients = partition(corpus, recipe.split, recipe.seed)
+    check_ranks(recipe, clients)
     schedule = make_schedule(recipe, algorithm, clients)
     recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
 

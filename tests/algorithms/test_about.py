@@ -14,11 +14,13 @@ import pytest
 import torch
 from federation import Federation
 
-from fedloom import registry
+from fedloom import catalogue, registry
 from fedloom.algorithms import about
 from fedloom.algorithms.about import About, Sizes
+from fedloom.algorithms.base import AlgorithmOptions
 from fedloom.config import AdapterConfig, ModelConfig
 from fedloom.models.adapters import Models
+from fedloom.runtimes import wire
 from fedloom.types import Payload, Update
 
 NAMES = registry.algorithms.names()
@@ -98,6 +100,42 @@ def test_messages_states_and_memory_are_what_an_algorithm_says(name, tiny_recipe
         assert all(size(k) == said.client(sizes) for k in kept)
         state = size(server.server_state())
         assert 0 <= state - said.server(sizes) <= COUNTERS * len(clients)
+
+
+def test_the_legend_says_how_large_an_adapter_is_and_what_names_add_to_it():
+    sizes = about.reference(None)
+    tensors = {n: torch.zeros(shape) for n, shape in sizes.layout.shapes.items()}
+    message = wire.encode_outcome(Update("client-1", 2, Payload(tensors), 100, 1000, {"loss": 1.0}))
+    text = " ".join(catalogue.LEGEND[0].split())
+    assert f"An adapter is {catalogue.shown(sizes.adapter)} there" in text
+    assert f"names add {100 * (len(message) / sizes.adapter - 1):.1f} % to a message with one" in text
+
+
+def test_an_algorithm_of_others_that_says_nothing_of_itself_is_listed_all_the_same(monkeypatch):
+    class Silent(registry.algorithms.get("fedavg")):
+        """Says nothing."""
+
+    class Asking(registry.algorithms.get("fedavg")):
+        about = About("averaging", "adapter, both ways")
+
+        class Options(AlgorithmOptions):
+            needed: int
+
+    monkeypatch.setitem(registry.algorithms._targets, "silent", Silent)
+    monkeypatch.setitem(registry.algorithms._targets, "asking", Asking)
+    lines = catalogue.table(catalogue.entries()[0])
+    (silent,) = [line for line in lines if line.startswith("silent ")]
+    (asking,) = [line for line in lines if line.startswith("asking ")]
+    assert silent.split()[1:6] == ["?"] * 5  # not its parent's words
+    assert "adapter, both ways" in asking
+    assert "?" in asking
+    assert lines.index(silent) > lines.index(catalogue.OTHERS)
+    assert max(map(len, lines)) <= 100
+    for name in ("silent", "asking"):
+        page = catalogue.page(catalogue.entry(name))
+        assert max(map(len, page)) <= 100
+        assert any("plain sum" in line for line in page)
+    assert any("needed (required)" in line for line in catalogue.page(catalogue.entry("asking")))
 
 
 @pytest.mark.network

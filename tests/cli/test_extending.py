@@ -24,7 +24,7 @@ from fedloom.types import Payload, Update
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-TABLES = (registry.algorithms, registry.corpora, registry.splitters, registry.suites)
+TABLES = (registry.algorithms, registry.corpora, registry.splitters, registry.suites, registry.operators)
 
 
 def blocks(language: str) -> list[str]:
@@ -90,10 +90,15 @@ def test_the_page_runs_and_each_part_does_its_work(page, tiny_model, tmp_path):
 
     owed = ClientStore(tmp_path / "run" / "clients").load("client-1", 2)["personal"].tensors["owed"]
     assert owed.abs().sum() > 0
-    # Up go a byte a number and one size, down four bytes a number; a message's header has a name for each tensor.
+    # Up go five numbers a byte and one size, down four bytes a number; a message's header has a name for each tensor.
     messages = [e for e in events if e["event"] == "client_update" and e["round"] == 2]
     assert len(messages) == 4
-    assert all(owed.numel() + 4 < m["upload_bytes"] < owed.numel() + 1500 for m in messages)
+    assert all(owed.numel() // 5 < m["upload_bytes"] < owed.numel() // 5 + 1500 for m in messages)
+    plain = Recipe.parse(made["values"], {**made["overrides"], "operators": {}})
+    again = fedloom.run(plain, out=tmp_path / "plain").summary
+    assert again["adapter_sha256"] == summary["adapter_sha256"]  # packing loses nothing
+    saved = again["cost"]["upload_bytes"] - summary["cost"]["upload_bytes"]
+    assert saved > 8 * 0.7 * owed.numel()  # two rounds of four clients
     assert all(m["download_bytes"] > 4 * owed.numel() for m in messages)
 
 
@@ -124,6 +129,32 @@ def test_the_algorithms_two_halves_agree(page, tiny_recipe, tmp_path):
     server.aggregate(iter([Update("one", 1, sent, num_examples=1), Update("two", 1, other, num_examples=3)]))
     expected = before + (sent.tensors["size"] - 3) / 4 * sent.tensors["signs"]
     torch.testing.assert_close(server.shared.flat, expected, rtol=0, atol=1e-6)
+
+
+def test_the_operator_gives_back_what_it_packed_and_refuses_the_rest(page):
+    from fedloom.operators.base import CannotEncode
+    from fedloom.operators.chain import Chain
+    from fedloom.operators.flat import BadPayload
+
+    chain = Chain.parse(["fives"])
+    every = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * 5).flatten()
+    for signs in (every, every[:7], every[:0]):
+        payload = Payload({"signs": signs, "size": torch.tensor([0.3])})
+        coded = chain.encode(payload)
+        assert max((t.numel() for t in coded.tensors.values() if t.dtype == torch.uint8), default=0) == -(
+            -len(signs) // 5
+        )
+        back = chain.decode(coded).tensors
+        assert torch.equal(back["signs"], signs)
+        assert torch.equal(back["size"], payload.tensors["size"])
+    for other in (2, -128):
+        with pytest.raises(CannotEncode, match="other small integers"):
+            chain.encode(Payload({"signs": torch.tensor([1, other], dtype=torch.int8)}))
+    coded = chain.encode(Payload({"signs": every}))
+    for tensor in coded.tensors.values():
+        tensor[0] = 243
+    with pytest.raises(BadPayload, match="over 242"):
+        chain.decode(coded)
 
 
 # ------------------------------------------------------------------ as a package

@@ -128,3 +128,13 @@ def test_settings_that_cannot_end_well_are_refused_before_anything_is_loaded(
     with pytest.raises(UserError, match=sentence.replace(".", r"\.")):
         fedloom.run(tiny_recipe(values), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_for_a_client_that_there_is_not_is_refused_before_the_model_is_loaded(
+    tiny_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fedloom.models.adapters.load_base", lambda *a, **k: pytest.fail("the model was loaded"))
+    recipe = tiny_recipe({"algorithm": "flexlora", "adapter.ranks": {"coppy": 1}})
+    with pytest.raises(UserError, match=r"adapter\.ranks names coppy, which is no client: did you mean copy\?"):
+        fedloom.run(recipe, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
