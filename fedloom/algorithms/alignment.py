@@ -11,7 +11,6 @@ from typing import Literal
 
 import torch
 from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
 from fedloom import carriers
 from fedloom.algorithms import base
@@ -68,15 +67,13 @@ class AlignOptions(base.AlgorithmOptions):
 class Aligner:
     """Public data at hand, and how to learn from them. Raises UserError where the data cannot be had."""
 
-    def __init__(
-        self, options: AlignOptions, tokenizer: PreTrainedTokenizerBase, seed: int, say: Callable[[str], None]
-    ) -> None:
+    def __init__(self, options: AlignOptions, model: AdaptedModel, seed: int, say: Callable[[str], None]) -> None:
         data = options.data()
         corpus = load_corpus(data, seed=seed + 1 if options.seed is None else options.seed, say=say)
-        template = Template.choose(tokenizer, options.template)
+        template = Template.choose(model.tokenizer, options.template)
         self.options, self.seed, self.say = options, seed, say
         self.sequences = tokenise(corpus, template, options.max_length, carriers.home() / "tokenised")
-        self.pad = tokenizer.pad_token_id or 0
+        self.pad = model.tokenizer.pad_token_id or 0
         self.settings = Distillation(options.lr, options.kl, options.layerwise)
 
     def batches(self, number: int, packed: bool) -> Iterator[Batch]:

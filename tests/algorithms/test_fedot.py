@@ -29,6 +29,7 @@ from fedloom.evaluation.suites import Suite
 from fedloom.experiment import Watch, prepare
 from fedloom.export import export_run
 from fedloom.models.adapters import AdaptedModel, Models
+from fedloom.models.distillation import align
 from fedloom.models.loading import load_base
 from fedloom.models.state import Adapter
 from fedloom.report.html import report_many
@@ -348,6 +349,25 @@ def test_fedbiot_sends_each_new_emulator_once_and_clients_train_with_it(federati
     assert f.server.version == 3
     live = f.client._model.base_weights()
     assert all(torch.equal(live[n], t) for n, t in f.server.latents.items())
+
+
+def test_fedbiot_aligns_with_this_rounds_layers_on_further_examples(federation):
+    f = federation(BIOT, {"train.lr": 0.1})
+    server, aligner = f.server, f.server._aligner
+    server.aggregate(iter([f.train(c, 1) for c in f.clients]))
+    before = {n: t.clone() for n, t in server.latents.items()}
+    server.server_step()
+
+    def by_hand(adapter):
+        latents = {n: t.clone() for n, t in before.items()}
+        f.model.adapter.copy_(adapter)
+        align(f.model, server.cut, server.compression, latents, aligner.batches(2, True), aligner.settings)
+        return latents
+
+    assert same_latents(server.latents, by_hand(server.shared.flat))
+    assert not same_latents(server.latents, by_hand(f.model.initial))
+    first, second = ({i for b in aligner.batches(n, True) for i in b.examples} for n in (1, 2))
+    assert len(first) == len(second) == 8 and not first & second
 
 
 def test_a_client_that_missed_an_emulator_says_so(federation):
