@@ -30,6 +30,7 @@ PAGES = {
     "lora": "lora.md",
     "personalised": "personalised.md",
     "low-traffic": "low_traffic.md",
+    "offsite": "offsite.md",
 }
 
 HEAD = """# Recipes
