@@ -11,6 +11,7 @@ from payloads import same
 
 from fedloom import run
 from fedloom.algorithms.base import Algorithm
+from fedloom.arrival import in_order
 from fedloom.client import Client
 from fedloom.errors import UserError
 from fedloom.experiment import Watch, prepare
@@ -57,7 +58,13 @@ def test_quantised_runs_send_less_and_give_nearly_the_same(undisturbed, tiny_rec
         seen[way] += len(made)
         return made
 
-    monkeypatch.setattr(wire, "encode_assignment", lambda a: counted("down", assignment(a)))
+    def asked(a: Assignment) -> bytes:
+        assert [d["name"] for d in a.payload.coding["operators"]] == ["quantize"], a.kind  # evaluation's as well
+        kinds.add(a.kind)
+        return counted("down", assignment(a))
+
+    kinds: set[str] = set()
+    monkeypatch.setattr(wire, "encode_assignment", asked)
     monkeypatch.setattr(wire, "encode_outcome", lambda o: counted("up", outcome(o)))
     got = summary(
         tiny_recipe({"operators.initial": [INT8], "operators.down": [INT8], "operators.up": ["delta", INT4]}),
@@ -65,6 +72,7 @@ def test_quantised_runs_send_less_and_give_nearly_the_same(undisturbed, tiny_rec
     )
     assert (got["cost"]["upload_bytes"], got["cost"]["download_bytes"]) == (seen["up"], seen["down"])
     assert got["adapter_sha256"] != undisturbed["adapter_sha256"]
+    assert kinds == {"train", "evaluate"}
     fall = undisturbed["loss"]["before"] - undisturbed["loss"]["after"]
     assert fall > 0
     assert abs(got["loss"]["after"] - undisturbed["loss"]["after"]) < 0.2 * fall
@@ -183,6 +191,22 @@ def test_a_late_answer_is_against_the_broadcast_of_its_own_round(tiny_recipe):
     assert float((outcome.payload.tensors["b"] - weights(5)["b"]).abs().max()) < 4e-3
     again = server.opened(Update("a", 1, answer))
     assert isinstance(again, Failure) and again.reason == "bad_payload" and "no broadcast" in again.detail
+
+
+def test_an_update_that_waits_on_disk_is_decoded_as_any_other(tiny_recipe, tmp_path):
+    server, client = ends(tiny_recipe, up=["delta", INT4])
+    for name in "ab":
+        server.sent(Assignment("train", name, 1, 9, Payload(weights(1))), False)
+    updates = {}
+    for name in "ab":
+        client.received(Assignment("train", name, 1, 9, Payload(weights(1))))
+        updates[name] = Update(name, 1, client.encoded(Payload(weights(2), {"k": 1}), name, 1))
+    expected = {name: server.chains.up.decode(u.payload, weights(1)).tensors for name, u in updates.items()}
+    waited = list(in_order(iter([updates["b"], updates["a"]]), "ab", tmp_path))
+    for name, outcome in zip("ab", waited, strict=True):
+        opened = server.opened(outcome)
+        assert isinstance(opened, Update) and opened.payload.meta == {"k": 1}
+        assert same(opened.payload.tensors, expected[name])
 
 
 def test_the_first_payload_takes_another_chain_and_a_restart_remembers_who_had_it(tiny_recipe):
