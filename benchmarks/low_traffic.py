@@ -11,7 +11,7 @@ the loss that is reported is that of their test data. Lines are `name=value`:
     loss_before, loss_after   the pooled test loss
     loss_fall                 their difference over the first
     upload_bytes, download_bytes
-                              the largest encoded message of any client in any round, the recipe in the first included
+                              the largest encoded message of any client in any round of training
 
 The exit code is 1 where a message reaches 20,000 bytes or the loss falls by less than 1 %.
 """
