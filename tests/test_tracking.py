@@ -31,6 +31,7 @@ def evaluated(events: Events, round: int, loss: float) -> None:
         "seconds": 0.1,
         "pooled": False,
         "emulator": None,
+        "preference": None,
     }
     events.write("evaluation", round=round, loss=loss, **values)
 

@@ -32,7 +32,7 @@ from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.distillation import align
 from fedloom.models.loading import load_base
 from fedloom.models.state import Adapter
-from fedloom.report.html import report_many
+from fedloom.report.html import report_many, write_report
 from fedloom.types import Failure
 
 FULL = {"adapter": {"method": "full"}, "train.lr": 3e-3}
@@ -422,7 +422,7 @@ def test_the_five_numbers(recipe, tmp_path, six_layers):
     assert five["emulator_tuned"]["loss"] < five["emulator_zero_shot"]["loss"]
     outer = recipe().with_values({"algorithm": {"name": "fedavg_outer", "bottom": 2, "top": 1}})
     assert five["full_tuned"]["loss"] == fedloom.run(outer, tmp_path / "outer").summary["loss"]["after"]  # bit for bit
-    page = result.report.read_text()
+    page = write_report(result.folder).read_text()
     for name in ("Full model, before", "Emulator, before", "Emulator, tuned", "Plugged into the full model"):
         assert name in page
     assert f'value="{five["full_tuned"]["loss"]}"' in page and f'value="{five["emulator_tuned"]["loss"]}"' in page

@@ -33,8 +33,8 @@ WIDE = {"adapter.rank": 16}  # 16,384 numbers: enough to tell a variance by
 def test_these_are_plain_sums():
     """A new one that declares it is tested by the rest of this file; one that no longer does is noticed here."""
     assert set(SUMS) == {
-        "diloco", "ditto", "fed_sb", "fedadagrad", "fedadam", "fedavg", "fedavgm", "feddpa", "fedmezo", "fedper",
-        "fedprox", "fedrep", "fedrot_lora", "fedsa_lora", "fedsvd", "fedyogi", "ffa_lora", "pfedme", "rolora", "slora",
+        "diloco", "ditto", "fed_sb", "fedadagrad", "fedadam", "fedavg", "fedavg_outer", "fedavgm", "fedbiot", "feddpa",
+        "fedmezo", "fedot", "fedper", "fedprox", "fedrep", "fedrot_lora", "fedsa_lora", "fedsvd", "fedyogi", "ffa_lora", "pfedme", "rolora", "slora",
     }  # fmt: skip
 
 
@@ -65,6 +65,7 @@ def test_unclipped_and_without_noise_it_is_the_algorithm_with_equal_weights(name
     start = from_bytes(to_bytes(plain.server.server_state())).tensors
     updates = [replace(plain.train(c, 1), num_examples=1, num_tokens=1) for c in plain.clients]
     plain.server.aggregate(iter(updates))
+    plain.server.server_step()
     wrapped.round(1)
     expected, got = plain.server.server_state().tensors, wrapped.server.server_state().tensors
     assert expected.keys() == {n for n in got if not n.startswith(OWN)}
