@@ -12,6 +12,7 @@ from fedloom import registry
 from fedloom.algorithms.base import Algorithm, parse_options
 from fedloom.algorithms.making import make, settled
 from fedloom.config import Recipe
+from fedloom.data.examples import paired
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.sources import load_corpus, resolve_split, source_of
@@ -68,7 +69,25 @@ def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:
     recipe = recipe.with_values({f"split.{key}": value for key, value in split.model_dump(mode="json").items()})
     say(f"loading {recipe.data.corpus or recipe.data.path}")
     corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
-    return corpus, recipe
+    return for_objective(corpus, recipe.train.objective, say), recipe
+
+
+def for_objective(corpus: Corpus, objective: str, say: Say) -> Corpus:
+    """Under `dpo` the examples that are pairs, the others left out and counted; under `sft` all, without rejected answers.
+
+    Raises UserError where preferences are to be learned from data that have none.
+    """
+    if objective != "dpo":
+        return replace(corpus, examples=tuple(replace(e, rejected="") for e in corpus.examples))
+    pairs, left_out = paired(corpus.examples)
+    if not pairs:
+        raise UserError(
+            f"train.objective=dpo needs a rejected answer beside each answer, and {corpus.name} has none: use "
+            "data.corpus=fed-preferences, or name the column that holds them with data.columns.rejected=NAME"
+        )
+    for reason, count in left_out.items():
+        say(f"{corpus.name}: {count:,} rows left out ({reason.replace('_', ' ')})")
+    return replace(corpus, examples=tuple(pairs), dropped={**corpus.dropped, **left_out})
 
 
 def check_ranks(recipe: Recipe, clients: Partition) -> None:
@@ -172,15 +191,6 @@ def federated_data(
     questions = select_questions(corpus, clients, limit, recipe.seed)
     suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
     return FederatedData(corpus, sequences, clients, questions)
-
-
-def check_objective(recipe: Recipe, corpus: Corpus) -> None:
-    """Refuse to learn preferences from data that have none."""
-    if recipe.train.objective == "dpo" and not any(e.rejected for e in corpus.examples):
-        raise UserError(
-            f"train.objective=dpo needs a rejected answer beside each answer, and {corpus.name} has none: use "
-            "data.corpus=fed-preferences, or name the column that holds them with data.columns.rejected=NAME"
-        )
 
 
 def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:

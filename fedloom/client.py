@@ -126,7 +126,8 @@ class Client:
         per_round = plan.steps_per_round(len(data.train))
         passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
         packed = self._recipe.train.packing == "on"
-        self._objective.prepare(self._model, data.sequences, [i for step in passes for p in step for i in p], packed)
+        seen = [i for step in passes for p in step for i in p]
+        prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
         with forked_torch(self._recipe.seed, "dropout", round, client):
             result = self._algorithm.local_training(
@@ -152,7 +153,7 @@ class Client:
             num_examples=len(data.train),
             num_tokens=data.sequences.supervised_tokens(data.train),
             metrics={"loss": result.loss, "skipped_steps": result.skipped_steps},
-            cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps),
+            cost=Cost(train_tokens=result.tokens, train_flops=result.flops + prepared, steps=result.steps),
         )
 
     def _steps(self, data: ClientData, steps: list[list[list[int]]]) -> Iterator[list[Batch]]:

@@ -184,6 +184,11 @@ def evaluation_table(measured: Mapping[str, Any]) -> Table:
     rows = {"all": measured, **measured["clients"]}
     for name, values in list(rows.items())[: MANY_CLIENTS + 1]:
         table.add_row(name, _number(values["loss"]), _number(values["score"], 3), str(values["questions"]))
+    if pairs := measured["preference"]:
+        table.caption = (
+            f"preferred answers {_number(pairs['accuracy'], 3)} of {pairs['pairs']} pairs, "
+            f"preference loss {_number(pairs['loss'])}, margin {_number(pairs['margin'])}"
+        )
     return table
 
 

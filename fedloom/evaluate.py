@@ -17,11 +17,13 @@ from fedloom.data.splitters import partition
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.export import result_folder
+from fedloom.measured import preference as measured_preference
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import supports_packing
 from fedloom.models.loading import pick_device
 from fedloom.models.results import load_adapted
 from fedloom.runfolder import RunFolder
+from fedloom.training.objectives import OBJECTIVES
 from fedloom.types import pooled_mean
 
 
@@ -41,7 +43,8 @@ def evaluate(
         client: after a personal algorithm, whose result.
 
     Returns:
-        {"target", "loss", "score", "questions", "suite", "note", "clients": {client: {loss, score, questions}}}
+        {"target", "loss", "score", "questions", "preference", "suite", "note",
+        "clients": {client: {loss, score, questions}}}
     """
     run = RunFolder(Path(target))
     if run.holds_a_run:
@@ -56,6 +59,12 @@ def evaluate(
     suite, note = pick_suite(chosen, corpus)
     data = federated_data(chosen, corpus, clients, template, suite, carriers.home() / "tokenised", say)
     packed = supports_packing(model)
+    objective = OBJECTIVES[chosen.train.objective](chosen.train)
+    if chosen.train.objective == "dpo" and (model.full or chosen.adapter.trains_base):
+        say(
+            "no preferences: this result has weights of the base in it, so the base that they would be held against is gone"
+        )
+        objective = OBJECTIVES["sft"](chosen.train)
 
     def measured(part: ClientData) -> dict[str, float]:
         loss, tokens = loss_sums(
@@ -75,7 +84,10 @@ def evaluate(
             if suite and part.questions
             else []
         )
-        return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right)}
+        preferred = objective.sums(
+            model, part.sequences, part.test, batch_size=chosen.evaluation.batch_size, packed=packed
+        )
+        return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right), **preferred}
 
     say(f"measuring {target} on {corpus.name}, {len(clients.testing_clients)} clients")
     sums = {name: measured(data.client(name)) for name in clients.testing_clients}
@@ -85,6 +97,7 @@ def evaluate(
     return {
         "target": target,
         **_means(everything),
+        "preference": measured_preference(sums),
         "suite": suite.name if suite else None,
         "note": note,
         "clients": {name: _means([s]) for name, s in sums.items()},

@@ -21,7 +21,6 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
-    check_objective,
     check_positions,
     check_ranks,
     choose_packing,
@@ -154,7 +153,6 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
-    check_objective(recipe, corpus)
     clients = partition(corpus, recipe.split, recipe.seed)
     check_ranks(recipe, clients)
     schedule = make_schedule(recipe, algorithm, clients)

@@ -33,7 +33,6 @@ class Reading:
 
     examples: list[Example] = field(default_factory=list)
     empty: int = 0
-    unpaired: int = 0
     seen: dict[str, None] = field(default_factory=dict)
 
 
@@ -51,9 +50,6 @@ def read_examples(
         rejected = as_text(answer_text(row.get(columns["rejected"])))
         if not output.strip():
             reading.empty += 1
-            continue
-        if columns["rejected"] in row and not rejected.strip():
-            reading.unpaired += 1
             continue
         example = Example(
             instruction=as_text(prompt_text(row.get(columns["instruction"]))),
@@ -78,6 +74,14 @@ def read_examples(
             "say which column holds the answers with data.columns.output=NAME"
         )
     return reading
+
+
+def paired(examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
+    """Those with a rejected answer that differs from the preferred one, and how many were left out for which reason."""
+    kept = [e for e in examples if e.rejected.strip() and e.rejected != e.output]
+    same = sum(e.rejected == e.output for e in examples)
+    reasons = {"empty_rejected_answer": len(examples) - len(kept) - same, "rejected_is_the_answer": same}
+    return kept, {reason: count for reason, count in reasons.items() if count}
 
 
 def group(examples: Sequence[Example], grouping: Grouping) -> tuple[list[Example], dict[str, int]]:

@@ -27,7 +27,7 @@ from fedloom.methods import METHODS, AdapterConfig
 from fedloom.models import virtual
 from fedloom.models.emulator import targets_within
 from fedloom.models.loading import Base, Say, load_base, quiet_transformers
-from fedloom.models.state import Adapter, Layout
+from fedloom.models.state import Adapter, Layout, exchange
 from fedloom.randomness import forked_torch
 
 #: Beside peft's own file where that leaves trained tensors out (the network behind a prompt): all of them.
@@ -58,8 +58,6 @@ class AdaptedModel:
             under the first of their names.
         virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
         prefixed: whether those are keys and values of every layer, not embeddings.
-        base_delta: what `set_base_delta` put in.
-        bare: whether forward passes leave peft's model out (inside `reference`).
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -84,10 +82,9 @@ class AdaptedModel:
         self.parameter = torch.nn.Parameter(self.adapter.flat)
         self.parameter.grad = self.grad
         self.initial = self.adapter.flat.detach().clone()
-        self.base_delta: Mapping[str, torch.Tensor] = {}
-        self.bare = False
         self._base_weights: dict[str, torch.Tensor] = {}
         self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._swapped = False
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -171,12 +168,23 @@ class AdaptedModel:
         for name in names:
             parts = [delta[n].float().to(self.device) for n in (name, f"{name}.B", f"{name}.A") if n in delta]
             if weights[name].element_size() < 4 and not into_weights:
-                self._delta_hooks.append(self._layer(name).register_forward_hook(_adding(parts)))
+                hook = _adding(parts, lambda: not self._swapped)
+                self._delta_hooks.append(self._layer(name).register_forward_hook(hook))
                 continue
             change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
             original = self._base_weights.setdefault(name, weights[name].detach().clone())
             weights[name].data.copy_(original.float() + (change.T if name in transposed else change))
-        self.base_delta = dict(delta)
+
+    def swap_trained(self) -> None:
+        """Exchange adapter and base weights with what they were before any training; a second call goes back, exactly.
+
+        In place and piece by piece, so that it takes no memory; `initial` holds the trained numbers meanwhile.
+        """
+        exchange(self.adapter.flat, self.initial)
+        weights = self.base_weights()
+        for name, original in self._base_weights.items():
+            exchange(weights[name].data, original)
+        self._swapped = not self._swapped
 
     def transposed_weights(self) -> set[str]:
         """Those that are stored [in, out] (GPT-2's)."""
@@ -188,26 +196,6 @@ class AdaptedModel:
         layers: Iterator[tuple[str, torch.nn.Module]] = self.base.model.named_modules()
         found = [layer for name, layer in layers if _base_name(f"{name}.weight") == weight]
         return found[-1]
-
-    @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """The base as it was loaded, without a second copy of it: no adapter, no base delta. Afterwards all is as it was.
-
-        A fresh adapter changes nothing, and the weights of the base that train (under `full` or `bias`) start as the
-        base's own, so the adapter as it was created stands for none; virtual tokens are left out.
-        """
-        live, delta = self.adapter.flat.clone(), self.base_delta
-        virtual = self.virtual_tokens, self.prefixed
-        try:
-            self.set_base_delta(None)
-            self.adapter.copy_(self.initial)
-            if self.virtual_tokens:
-                self.virtual_tokens, self.prefixed, self.bare = 0, False, True
-            yield
-        finally:
-            (self.virtual_tokens, self.prefixed), self.bare = virtual, False
-            self.adapter.copy_(live)
-            self.set_base_delta(delta)
 
     def save(self, folder: Path, base_name: str) -> None:
         """Write the live adapter for use elsewhere.
@@ -267,10 +255,12 @@ def _check_delta(
         raise ValueError(f"a base delta of {parts} does not fit the weight {name} {shape}")
 
 
-def _adding(delta: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _adding(delta: Sequence[torch.Tensor], active: Callable[[], bool]) -> Callable[..., torch.Tensor]:
     """A forward hook that adds x·Δᵀ to a linear layer's output, in fp32. `delta`: [Δ], or [B, A] with Δ = B·A."""
 
     def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        if not active():
+            return output
         added = inputs[0].float()
         for factor in reversed(delta):
             added = torch.nn.functional.linear(added, factor)

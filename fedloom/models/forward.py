@@ -35,7 +35,7 @@ def label_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
         return _padded_logits(model, batch)
     model.causal_lm.config._attn_implementation = attention.NAME  # stays: a recomputed forward needs it too
     inputs = packed_inputs(model, batch)
-    logits: torch.Tensor = (model.causal_lm if model.virtual_tokens or model.bare else model.module)(**inputs).logits[0]
+    logits: torch.Tensor = (model.causal_lm if model.virtual_tokens else model.module)(**inputs).logits[0]
     return logits
 
 
@@ -46,7 +46,7 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     inserted = 0 if model.prefixed else model.virtual_tokens  # a prompt's positions have logits too
     keep = torch.arange(first, batch.ids.shape[1], device=batch.ids.device) + inserted
     with attention.using(model.causal_lm, plain_attention(model)):
-        logits = (model.causal_lm if model.bare else model.module)(
+        logits = model.module(
             input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=keep, use_cache=False
         ).logits
     chosen: torch.Tensor = logits[rows, columns - first]

@@ -14,6 +14,8 @@ import torch
 
 #: Sums over large tensors depend on the number of threads; sums of blocks of this many elements do not.
 SUM_BLOCK = 32_768
+#: Elements that two tensors exchange at a time.
+SWAP_BLOCK = 1 << 20
 
 
 class Layout:
@@ -119,6 +121,15 @@ def block_sum(values: torch.Tensor) -> torch.Tensor:
     while values.numel() > SUM_BLOCK:
         values = torch.stack([block.sum() for block in torch.split(values, SUM_BLOCK)])
     return values.sum()
+
+
+@torch.no_grad()
+def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Swap the contents of two tensors of one shape, each contiguous."""
+    for a, b in zip(torch.split(one.view(-1), SWAP_BLOCK), torch.split(other.view(-1), SWAP_BLOCK), strict=True):
+        kept = a.clone()
+        a.copy_(b)
+        b.copy_(kept)
 
 
 class WeightedMean:

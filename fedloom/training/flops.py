@@ -30,6 +30,7 @@ class Flops:
         config = model.causal_lm.config.get_text_config()
         head = model.causal_lm.get_output_embeddings()
         shapes = model.adapter.layout.shapes
+        self._full = model.full
         self._frozen = self._trained = 0
         for module in model.causal_lm.modules():
             if isinstance(module, nn.Linear | Conv1D) and module is not head:  # Conv1D: GPT-2's linear layer
@@ -56,13 +57,20 @@ class Flops:
         linear = self._tokens(batch) * (4 * self._frozen + 6 * self._trained)
         head = (6 if self._head_trained else 4) * self._head * _logits(batch)
         encoder = 6 * self._network * self._encoded(batch)
-        return int(linear + head + encoder + self._norms + 3 * self._attention(batch))
+        return int(linear + head + encoder + self._norms + 3 * self._attention(batch, self._inserted, self._prefix))
 
     def forward(self, batch: Batch) -> int:
         """One forward pass alone, as training without gradients takes it."""
         linear = self._tokens(batch) * 2 * (self._frozen + self._trained)
         encoder = 2 * self._network * self._encoded(batch)
-        return int(linear + 2 * self._head * _logits(batch) + encoder + self._norms + self._attention(batch))
+        attention = self._attention(batch, self._inserted, self._prefix)
+        return int(linear + 2 * self._head * _logits(batch) + encoder + self._norms + attention)
+
+    def without_adapter(self, batch: Batch) -> int:
+        """One forward pass of the base alone, as a reference model takes it."""
+        base = self._trained if self._full else self._frozen
+        linear = batch.ids.numel() * 2 * base + 2 * self._head * _logits(batch)
+        return int(linear + self._attention(batch, inserted=0, prefix=0))
 
     def _tokens(self, batch: Batch) -> int:
         """Positions that pass through the layers."""
@@ -72,11 +80,11 @@ class Flops:
         """How many times a prompt's network runs: peft makes a padded batch's prefix once for each row."""
         return len(batch.lengths) if self._prefix and not batch.packed else 1
 
-    def _attention(self, batch: Batch) -> int:
+    def _attention(self, batch: Batch, inserted: int, prefix: int) -> int:
         """The two matmuls of a forward pass, over all layers; backward takes twice as much."""
         lengths = batch.lengths if batch.packed else (batch.ids.shape[1],) * batch.ids.shape[0]
-        queries = [n + self._inserted for n in lengths]
-        return int(4 * sum(n * (n + self._prefix) for n in queries) * self._attention_width * self._layers)
+        queries = [n + inserted for n in lengths]
+        return int(4 * sum(n * (n + prefix) for n in queries) * self._attention_width * self._layers)
 
 
 def _embedding(shapes: Mapping[str, torch.Size]) -> int:

@@ -7,8 +7,10 @@ DPO is Rafailov et al., "Direct Preference Optimization", arXiv 2305.18290, equa
     L = −(1 − ε) log σ(h) − ε log σ(−h)                                                    a pair's loss
 
 with ε = 0 in the paper; ε > 0 takes that share of the labels to be wrong (conservative DPO). Log-probabilities are sums
-over an answer's tokens. π_ref is the base without its adapter: no second model, each pair's two numbers are computed once
-in a client's process and kept. A step's loss is the mean over its pairs, as under `sft` it is over its tokens.
+over an answer's tokens. π_ref is the base without its adapter (models/reference.py): no second model, the two numbers of
+each training pair are computed once in a client's process and kept. Those of held-out pairs are computed in the very
+batches that they are compared with: a model that nothing has changed then has margins of exactly 0, and not of rounding,
+whose sign would be counted. A step's loss is the mean over its pairs, as under `sft` it is over its tokens.
 
 Both objectives make batches; `unit_losses` tells from a batch what it is for, so that every algorithm's own loss takes
 both without a line about either. This file does not know clients or rounds.
@@ -27,6 +29,8 @@ from fedloom.data.batching import Batch, Pairs, collate
 from fedloom.data.tokenization import TokenisedCorpus
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import token_losses
+from fedloom.models.reference import reference
+from fedloom.training.flops import Flops
 
 
 def unit_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
@@ -53,8 +57,8 @@ def margins(own: torch.Tensor, batch: Pairs) -> torch.Tensor:
 class Objective(Protocol):
     """What a client needs of it."""
 
-    def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> None:
-        """Whatever has to be known of these examples before training or measuring them."""
+    def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> int:
+        """Find out whatever has to be known of these examples before training on them; the operations that took."""
         ...
 
     def batch(self, sequences: TokenisedCorpus, examples: Sequence[int], *, packed: bool, pad: int) -> Batch:
@@ -74,8 +78,9 @@ class Sft:
     def __init__(self, config: TrainConfig) -> None:
         pass
 
-    def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> None:
+    def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> int:
         """Nothing."""
+        return 0
 
     def batch(self, sequences: TokenisedCorpus, examples: Sequence[int], *, packed: bool, pad: int) -> Batch:
         return collate([sequences[i] for i in examples], packed=packed, pad=pad, examples=examples)
@@ -92,44 +97,57 @@ class Dpo:
     def __init__(self, config: TrainConfig) -> None:
         self._beta, self._smoothing = config.dpo_beta, config.dpo_smoothing
         self._known: dict[int, tuple[float, float]] = {}  # example → log π_ref of the preferred and the rejected answer
+        self._held_out: dict[tuple[int, ...], torch.Tensor] = {}  # a held-out batch's examples → log π_ref, [sequences]
 
-    def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> None:
+    def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> int:
         """Each pair alone, so that its two numbers do not depend on what else is asked."""
         missing = [i for i in dict.fromkeys(examples) if i not in self._known]
         if not missing:
-            return
-        pad = model.tokenizer.pad_token_id or 0
-        training = model.module.training
-        model.module.eval()
-        with torch.no_grad(), model.reference():
+            return 0
+        flops, taken = Flops(model), 0
+        with reference(model):
             for i in missing:
-                batch = collate(sequences.pair(i), packed=packed, pad=pad)
+                batch = self._collated(model, sequences, [i], packed)
                 preferred, rejected = log_probabilities(batch, token_losses(model, batch)).tolist()
                 self._known[i] = preferred, rejected
-        model.module.train(training)
+                taken += flops.without_adapter(batch)
+        return taken
 
     def batch(self, sequences: TokenisedCorpus, examples: Sequence[int], *, packed: bool, pad: int) -> Pairs:
         pairs = [answer for i in examples for answer in sequences.pair(i)]
         made = collate(pairs, packed=packed, pad=pad, examples=examples)
-        reference = torch.tensor([value for i in examples for value in self._known[i]])
-        return Pairs(**made.__dict__, reference=reference, beta=self._beta, smoothing=self._smoothing)
+        return self._pairs(made, torch.tensor([value for i in examples for value in self._known[i]]))
+
+    def _pairs(self, batch: Batch, known: torch.Tensor) -> Pairs:
+        return Pairs(**batch.__dict__, reference=known, beta=self._beta, smoothing=self._smoothing)
+
+    def _collated(
+        self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool
+    ) -> Batch:
+        pairs = [answer for i in examples for answer in sequences.pair(i)]
+        return collate(pairs, packed=packed, pad=model.tokenizer.pad_token_id or 0, examples=examples)
 
     @torch.no_grad()
     def sums(
         self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], *, batch_size: int, packed: bool
     ) -> dict[str, float]:
-        """pairs; preferred, those whose margin is above 0; the sum of margins and of losses, without smoothing."""
-        self.prepare(model, sequences, examples, packed)
-        pad = model.tokenizer.pad_token_id or 0
+        """pairs; preferred, those whose margin is above 0; the sum of margins and of losses, without smoothing.
+
+        A margin of 0 prefers neither answer and counts a half, so a model that nothing has changed wins half of its pairs.
+        """
         found = [torch.zeros(0)]
         size = max(1, batch_size // 2)  # a pair is two sequences
         for start in range(0, len(examples), size):
-            batch = self.batch(sequences, examples[start : start + size], packed=packed, pad=pad)
-            found.append(margins(log_probabilities(batch.to(model.device), token_losses(model, batch)), batch).cpu())
+            batch = self._collated(model, sequences, examples[start : start + size], packed).to(model.device)
+            if batch.examples not in self._held_out:
+                with reference(model):
+                    self._held_out[batch.examples] = log_probabilities(batch, token_losses(model, batch)).cpu()
+            own = log_probabilities(batch, token_losses(model, batch))
+            found.append(margins(own, self._pairs(batch, self._held_out[batch.examples])).cpu())
         h = torch.cat(found).double()
         return {
             "pairs": len(h),
-            "preferred": int((h > 0).sum()),
+            "preferred": float((h > 0).sum() + 0.5 * (h == 0).sum()),
             "margin_sum": float(h.sum()),
             "preference_loss_sum": float(-logsigmoid(h).sum()),
         }

@@ -19,6 +19,7 @@ from fedloom.data.tokenization import TokenSequence
 from fedloom.models.adapters import AdaptedModel, attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
+from fedloom.models.reference import reference
 from fedloom.training.flops import Flops
 
 #: (length, prompt) of each sequence.
@@ -87,6 +88,10 @@ def test_every_method_is_within_two_percent_of_the_counter(method, shape, packed
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         token_losses(model, made)
     assert Flops(model).forward(made) == pytest.approx(counter.get_total_flops(), rel=0.001)
+    flops = Flops(model)
+    with reference(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        token_losses(model, made)
+    assert flops.without_adapter(made) == pytest.approx(counter.get_total_flops(), rel=0.001)
 
 
 def test_layers_that_keep_their_weights_transposed_are_counted_too():

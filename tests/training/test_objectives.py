@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 
+import preferences
 import pytest
 import torch
 from peft_by_hand import VARIANTS, attached, base_model, moved, plain_peft
 from torch.nn.functional import logsigmoid
 
 from fedloom import run
+from fedloom.choices import for_objective
 from fedloom.config import Recipe, TrainConfig
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import MIN_ANSWER, TokenisedCorpus, TokenSequence, encode
 from fedloom.errors import UserError
+from fedloom.evaluate import evaluate
 from fedloom.models.adapters import AdaptedModel
+from fedloom.training import objectives
 from fedloom.training.objectives import Dpo, unit_losses
-from fedloom.types import Example
+from fedloom.types import Corpus, Example
 
 BETA = 0.3
 EXAMPLES = [
@@ -87,6 +91,23 @@ def test_a_fresh_adapter_has_the_loss_of_a_coin(variant):
     assert torch.allclose(losses_of(attached(variant), objective()), torch.full((3,), math.log(2)), atol=1e-6)
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
+def test_what_nothing_has_changed_wins_half_and_not_by_rounding(packed):
+    """Held-out margins are 0 to the last bit, whatever else is in a batch."""
+    pairs = preferences.random_pairs(40)
+    for variant in ("lora", "dora", "ia3", "full"):
+        sums = objective().sums(attached(variant), pairs, range(40), batch_size=24, packed=packed)
+        assert sums["margin_sum"] == 0.0 and sums["preferred"] == 20.0
+        assert sums["preference_loss_sum"] == pytest.approx(40 * math.log(2), abs=1e-12)
+
+
+def test_held_out_references_are_remembered(monkeypatch):
+    made, model = objective(), moved(attached("lora"))
+    once = made.sums(model, corpus(), range(3), batch_size=4, packed=True)
+    monkeypatch.setattr(objectives, "reference", None)  # nothing is computed again
+    assert made.sums(model, corpus(), range(3), batch_size=4, packed=True) == once
+
+
 def test_swapped_answers_have_the_opposite_margin():
     model = moved(attached("lora"))
     swapped = [Example(e.instruction, e.input, e.rejected, rejected=e.output) for e in EXAMPLES]
@@ -137,7 +158,8 @@ def test_no_second_model():
 def test_a_reference_does_not_depend_on_what_else_is_asked():
     model = moved(attached("lora"))
     alone, all_at_once = objective(), objective()
-    alone.prepare(model, corpus(), [1], True)
+    assert alone.prepare(model, corpus(), [1], True) > 0  # operations, which the round's cost counts
+    assert alone.prepare(model, corpus(), [1], True) == 0
     all_at_once.prepare(model, corpus(), [2, 1, 0, 1], True)
     assert alone._known[1] == all_at_once._known[1]
 
@@ -210,3 +232,32 @@ def test_data_without_rejected_answers_are_refused_and_pairs_can_be_learned_as_a
         run(tiny_recipe({"train.objective": "dpo", "algorithm": "fedot"}), out=tmp_path / "none")
     summary = run(pairs_recipe(**{"train.objective": "sft"}), out=tmp_path / "sft").summary
     assert summary["preference"] is None
+
+
+def test_what_is_no_pair_is_left_out_under_dpo_alone():
+    said = []
+    rejected = ("b", "", "a", " ", "c")
+    mixed = Corpus(
+        "mixed", tuple(Example("q", "", "a", rejected=r) for r in rejected), "", "", dropped={"empty_answer": 1}
+    )
+    pairs = for_objective(mixed, "dpo", said.append)
+    assert [e.rejected for e in pairs.examples] == ["b", "c"]
+    assert pairs.dropped == {"empty_answer": 1, "empty_rejected_answer": 2, "rejected_is_the_answer": 1}
+    assert len(said) == 2
+    answers = for_objective(mixed, "sft", said.append)
+    assert answers.examples == (Example("q", "", "a"),) * 5 and len(said) == 2
+    with pytest.raises(UserError, match="has none"):
+        for_objective(answers, "dpo", said.append)
+
+
+def test_a_run_is_evaluated_by_its_preferences(pairs_recipe, tmp_path):
+    measured = {}
+    for method in ("lora", "full"):
+        summary = run(
+            pairs_recipe("flora" if method == "lora" else "fedavg", **{"adapter.method": method}), out=tmp_path / method
+        ).summary
+        measured[method] = evaluate(str(tmp_path / method), None, {}, None, lambda text: None)["preference"]
+        if method == "lora":
+            for key in ("accuracy", "loss", "margin"):
+                assert measured[method][key] == pytest.approx(summary["preference"][key]["after"], abs=1e-5)
+    assert measured["full"] is None  # its base is gone
