@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.choices import for_objective
 from fedloom.config import DataConfig
 from fedloom.data.sources import load_corpus
 
@@ -48,7 +49,7 @@ def test_earlier_turns_stand_before_the_answer_each_with_its_name(tmp_path):
 def test_rows_without_a_rejected_answer_are_left_out_and_counted(tmp_path):
     said: list[str] = []
     rows = [SHAPES["text"], {**SHAPES["text"], "rejected": " "}, {**SHAPES["text"], "rejected": None}]
-    corpus = read(tmp_path / "pairs.jsonl", rows, said.append)
+    corpus = for_objective(read(tmp_path / "pairs.jsonl", rows, said.append), "dpo", said.append)
     assert len(corpus.examples) == 1
     assert corpus.dropped == {"empty_rejected_answer": 2}
     assert any("2 rows left out" in line for line in said)
