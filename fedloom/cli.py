@@ -6,10 +6,10 @@ kept; 2 a mistake of the user's, one sentence that names the mend; 130 interrupt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.overrides import parse_overrides
+
+if TYPE_CHECKING:
+    from fedloom.doctor import Check
 
 app = typer.Typer(
     name="fedloom",
@@ -71,13 +74,16 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="where the clients run: simulator, or distributed on this machine")
+    ] = None,
 ) -> None:
     """Run a recipe: fine-tune, evaluate, report."""
     from fedloom.config import Recipe, find_recipe
     from fedloom.console import Display
     from fedloom.runfolder import RunFolder
 
-    values = parse_overrides(overrides or [])
+    values = parse_overrides(overrides or []) | ({"runtime.name": runtime} if runtime else {})
     source = find_recipe(recipe)
     folder = out_ or (source.parent if resume and source == Path(recipe) / "recipe.yaml" else None)
     chosen = Recipe.load(source, values)
@@ -97,6 +103,107 @@ def run(
 
 def _adapter_place(folder: Path) -> Path:
     return next((folder / n for n in ("adapter", "adapters") if (folder / n).is_dir()), folder)
+
+
+@command
+def provision(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="the project file: server, sites, admin")],
+    out_: Annotated[Path, typer.Option("--out", help="the folder to write the kits into")] = Path("kits"),
+) -> None:
+    """Make the certificates and folders of a federation: one kit for the server, one for each site, one for the admin."""
+    from fedloom.project import Project
+
+    chosen = Project.load(project)
+    kits = distributed_extra("fedloom.runtimes.flare.kits")
+    for folder in kits.provision(chosen, out_):
+        out.print(f"kit      {folder}", markup=False)
+    out.print(
+        f"keep     {out_ / 'authority'} where nobody else reads it: who holds it can let anybody in", markup=False
+    )
+
+
+@command
+def serve(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the server's kit")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
+    admin: Annotated[
+        Path | None, typer.Option("--admin", help="the admin's kit; beside the server's by default")
+    ] = None,
+    wait: Annotated[
+        float | None, typer.Option("--wait", help="begin after so many seconds without the missing sites")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
+) -> None:
+    """Run a recipe among the sites of a federation, as its server."""
+    from fedloom.config import Recipe
+    from fedloom.console import Display, result_table
+    from fedloom.runfolder import RunFolder
+
+    supervision = distributed_extra("fedloom.supervision")
+    values = parse_overrides(overrides or [])
+    chosen = Recipe.load(recipe, {**values, "runtime.name": "distributed"})
+    folder = out_ or Path("runs") / chosen.name
+    server = supervision.Server.open(kit, admin)
+    with Display(err, quiet=quiet) as display:
+        supervision.serve(server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait)
+    out.print(result_table(RunFolder(folder).read("summary.json") or {}))
+    out.print(f"adapter  {_adapter_place(folder)}", markup=False)
+    out.print(f"report   {folder / 'report.html'}", markup=False)
+
+
+@command
+def join(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="this site's kit")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="this site's data file or folder; kept for the next time")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="such as instruction=question")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="where the base model lies here")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="examples in one forward pass here")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:0 …")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="look whether everything is in place, and do not join")
+    ] = False,
+) -> None:
+    """Take part in a federation as one of its sites, until interrupted; data and settings stay here."""
+    import time
+
+    joining = distributed_extra("fedloom.joining")
+    settings = {
+        "data": data, "columns": parse_overrides(column) if column else None, "model": model,
+        "batch_size": batch_size, "device": device, "threads": threads,
+    }  # fmt: skip
+    site = joining.settle(kit, settings)
+    if check:
+        show_checks(distributed_extra("fedloom.preflight").checks(kit, site))
+        return
+    joined = joining.Joined(kit, lambda text: err.print(text, markup=False))
+    out.print(f"joined   as {site.client}; audit log {Path(site.home) / 'audit.jsonl'}", markup=False)
+    try:
+        while True:
+            joined.look()
+            time.sleep(1.0)
+    finally:
+        joined.close()
+
+
+def distributed_extra(module: str) -> Any:
+    """A module that needs the engine. Raises UserError where it is not installed."""
+    from importlib import import_module
+
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "nvflare":
+            raise
+        raise UserError("the distributed runtime is not installed: pip install 'fedloom[distributed]'") from None
 
 
 @command
@@ -238,9 +345,14 @@ def doctor() -> None:
     """Check this machine: versions, cores, memory, disk, cache, what can be reached, and what to mend."""
     from fedloom.doctor import checks
 
+    show_checks(checks())
+
+
+def show_checks(found: Iterable[Check]) -> None:
+    """A table of checks. Raises RunFailed where one is bad."""
     table = Table("", "check", "found", "mend", box=None, pad_edge=False)
     bad = 0
-    for check in checks():
+    for check in found:
         bad += check.level == "bad"
         mark = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}[check.level]
         table.add_row(mark, check.name, check.found, check.mend)

@@ -21,11 +21,14 @@ from fedloom.checkpoint import Checkpoints, RoundState
 from fedloom.errors import RunFailed
 from fedloom.rounds import Progress, Schedule
 from fedloom.tracking import Events
-from fedloom.types import Assignment, Cost, Failure, Outcome, Update, pooled_mean
+from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Update, pooled_mean
 
 
 class Runtime(Protocol):
     """What the coordinator needs of a runtime (runtimes/base.py)."""
+
+    @property
+    def pooled_tests(self) -> bool: ...
 
     def run(self, assignments: Iterable[Assignment]) -> Iterator[Outcome]: ...
 
@@ -99,8 +102,11 @@ class Coordinator:
     def _evaluated(self, finished: int) -> bool:
         """Whether this evaluation is there; one in the middle of a longer run is no final one of personal models."""
         done = self.progress.evaluations.get(finished)
-        final = self.algorithm.properties.personal and finished == self.rounds
-        return done is not None and (done["pooled"] or not final)
+        return done is not None and (done["pooled"] or not self._final_personal(finished))
+
+    def _final_personal(self, finished: int) -> bool:
+        """Whether each client's own model is now measured on everybody's test data, which only a simulation has."""
+        return self.algorithm.properties.personal and finished == self.rounds and self.runtime.pooled_tests
 
     def save_personal(self) -> dict[str, str]:
         """Have every testing client write its own adapter; returns client → sha256 of it."""
@@ -186,6 +192,8 @@ class Coordinator:
         return None
 
     def _failed(self, failure: Failure, kind: str) -> None:
+        if failure.reason in STARTED_ANEW:
+            self._contacted.discard(failure.client)
         self.events.write(
             "client_failed",
             round=failure.round,
@@ -232,7 +240,7 @@ class Coordinator:
         cost = Cost()
         own, spent = self._measure(finished, "test")
         cost += spent
-        pooled = self.algorithm.properties.personal and finished == self.rounds
+        pooled = self._final_personal(finished)
         if pooled:
             everywhere, spent = self._measure(finished, "pooled")
             cost += spent

@@ -143,4 +143,14 @@ suites = Registry(
     },
 )
 
-runtimes = Registry("runtime", "runtimes", {"simulator": "fedloom.runtimes.simulator:Simulator"})
+runtimes = Registry(
+    "runtime",
+    "runtimes",
+    {
+        "simulator": "fedloom.runtimes.simulator:Simulator",
+        "distributed": "fedloom.runtimes.distributed:Distributed",
+    },
+)
+
+#: Runtimes whose clients are not in this process: what runs a whole recipe under them, with `experiment.run`'s arguments.
+drivers = Registry("runtime", "drivers", {"distributed": "fedloom.federation:run_here"})

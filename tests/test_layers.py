@@ -16,13 +16,14 @@ ROOT = Path(fedloom.__file__).parent
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach"},
-    {"types", "overrides", "section", "methods", "config", "carriers"},
+    {"types", "overrides", "section", "methods", "config", "carriers", "project", "policy"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
     {"checkpoint", "arrival", "rounds", "tracking", "client", "coordinator", "runfolder"},
     {"runtimes", "summary", "answers", "report"},
     {"choices", "deployment"},
-    {"experiment", "evaluate", "export", "fetching", "doctor"},
+    {"experiment", "evaluate", "export", "fetching", "doctor", "site"},
+    {"serving", "joining", "supervision", "federation", "preflight"},
     {"console", "cli", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
@@ -31,7 +32,7 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 HOMES = {
     "peft": ("models/",),
     "lm_eval": ("evaluation/harness.py",),
-    "nvflare": ("runtimes/distributed.py",),
+    "nvflare": ("runtimes/flare/",),
     "ray": ("runtimes/ray.py",),
     "reasoning_gym": ("corpora/", "evaluation/"),
     "datasets": ("data/",),

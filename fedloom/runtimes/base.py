@@ -20,6 +20,11 @@ class Runtime(Protocol):
         """All clients, in a fixed order."""
         ...
 
+    @property
+    def pooled_tests(self) -> bool:
+        """Whether a client can be measured on all clients' test data together, which no site has of another."""
+        ...
+
     def run(self, assignments: Iterable[Assignment]) -> Iterator[Outcome]:
         """Carry the assignments to their clients; yield one outcome for each, as it arrives."""
         ...

@@ -16,6 +16,8 @@ from fedloom.types import Assignment, Outcome
 
 
 class Simulator:
+    pooled_tests = True
+
     def __init__(self, client: Client, clients: tuple[str, ...]) -> None:
         self._client = client
         self._clients = clients
