@@ -1,7 +1,10 @@
-"""Writes docs/recipes.md from the schema in fedloom/config.py and the files in recipes/. `make docs` runs it.
+"""Writes what the code already says: docs/recipes.md and the tables in docs/algorithms/README.md. `make docs` runs it.
 
-    python docs/generate.py          write the page
-    python docs/generate.py --check  exit with 1 where the page is not what the schema says
+Recipes' keys come from the schema in fedloom/config.py and the files in recipes/, algorithms from what their classes
+declare (fedloom/catalogue.py).
+
+    python docs/generate.py          write the pages
+    python docs/generate.py --check  exit with 1 where a page is not what the code says
 """
 
 from __future__ import annotations
@@ -13,10 +16,22 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from fedloom import registry
-from fedloom.config import Recipe, builtin_recipes
+from fedloom import catalogue, registry
+from fedloom.config import Recipe, builtin_recipes, section_of
 
 PAGE = Path(__file__).parent / "recipes.md"
+ALGORITHMS = Path(__file__).parent / "algorithms" / "README.md"
+BEGIN, END = "<!-- The tables below are written by `make docs`; change fedloom/algorithms/ instead. -->", "<!-- end -->"
+
+#: Family → the page that explains its algorithms.
+PAGES = {
+    "averaging": "averaging.md",
+    "robust": "robust.md",
+    "lora": "lora.md",
+    "personalised": "personalised.md",
+    "low-traffic": "low_traffic.md",
+    "offsite": "offsite.md",
+}
 
 HEAD = """# Recipes
 
@@ -38,7 +53,7 @@ again as it was.
 
 def page() -> str:
     """The whole page as text."""
-    return HEAD + _builtin() + _sections() + _algorithms()
+    return HEAD + _builtin() + _sections() + _algorithms() + _operators()
 
 
 def _builtin() -> str:
@@ -54,14 +69,25 @@ def _sections() -> str:
     text = "## Keys\n\n"
     top = []
     for name, info in Recipe.model_fields.items():
-        section = info.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
-            rows = [(f"`{k}`", _type(f.annotation), _default(f), f.description or "") for k, f in section.model_fields.items()]
-            text += f"### {name}\n\n{info.description[:1].upper()}{info.description[1:]}.\n\n"
-            text += _table(("key", "values", "default", "what it does"), rows)
+        section = section_of(info.annotation)
+        if section is not None:
+            absent = " `null` by default." if info.default is None else ""
+            text += f"### {name}\n\n{info.description[:1].upper()}{info.description[1:]}.{absent}\n\n"
+            text += _table(("key", "values", "default", "what it does"), _rows(section))
         else:
             top.append((f"`{name}`", _type(info.annotation), _default(info), info.description or ""))
     return text + "### At the top\n\n" + _table(("key", "values", "default", "what it does"), top)
+
+
+def _rows(section: type[BaseModel], prefix: str = "") -> list[tuple[str, str, str, str]]:
+    """A row for each key; a section inside has its own keys behind its row."""
+    rows = []
+    for key, info in section.model_fields.items():
+        inner = section_of(info.annotation)
+        values = "section or null" if inner else _type(info.annotation)
+        rows.append((f"`{prefix}{key}`", values, _default(info), info.description or ""))
+        rows += _rows(inner, f"{prefix}{key}.") if inner else []
+    return rows
 
 
 def _algorithms() -> str:
@@ -72,6 +98,47 @@ def _algorithms() -> str:
         options = ", ".join(f"`{k}` ({_default(f)}): {f.description}" for k, f in cls.Options.model_fields.items())
         rows.append((f"`{name}`", first, options or "none"))
     return "## Algorithms and their own options\n\n" + _table(("name", "idea", "options beside the name"), rows)
+
+
+def with_tables(text: str) -> str:
+    """The page of algorithms with its tables written anew between the two marks."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n\n{_tables()}{END}{tail}"
+
+
+def _tables() -> str:
+    found, _ = catalogue.entries()
+    text = ""
+    for family in dict.fromkeys(e.family for e in found):
+        members = [e for e in found if e.family == family]
+        page = PAGES.get(members[0].about.family) if members[0].about else None
+        text += f"### [{family[:1].upper() + family[1:]}]({page})\n\n" if page else f"### {family[:1].upper() + family[1:]}\n\n"
+        head = ("name", "what travels", "up", "down", "server keeps", "client keeps", "exact", "plain sum", "folds",
+                "mixed ranks", "own models", "any order", "PEFT methods", "paper")  # fmt: skip
+        text += _table(head, [_row(e) for e in members])
+    return text
+
+
+def _row(e: catalogue.Entry) -> tuple[str, ...]:
+    assert e.about is not None, f"{e.name} says nothing of itself: tests/algorithms/test_about.py says what to add"
+    p, bound = e.properties, "at most " if e.about.at_most else ""
+    marked = (p.exact, p.linear_sum, p.streams, p.mixed_ranks, p.personal, p.order_independent)
+    short, _, _ = e.about.paper.partition(", arXiv")
+    paper = f"[{short}](https://arxiv.org/abs/{e.about.arxiv})" if e.about.arxiv else e.about.paper
+    return (
+        f"`{e.name}`", e.about.travels, bound + catalogue.shown(e.bytes("up")), bound + catalogue.shown(e.bytes("down")),
+        e.adapters("server"), e.adapters("client"), *("yes" if m else "" for m in marked), e.methods, paper,
+    )  # fmt: skip
+
+
+def _operators() -> str:
+    rows = []
+    for name in registry.operators.names():
+        fields = registry.operators.get(name).Options.model_fields
+        options = ", ".join(f"`{k}` ({_default(f)}): {f.description}" for k, f in sorted(fields.items()))
+        rows.append((f"`{name}`", options or "none"))
+    return "## Message operators and their own options\n\n" + _table(("name", "options beside the name"), rows)
 
 
 def _type(annotation: Any) -> str:
@@ -108,10 +175,16 @@ def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {line} |\n" for line in lines) + "\n"
 
 
+def pages() -> dict[Path, str]:
+    """Every generated page as it should be."""
+    return {PAGE: page(), ALGORITHMS: with_tables(ALGORITHMS.read_text(encoding="utf-8"))}
+
+
 def main() -> int:
     if "--check" in sys.argv:
-        return int(not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page())
-    PAGE.write_text(page(), encoding="utf-8")
+        return int(any(not p.is_file() or p.read_text(encoding="utf-8") != text for p, text in pages().items()))
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -38,6 +38,22 @@ def in_order(outcomes: Iterator[Outcome], order: Sequence[str], folder: Path) ->
                 yield _fetched(waiting.pop(client), Path(scratch) / str(position[client]))
 
 
+def by_client(updates: Iterator[Update], order: Sequence[str], folder: Path) -> Iterator[Update]:
+    """All of `updates`, then in client order, a client's older one first; until then their payloads lie under `folder`."""
+    position = {client: i for i, client in enumerate(order)}
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".buffer-") as scratch:
+        held: list[tuple[int, int, Update]] = []
+        for update in updates:
+            key = (position[update.client], update.round)
+            Path(scratch, "{}-{}".format(*key)).write_bytes(to_bytes(update.payload))
+            held.append((*key, replace(update, payload=Payload())))
+        for client, round, update in sorted(held, key=lambda item: item[:2]):
+            path = Path(scratch, f"{client}-{round}")
+            yield replace(update, payload=from_bytes(path.read_bytes()))
+            path.unlink()
+
+
 def _fetched(outcome: Outcome, path: Path) -> Outcome:
     if isinstance(outcome, Failure):
         return outcome

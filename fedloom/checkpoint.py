@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -51,6 +51,15 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def link(path: Path, to: Path) -> None:
+    """Have the file `path` under `to` as well, where files can have two names; else a copy of it."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
+
+
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """`write_bytes` of readable JSON; refuses numbers that are not finite."""
     write_bytes(path, (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
@@ -60,6 +69,8 @@ def to_bytes(payload: Payload) -> bytes:
     """Tensors and metadata in one safetensors file."""
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in payload.tensors.items()}
     about = {"version": str(VERSION), "meta": json.dumps(payload.meta), "sha256": _digest(tensors)}
+    if payload.coding is not None:
+        about["coding"] = json.dumps(payload.coding)
     return save(tensors, metadata=about)
 
 
@@ -68,7 +79,7 @@ def from_bytes(data: bytes) -> Payload:
     try:
         (length,) = (int.from_bytes(data[:8], "little"),)
         header = json.loads(data[8 : 8 + length])["__metadata__"]
-        payload = Payload(load(data), json.loads(header["meta"]))
+        payload = Payload(load(data), json.loads(header["meta"]), json.loads(header.get("coding", "null")))
         whole = header["sha256"] == _digest(payload.tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its tensors cannot be read ({type(error).__name__})") from error
@@ -89,11 +100,16 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
 
 @dataclass
 class RoundState:
-    """A server checkpoint: after `round` finished rounds, the algorithm's state and the coordinator's own notes."""
+    """A server checkpoint: after `round` finished rounds, the algorithm's state and the coordinator's own notes.
+
+    Attributes:
+        files: name → where it lies, for files of `to_bytes` that belong to it: `save` takes them in, `load` finds them.
+    """
 
     round: int
     server: Payload
     notes: dict[str, Any]
+    files: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -120,6 +136,8 @@ class Checkpoints:
         scratch.mkdir()
         try:
             data = to_bytes(state.server)
+            for name, path in state.files.items():
+                link(path, scratch / name)
             write_bytes(scratch / "server.safetensors", data)
             write_json(scratch / "state.json", _described(state, data))
             target = self.path(state.round)
@@ -155,7 +173,13 @@ class Checkpoints:
             raise Damaged(f"server.safetensors has {len(data)} of {described['tensors']['bytes']} bytes")
         if hashlib.sha256(data).hexdigest() != described["tensors"]["sha256"]:
             raise Damaged("server.safetensors was altered")
-        return RoundState(described["round"], from_bytes(data), described["notes"])
+        files = {name: folder / name for name in described["files"]}
+        for name, path in files.items():
+            try:
+                from_bytes(path.read_bytes())
+            except (OSError, Damaged) as error:
+                raise Damaged(f"{name} cannot be read") from error
+        return RoundState(described["round"], from_bytes(data), described["notes"], files)
 
     def newest(self) -> tuple[RoundState | None, list[str]]:
         """(the newest checkpoint that is whole, a sentence for each damaged one passed over).
@@ -183,6 +207,7 @@ def _described(state: RoundState, data: bytes) -> dict[str, Any]:
         "round": state.round,
         "tensors": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()},
         "notes": state.notes,
+        "files": sorted(state.files),
     }
     return {**described, "sha256": _json_digest(described)}
 

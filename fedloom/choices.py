@@ -5,20 +5,23 @@ batches are packed, what is scored. Each returns a value or refuses with a sente
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from fedloom import registry
 from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.algorithms.making import make, settled
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.sources import load_corpus, resolve_split, source_of
 from fedloom.data.splitters import select_questions, select_test_set
 from fedloom.data.tokenization import tokenise
-from fedloom.errors import UserError
+from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import supports_packing
+from fedloom.privacy import PrivacyConfig
 from fedloom.rounds import Schedule
 from fedloom.types import Corpus, Partition
 
@@ -45,8 +48,14 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "
             f"an algorithm that takes mixed ranks ({', '.join(_taking_mixed_ranks())})"
         )
-    algorithm: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed, recipe.adapter)
-    return algorithm
+    if cls.properties.offsite and recipe.train.objective == "dpo":
+        raise UserError(
+            f"train.objective=dpo compares with the base model, which clients of {name} do not hold: use "
+            "train.objective=sft, or an algorithm whose clients do, such as fedavg_outer"
+        )
+    options = parse_options(cls, name, recipe.algorithm.options)
+    cls.check(options, recipe.adapter, recipe.train, recipe.model)
+    return make(recipe)
 
 
 def _taking_mixed_ranks() -> list[str]:
@@ -62,6 +71,13 @@ def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:
     return corpus, recipe
 
 
+def check_ranks(recipe: Recipe, clients: Partition) -> None:
+    """Refuse a rank of its own for a client that there is not: it would silently have everybody's."""
+    for client in recipe.adapter.ranks or {}:
+        if client not in clients.clients:
+            raise UserError(f"adapter.ranks names {client}, which is no client: {suggest(client, clients.clients)}")
+
+
 def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
     """Who trains when. Under a pooled baseline one client takes everybody's steps."""
     federation = recipe.federation
@@ -74,11 +90,21 @@ def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> S
             f"federation.clients_per_round={federation.clients_per_round} but only {len(training)} clients hold training "
             "data: ask for fewer, or split among more (split.num_clients)"
         )
-    if federation.min_clients > schedule.sampled():
+    counted, unit = schedule.sampled(), "clients"
+    if algorithm.properties.asynchronous:
+        counted, unit = algorithm.buffer(schedule.sampled()), "updates"
+        if counted > schedule.sampled():
+            raise UserError(
+                f"algorithm.buffer={counted} but only {schedule.sampled()} clients are in flight: lower it, or raise "
+                "federation.clients_per_round"
+            )
+    if federation.min_clients > counted:
         raise UserError(
-            f"federation.min_clients={federation.min_clients} but a round has {schedule.sampled()} clients: "
+            f"federation.min_clients={federation.min_clients} but a round has {counted} {unit}: "
             "no round could succeed, lower it"
         )
+    if recipe.privacy is not None:
+        return _private_schedule(schedule, recipe.privacy)
     if not algorithm.properties.pooled:
         return schedule
     alone = federation.model_copy(update={"clients_per_round": None, "min_clients": 1})
@@ -86,6 +112,44 @@ def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> S
     return Schedule(
         clients.pooled().training_clients, clients.testing_clients, alone, steps, schedule.every, schedule.seed
     )  # fmt: skip
+
+
+def _private_schedule(schedule: Schedule, privacy: PrivacyConfig) -> Schedule:
+    """Sampling as the accountant counts it: independently, where a trusted server hides who was sampled.
+
+    A round without any client is a round, of noise alone: ending the run there would tell who was not in it.
+    """
+    schedule = replace(schedule, secret=not privacy.seeded)
+    if privacy.where == "client" or schedule.sampled() == len(schedule.training):
+        return schedule
+    federation = schedule.federation
+    if federation.min_clients > 1:
+        raise UserError(
+            f"federation.min_clients={federation.min_clients} cannot be had with privacy and clients_per_round="
+            f"{federation.clients_per_round}: each client is sampled independently, so a round may have fewer; leave it out"
+        )
+    return replace(schedule, independent=True, federation=federation.model_copy(update={"min_clients": 0}))
+
+
+def settle_privacy(recipe: Recipe, algorithm: Algorithm, schedule: Schedule, say: Say) -> tuple[Recipe, Algorithm]:
+    """The recipe with its privacy's numbers filled in, and the algorithm that keeps to them. Both as they are without."""
+    if recipe.privacy is None:
+        return recipe, algorithm
+    recipe = settled(recipe, len(schedule.training))
+    privacy = recipe.privacy
+    assert privacy is not None
+    alike = f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}"
+    if not privacy.noise:
+        say(f"{alike}, and no noise is added: nothing is promised")
+        return recipe, make(recipe)
+    target = f", to keep to ε={privacy.epsilon:g}" if privacy.epsilon else ""
+    say(
+        f"{alike}, and noise of {privacy.noise:g} times the clip is added at the {privacy.where}{target} "
+        f"(δ={privacy.delta:g})"
+    )
+    if privacy.seeded:
+        say("privacy: the noise follows from the recipe's seed, so this holds only against those who do not know it")
+    return recipe, make(recipe)
 
 
 def federated_data(
@@ -108,6 +172,15 @@ def federated_data(
     questions = select_questions(corpus, clients, limit, recipe.seed)
     suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
     return FederatedData(corpus, sequences, clients, questions)
+
+
+def check_objective(recipe: Recipe, corpus: Corpus) -> None:
+    """Refuse to learn preferences from data that have none."""
+    if recipe.train.objective == "dpo" and not any(e.rejected for e in corpus.examples):
+        raise UserError(
+            f"train.objective=dpo needs a rejected answer beside each answer, and {corpus.name} has none: use "
+            "data.corpus=fed-preferences, or name the column that holds them with data.columns.rejected=NAME"
+        )
 
 
 def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:

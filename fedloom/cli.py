@@ -228,6 +228,26 @@ def recipe_(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @command
+def algorithms(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="one algorithm: its page, options and paper")
+    ] = None,
+) -> None:
+    """List the algorithms and what each costs and promises; with a name, print that one's page."""
+    from fedloom import catalogue, registry
+
+    found, troubles = ([catalogue.entry(name)], []) if name else catalogue.entries(lenient=True)
+    for line in catalogue.page(found[0]) if name else [*catalogue.table(found), "", *catalogue.legend()]:
+        out.print(line, markup=False)
+    for trouble in troubles:
+        err.print(f"left out: {trouble}", markup=False)
+    for note in registry.notes():
+        err.print(note, markup=False)
+    if not name:
+        out.print("one of them: fedloom algorithms NAME; all of them: docs/algorithms/README.md", markup=False)
+
+
+@command
 def split(
     recipe: RecipeName,
     overrides: Overrides = None,

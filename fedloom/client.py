@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from fedloom import registry
-from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.making import make
 from fedloom.checkpoint import ClientStore, Damaged, folder_name
 from fedloom.config import Recipe
-from fedloom.data.batching import Batch, Plan, collate, round_indices
+from fedloom.data.batching import Batch, Plan, round_indices
 from fedloom.data.federated import ClientData, FederatedData
 from fedloom.data.prompts import Template
 from fedloom.errors import ClientFailed
@@ -28,7 +28,9 @@ from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
+from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
+from fedloom.training.objectives import OBJECTIVES
 from fedloom.training.trainer import LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
@@ -62,6 +64,7 @@ class Client:
         self._suite = suite
         self._recipe: Recipe
         self._algorithm: Algorithm
+        self._channel: ClientChannel
         self._model: AdaptedModel | None = None
         self._configured: Mapping[str, Any] | None = None
 
@@ -86,26 +89,32 @@ class Client:
         return replace(outcome, cost=outcome.cost + spent)
 
     def close(self) -> None:
+        """Let go of the model, which the algorithm's client half holds too."""
         self._model = None
+        if self._configured is not None:
+            self._configured = None
+            del self._algorithm
 
     def _configure(self, values: Mapping[str, Any]) -> None:
         if values == self._configured:
             return
         self._configured = values
         self._recipe = Recipe.parse(values)
-        chosen = self._recipe.algorithm
-        cls = registry.algorithms.get(chosen.name)
-        self._algorithm = cls(parse_options(cls, chosen.name, chosen.options), self._recipe.seed, self._recipe.adapter)
+        self._algorithm = make(self._recipe)
+        self._channel = ClientChannel(Chains.of(self._recipe.operators), self._recipe.seed)
+        self._objective = OBJECTIVES[self._recipe.train.objective](self._recipe.train)
 
     def _prepare(self, assignment: Assignment) -> None:
         """Model and state, as they were after the rounds before this one."""
+        payload = self._channel.received(assignment)
         if self._model is None:
-            self._model = self._algorithm.client_model(self._models, assignment.payload)
+            self._model = self._algorithm.client_model(self._models, payload)
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
         self._algorithm.evaluating = assignment.kind != "train"
         self._algorithm.begin(assignment.client, assignment.round, self._state.get("personal"))
-        self._algorithm.receive(assignment.payload)
+        self._channel.resume(self._state.get("operators"))
+        self._algorithm.receive(payload)
 
     def _train(self, assignment: Assignment) -> Update:
         assert self._model is not None
@@ -115,12 +124,15 @@ class Client:
             raise ClientFailed("no_data", "this client has no training examples")
         plan = Plan(train.batch_size, train.accumulation, assignment.steps, None if assignment.steps else train.epochs)
         per_round = plan.steps_per_round(len(data.train))
+        passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
+        packed = self._recipe.train.packing == "on"
+        self._objective.prepare(self._model, data.sequences, [i for step in passes for p in step for i in p], packed)
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
         with forked_torch(self._recipe.seed, "dropout", round, client):
             result = self._algorithm.local_training(
                 LocalRun(
                     self._model,
-                    partial(self._steps, data, plan, round, client),
+                    partial(self._steps, data, passes),
                     train,
                     first_step=(round - 1) * per_round,
                     total_steps=assignment.rounds * per_round,
@@ -129,9 +141,10 @@ class Client:
             )
         if not result.steps:
             raise ClientFailed("non_finite", f"all {result.skipped_steps} steps of this round were skipped")
-        payload = self._algorithm.shared_state()
+        payload = self._channel.encoded(self._algorithm.shared_state(), client, round)
         kept = Payload(result.optimizer_state) if train.optimizer_state == "keep" else Payload()
-        self._store.save(client, round, {"personal": self._algorithm.personal_state(), "optimizer": kept})
+        own = {"personal": self._algorithm.personal_state(), "optimizer": kept, "operators": self._channel.state()}
+        self._store.save(client, round, own)
         return Update(
             client,
             round,
@@ -142,14 +155,11 @@ class Client:
             cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps),
         )
 
-    def _steps(self, data: ClientData, plan: Plan, round: int, client: str) -> Iterator[list[Batch]]:
+    def _steps(self, data: ClientData, steps: list[list[list[int]]]) -> Iterator[list[Batch]]:
         pad = self._template.tokenizer.pad_token_id or 0
         packed = self._recipe.train.packing == "on"
-        for passes in round_indices(data.train, plan, round, self._recipe.seed, client):
-            yield [
-                collate([data.sequences[i] for i in indices], packed=packed, pad=pad, examples=indices)
-                for indices in passes
-            ]
+        for passes in steps:
+            yield [self._objective.batch(data.sequences, indices, packed=packed, pad=pad) for indices in passes]
 
     def _evaluate(self, assignment: Assignment) -> Update:
         assert self._model is not None
@@ -174,6 +184,9 @@ class Client:
                 packed=packed,
             )
         metrics = {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right)}
+        metrics |= self._objective.sums(
+            self._model, data.sequences, indices, batch_size=settings.batch_size, packed=packed
+        )
         return Update(assignment.client, assignment.round, Payload(), metrics=metrics)
 
     def _save(self, assignment: Assignment) -> Update:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedloom.errors import UserError, suggest
 from fedloom.methods import AdapterConfig as AdapterConfig  # noqa: PLC0414  (importable from here)
 from fedloom.overrides import dump_yaml, load_yaml, nearest_key, nested_copy, set_dotted
+from fedloom.privacy import PrivacyConfig as PrivacyConfig  # noqa: PLC0414  (importable from here)
 from fedloom.section import Fraction, Section
 
 
@@ -34,7 +36,7 @@ class DataConfig(Section):
     path: str | None = Field(
         None, description="a .json, .jsonl, .csv or .parquet file (.gz too), a folder of them, or a hub id"
     )
-    columns: dict[Literal["instruction", "input", "output", "category"], str] | None = Field(
+    columns: dict[Literal["instruction", "input", "output", "category", "rejected"], str] | None = Field(
         None, description="which column of your data plays which role, e.g. {instruction: question, output: answer}"
     )
     license: str | None = Field(None, description="the licence of your own data, written into the summary")
@@ -103,6 +105,16 @@ class TrainConfig(Section):
     epochs: int | None = Field(None, ge=1, description="passes over a client's own data in a round, instead of steps")
     batch_size: int = Field(8, ge=1, description="examples in one forward pass")
     accumulation: int = Field(1, ge=1, description="forward passes summed into one optimiser step")
+    objective: Literal["sft", "dpo"] = Field(
+        "sft",
+        description="sft: learn the answers; dpo: prefer each answer to the rejected one beside it, for data that have both",
+    )
+    dpo_beta: float = Field(
+        0.1, gt=0, description="dpo: β, how much a change against the base counts; large keeps the model near it"
+    )
+    dpo_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="dpo: the share of pairs taken to be labelled the wrong way round"
+    )
     lr: float = Field(1e-3, ge=0, description="peak learning rate")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="the client's optimiser")
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.99), description="AdamW's β1, β2")
@@ -166,11 +178,48 @@ class FederationConfig(Section):
             raise ValueError(f"clients_per_round={value:g} is neither a whole number nor a fraction below 1")
         return int(value) if isinstance(value, float) and value >= 1 else value
 
+    def sampled(self, clients: int) -> int:
+        """Clients in a round, of so many that hold training data."""
+        wanted = self.clients_per_round
+        if wanted is None:
+            return clients
+        return max(1, round(wanted * clients)) if isinstance(wanted, float) else wanted
+
+
+class OperatorConfig(Section):
+    """`name`, and beside it the operator's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="the operator")
+
+
+class OperatorsConfig(Section):
+    """Chains of message operators, each a list of names or of mappings with a name and options."""
+
+    initial: list[OperatorConfig] = Field(
+        default_factory=list, description="what a client's first payload goes through: an emulator, the first broadcast"
+    )
+    up: list[OperatorConfig] = Field(default_factory=list, description="what an update goes through")
+    down: list[OperatorConfig] = Field(default_factory=list, description="what later payloads go through")
+
+    @field_validator("initial", "up", "down", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if isinstance(value, str | Mapping):
+            value = [value]
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
 
 class RuntimeConfig(Section):
     name: str = Field("simulator", description="where the clients run")
     device: str = Field("auto", description="cpu, cuda, cuda:0 …; auto takes a GPU where there is one")
     threads: int | None = Field(None, ge=1, description="CPU threads; null takes the cores really available")
+    speed_spread: float = Field(
+        0.5,
+        ge=0,
+        le=5,
+        description="under an asynchronous algorithm, how unlike simulated clients' speeds are: σ of their log",
+    )
 
 
 class EvaluationConfig(Section):
@@ -203,7 +252,11 @@ class Recipe(Section):
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig, description="the federated algorithm")
     train: TrainConfig = Field(default_factory=lambda: TrainConfig(steps=8), description="a client's local training")
     federation: FederationConfig = Field(default_factory=FederationConfig, description="rounds and sampling")
+    operators: OperatorsConfig = Field(
+        default_factory=OperatorsConfig, description="message operators (docs/operators.md)"
+    )
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="where the clients run")
+    privacy: PrivacyConfig | None = Field(None, description="clipping, noise and an accountant; null: none of them")
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and when")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="events, checkpoints and trackers")
     seed: int = Field(42, ge=0, description="all randomness follows from it")
@@ -311,11 +364,18 @@ def _leave_other_methods(values: dict[str, Any], method: Any) -> None:
 def _valid_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, info in model.model_fields.items():
-        annotation = info.annotation
         keys.append(prefix + name)
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            keys += _valid_keys(annotation, f"{prefix}{name}.")
+        inner = section_of(info.annotation)
+        if inner is not None:
+            keys += _valid_keys(inner, f"{prefix}{name}.")
     return keys
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The section behind a field's type, one that may be null too; None where the field is a plain value."""
+    either = get_args(annotation) if get_origin(annotation) in {Union, UnionType} else ()
+    options = [o for o in (annotation, *either) if isinstance(o, type) and issubclass(o, BaseModel)]
+    return options[0] if options else None
 
 
 def _one_sentence(error: ValidationError) -> str:

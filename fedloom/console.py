@@ -76,12 +76,18 @@ class Display:
                 f"round {event['round']}/{self._rounds}  training loss {_number(event['loss'])}  "
                 f"{event['updates']} updates"
                 + (f", {event['failures']} failed" if event["failures"] else "")
+                + _asynchronous(event["metrics"])
+                + _spent(event["metrics"])
                 + f"  up {size(event['upload_bytes'])}  down {size(event['download_bytes'])}  {event['seconds']:.0f} s"
             )
         elif kind == "evaluation":
             score = "" if event["score"] is None else f"  score {event['score']:.3f} of {event['questions']} questions"
             when = "before training" if event["round"] == 0 else f"after round {event['round']}"
-            self.say(f"{when}  held-out loss {_number(event['loss'])}{score}")
+            preference = event["preference"]
+            won = (
+                "" if preference is None else f"  preferred {preference['accuracy']:.3f} of {preference['pairs']} pairs"
+            )
+            self.say(f"{when}  held-out loss {_number(event['loss'])}{score}{won}")
         elif kind == "client_failed":
             self.say(f"round {event['round']}: client {event['client']} failed ({event['reason']}): {event['detail']}")
 
@@ -99,6 +105,19 @@ def _headline(event: Mapping[str, Any]) -> str:
     )
 
 
+def _asynchronous(metrics: Mapping[str, float]) -> str:
+    """How old the updates of a round were, and when it was over in virtual time, where there is either."""
+    age = f", {metrics['staleness']:.1f} versions old" if "staleness" in metrics else ""
+    return age + (f", at {metrics['virtual_seconds']:.1f} virtual s" if "virtual_seconds" in metrics else "")
+
+
+def _spent(metrics: Mapping[str, Any]) -> str:
+    """(ε, δ) so far, of a private run."""
+    if "epsilon" not in metrics:
+        return ""
+    return f"  ε {metrics['epsilon']:.3g} (δ {metrics['delta']:.1g})"
+
+
 def result_table(summary: Mapping[str, Any]) -> Table:
     """The end of a run in a few lines."""
     table = Table("", "before", "after", box=None, pad_edge=False)
@@ -109,15 +128,36 @@ def result_table(summary: Mapping[str, Any]) -> Table:
             table.add_row(f"  worst client, {worst['client']}", _number(worst["before"], 3), _number(worst["after"], 3))
     else:
         table.add_row("score", "none", summary["score"]["note"])
+    if preference := summary.get("preference"):
+        for key, name in (("accuracy", "preferred answers"), ("loss", "preference loss")):
+            value = preference[key]
+            pairs = f" ({preference['pairs']} pairs)" if key == "accuracy" else ""
+            table.add_row(name + pairs, _number(value["before"], 3), _number(value["after"], 3))
     table.add_row("held-out loss", _number(loss["before"]), _number(loss["after"]))
     if worst := loss["worst_client"]:
         table.add_row(f"  worst client, {worst['client']}", _number(worst["before"]), _number(worst["after"]))
+    if (privacy := summary["privacy"]) and privacy["epsilon"] is not None:
+        table.add_row("privacy spent: ε, δ", f"{privacy['epsilon']:.3g}", f"{privacy['delta']:.1g}")
+    if offsite := summary.get("offsite"):
+        _offsite_rows(table, offsite)
     table.add_row("bytes up, down", size(cost["upload_bytes"]), size(cost["download_bytes"]))
     table.add_row("training tokens, steps", f"{cost['train_tokens']:,}", f"{cost['steps']:,}")
     table.add_row("seconds, wall and CPU", f"{cost['wall_seconds']:.0f}", f"{cost['cpu_seconds']:.0f}")
     if summary["failures"]:
         table.add_row("client failures", "", str(summary["failures"]))
     return table
+
+
+def _offsite_rows(table: Table, offsite: Mapping[str, Any]) -> None:
+    """The five losses of offsite tuning (two of them are the run's own, above), and what left the server."""
+    emulator = [_number(offsite[name]["loss"]) for name in ("emulator_zero_shot", "emulator_tuned")]
+    tuned = offsite["full_tuned"]
+    table.add_row("  of the emulator, as clients have it", *emulator)
+    table.add_row("  of the same layers tuned in the full model", "", _number(tuned["loss"] if tuned else None))
+    left = offsite["left_server"]
+    table.add_row(
+        "left the server", f"{left['share_of_parameters']:.1%} of parameters", f"{left['share_of_bytes']:.1%} of bytes"
+    )
 
 
 def split_rows(described: Mapping[str, Any]) -> Table:

@@ -3,6 +3,9 @@
     before the first round, after every k-th and after the last: evaluate
     each round: sample clients → send → gather → aggregate → server step → checkpoint
 
+Under an asynchronous algorithm clients are not sampled for a round: asynchronous.py keeps them at work, and a round is
+gathered when enough of them have come back.
+
 A round is finished once its checkpoint is on disk; whatever kills the process after that costs nothing of it. The
 coordinator does not know where clients run nor what is in a payload.
 """
@@ -11,14 +14,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedloom import measured
 from fedloom.algorithms.base import Algorithm, Deployed
 from fedloom.arrival import in_order
+from fedloom.asynchronous import InFlight
 from fedloom.checkpoint import Checkpoints, RoundState
+from fedloom.clock import Clock
 from fedloom.errors import RunFailed
+from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
 from fedloom.tracking import Events
 from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Update, pooled_mean
@@ -30,13 +37,17 @@ class Runtime(Protocol):
     @property
     def pooled_tests(self) -> bool: ...
 
-    def run(self, assignments: Iterable[Assignment]) -> Iterator[Outcome]: ...
+    @property
+    def virtual(self) -> bool: ...
+
+    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]: ...
 
     def close(self) -> None: ...
 
 
-#: Scores the server's own questions with a deployed model: (right, questions).
-ServerScorer = Callable[[Deployed], tuple[int, int]]
+#: Measures a deployed model on data that the server holds: sums, as clients send them (without the loss's where only
+#: questions are asked).
+ServerMeasure = Callable[[Deployed], Mapping[str, float]]
 
 #: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
 Tick = Callable[[str, int, int, int], None]
@@ -47,9 +58,11 @@ class Coordinator:
 
     Args:
         recipe: the resolved recipe, sent with the first assignment of each client.
+        channel: the operators that payloads go through.
         score: whether clients answer questions besides the loss.
-        server_scorer: for a corpus whose test set the server holds.
+        server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
         tick: called as clients come back.
+        clock: when outcomes arrive, where the runtime's time is virtual and the algorithm asynchronous.
     """
 
     def __init__(
@@ -61,9 +74,11 @@ class Coordinator:
         events: Events,
         recipe: Mapping[str, Any],
         *,
+        channel: ServerChannel,
         score: bool,
-        server_scorer: ServerScorer | None = None,
+        server_measure: ServerMeasure | None = None,
         tick: Tick = lambda what, round, done, total: None,
+        clock: Clock | None = None,
     ) -> None:
         self.algorithm = algorithm
         self.runtime = runtime
@@ -71,20 +86,40 @@ class Coordinator:
         self.checkpoints = checkpoints
         self.events = events
         self.recipe = recipe
+        self.channel = channel
         self.score = score
-        self.server_scorer = server_scorer
+        self.server_measure = server_measure
         self.tick = tick
         self.progress = Progress()
         self._contacted: set[str] = set()
+        self.in_flight: InFlight | None = None
+        if algorithm.properties.asynchronous:
+            self.in_flight = InFlight(
+                runtime.run,
+                lambda client, round: self._assign(client, "train", round),
+                schedule,
+                algorithm.buffer(schedule.sampled()),
+                clock if runtime.virtual else None,
+                checkpoints.folder / "in-flight",
+            )
 
     @property
     def rounds(self) -> int:
         return self.schedule.federation.rounds
 
-    def resume(self, state: RoundState) -> None:
-        """Go on from a checkpoint. Clients are sent the recipe and the initial payload again."""
+    def resume(self, state: RoundState, lost: int = 0) -> None:
+        """Go on from a checkpoint. Clients are sent the recipe and the initial payload again.
+
+        Args:
+            lost: rounds that were finished after this checkpoint and are done again.
+        """
         self.algorithm.load_server_state(state.server)
         self.progress = Progress.from_notes(state.round, state.notes)
+        self.channel.load_notes(state.notes["channel"])
+        if self.in_flight:
+            self.in_flight.load(state.notes["in_flight"], state.files)
+        if self.algorithm.repeated(lost):
+            self._checkpoint()
 
     def run(self) -> Progress:
         """All rounds that are left. Raises RunFailed below quorum; every finished round is on disk then."""
@@ -96,6 +131,8 @@ class Coordinator:
                 self._evaluate(finished)
                 self.checkpoints.amend(self._state())
             if finished >= self.rounds:
+                if self.in_flight:
+                    self.in_flight.close()
                 return self.progress
             self._round(finished + 1)
 
@@ -122,12 +159,9 @@ class Coordinator:
 
     def _round(self, number: int) -> None:
         started = time.perf_counter()
-        clients = self.schedule.sample(number)
-        self.events.write("round_started", round=number, clients=list(clients))
         tally = _Tally()
-        outcomes = self._counted("train", number, clients)
-        updates = self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
-        metrics = self.algorithm.aggregate(updates)
+        updates = self._at_once(number, tally) if self.in_flight is None else self._as_they_come(number, tally)
+        metrics = dict(self.algorithm.aggregate(updates)) | (self.in_flight.metrics() if self.in_flight else {})
         self.algorithm.server_step()
         self.progress.finished = number
         self.progress.cost += tally.cost
@@ -148,14 +182,31 @@ class Coordinator:
         )
         self.events.write("checkpoint", round=number, path=self._checkpoint().name)
 
+    def _at_once(self, number: int, tally: _Tally) -> Iterator[Update]:
+        """A synchronous round: the usable updates of all clients that are sampled for it."""
+        clients = self.schedule.sample(number)
+        self.events.write("round_started", round=number, clients=list(clients))
+        outcomes = self._counted("train", number, clients)
+        return self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
+
+    def _as_they_come(self, number: int, tally: _Tally) -> Iterator[Update]:
+        """An asynchronous round: the first usable updates to arrive, whichever round their clients started in."""
+        assert self.in_flight is not None
+        self.events.write("round_started", round=number, clients=self.in_flight.begin(number))
+        return self.in_flight.gather(
+            lambda outcomes: self._accepted(outcomes, number, tally),
+            lambda done, total: self.tick("train", number, done, total),
+        )
+
     def _accepted(self, outcomes: Iterator[Outcome], number: int, tally: _Tally) -> Iterator[Update]:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
         for outcome in outcomes:
             tally.cost += outcome.cost
+            outcome = self.channel.opened(outcome)
             refused = self._refused(outcome)
             if refused is not None:
                 tally.failures += 1
-                self._failed(refused, "train")
+                self._failed(replace(refused, round=number), "train")  # the round that it is missing from
                 continue
             assert isinstance(outcome, Update)
             skipped = int(outcome.metrics.get("skipped_steps", 0))
@@ -174,6 +225,7 @@ class Coordinator:
                 upload_bytes=outcome.cost.upload_bytes,
                 download_bytes=outcome.cost.download_bytes,
                 seconds=round(outcome.cost.wall_seconds, 3),
+                **(self.in_flight.about(outcome) if self.in_flight else {"staleness": 0, "arrived": None}),
             )
             yield outcome
         if tally.updates < self.schedule.federation.min_clients:
@@ -216,7 +268,7 @@ class Coordinator:
         first = client not in self._contacted
         self._contacted.add(client)
         payload = self.algorithm.initial_payload(client) if first else self.algorithm.round_payload(client)
-        return Assignment(
+        assignment = Assignment(
             kind=kind,
             client=client,
             round=round,
@@ -227,6 +279,9 @@ class Coordinator:
             score=self.score,
             recipe=self.recipe if first else None,
         )
+        return self.channel.sent(
+            assignment, first and type(self.algorithm).initial_payload is not Algorithm.initial_payload
+        )
 
     # ------------------------------------------------------------------ evaluation
 
@@ -234,33 +289,33 @@ class Coordinator:
         """Loss and score of what is deployed, on each client's own test data and on all of it together.
 
         Personal models differ from client to client, so after the last round each is also measured on everybody's test
-        data: the mean of that is what other settings are compared with.
+        data: the mean of that is what other settings are compared with. Where clients hold an emulator, what they measure
+        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data.
         """
         started = time.perf_counter()
         cost = Cost()
         own, spent = self._measure(finished, "test")
         cost += spent
-        pooled = self._final_personal(finished)
-        if pooled:
-            everywhere, spent = self._measure(finished, "pooled")
+        personal = self.algorithm.properties.personal
+        pooled, emulator = self._final_personal(finished), None
+        if self.algorithm.properties.offsite and self.server_measure:
+            emulator = measured.together(own)
+            found = measured.means(self.server_measure(self.algorithm.deployed()))
+        elif pooled:
+            sums, spent = self._measure(finished, "pooled")
             cost += spent
-            loss = pooled_mean([(m["loss_sum"] / m["tokens"], 1) for m in everywhere.values() if m["tokens"]])
-            score = pooled_mean([(m["right"] / m["questions"], 1) for m in everywhere.values() if m["questions"]])
-            questions = max((int(m["questions"]) for m in everywhere.values()), default=0)
+            found = measured.everywhere(sums)
         else:
-            loss = pooled_mean([(m["loss_sum"], m["tokens"]) for m in own.values()])
-            right, questions = sum(m["right"] for m in own.values()), int(sum(m["questions"] for m in own.values()))
-            if self.server_scorer and self.score and not (self.algorithm.properties.personal and finished):
-                right, questions = self.server_scorer(self.algorithm.deployed())
-            score = right / questions if questions else None
+            asks = self.server_measure if self.score and not (personal and finished) else None
+            found = measured.together(own, asks(self.algorithm.deployed()) if asks else None)
         result = {
-            "loss": loss,
-            "score": score,
-            "questions": questions,
+            **{key: found[key] for key in ("loss", "score", "questions")},
             "tokens": int(sum(m["tokens"] for m in own.values())),
-            "clients": {name: _means(m) for name, m in own.items()},
+            "clients": {name: measured.means(m) for name, m in own.items()},
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
+            "emulator": emulator,
+            "preference": measured.preference(own),
         }
         self.progress.cost += cost
         self.progress.evaluation_cost += cost
@@ -268,7 +323,7 @@ class Coordinator:
         self.events.write("evaluation", round=finished, **result)
 
     def _measure(self, finished: int, dataset: str) -> tuple[dict[str, Mapping[str, float]], Cost]:
-        """Client → sums (loss_sum, tokens, right, questions)."""
+        """Client → sums (measured.py), of those that could be measured."""
         sums: dict[str, Mapping[str, float]] = {}
         cost = Cost()
         for outcome in self._counted("evaluate", finished, self.schedule.testing, dataset):
@@ -283,7 +338,10 @@ class Coordinator:
     # ------------------------------------------------------------------ checkpoints
 
     def _state(self) -> RoundState:
-        return RoundState(self.progress.finished, self.algorithm.server_state(), self.progress.notes())
+        notes, files = {**self.progress.notes(), "channel": self.channel.notes()}, {}
+        if self.in_flight:
+            notes["in_flight"], files = self.in_flight.notes(), self.in_flight.files()
+        return RoundState(self.progress.finished, self.algorithm.server_state(), notes, files)
 
     def _checkpoint(self) -> Path:
         return self.checkpoints.save(self._state())
@@ -298,13 +356,3 @@ class _Tally:
     skipped_steps: int = 0
     cost: Cost = Cost()
     losses: list[tuple[float, float]] = field(default_factory=list)
-
-
-def _means(sums: Mapping[str, float]) -> dict[str, Any]:
-    tokens, questions = int(sums["tokens"]), int(sums["questions"])
-    return {
-        "loss": sums["loss_sum"] / tokens if tokens else None,
-        "tokens": tokens,
-        "score": sums["right"] / questions if questions else None,
-        "questions": questions,
-    }

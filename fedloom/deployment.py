@@ -11,9 +11,10 @@ from pathlib import Path
 from fedloom.algorithms.base import Algorithm, Deployed
 from fedloom.checkpoint import folder_name
 from fedloom.config import Recipe
-from fedloom.coordinator import Coordinator, ServerScorer
+from fedloom.coordinator import Coordinator, ServerMeasure
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
+from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel
@@ -28,29 +29,42 @@ def deploy(model: AdaptedModel, deployed: Deployed) -> None:
     model.adapter.copy_(deployed.adapter.flat)
 
 
-def server_scorer(
-    recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None, data: FederatedData
-) -> ServerScorer | None:
-    """Scores the corpus's own test set, which no client holds; None where it has none."""
-    questions = data.server_questions
-    if suite is None or not questions:
+def server_measure(
+    recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None, data: FederatedData, *, offsite: bool
+) -> ServerMeasure | None:
+    """Measures a result where no client can: on the corpus's own test set, which the server holds.
+
+    Args:
+        offsite: clients do not hold what is deployed: it is measured here on all test data together, loss included,
+            which only a simulator has. Without: questions alone, and None where the corpus has no test set.
+    """
+    questions = data.pooled().questions if offsite else data.server_questions
+    packed = recipe.train.packing == "on"
+    settings = recipe.evaluation
+    if not offsite and (suite is None or not questions):
         return None
 
-    def scorer(deployed: Deployed) -> tuple[int, int]:
+    def measure(deployed: Deployed) -> dict[str, float]:
         deploy(model, deployed)
-        right = score(
-            model,
-            template,
-            suite,
-            questions,
-            batch_size=recipe.evaluation.batch_size,
-            max_length=recipe.data.max_length,
-            max_new_tokens=recipe.evaluation.max_new_tokens,
-            packed=recipe.train.packing == "on",
-        )
-        return sum(right), len(right)
+        sums: dict[str, float] = {"right": 0, "questions": 0}
+        if offsite:
+            loss = loss_sums(model, data.sequences, data.pooled().test, batch_size=settings.batch_size, packed=packed)
+            sums["loss_sum"], sums["tokens"] = loss
+        if suite is not None and questions:
+            right = score(
+                model,
+                template,
+                suite,
+                questions,
+                batch_size=settings.batch_size,
+                max_length=recipe.data.max_length,
+                max_new_tokens=settings.max_new_tokens,
+                packed=packed,
+            )
+            sums["right"], sums["questions"] = sum(right), len(right)
+        return sums
 
-    return scorer
+    return measure
 
 
 def save_result(

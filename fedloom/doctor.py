@@ -18,6 +18,8 @@ EXTRAS = {
     "skills": ("reasoning_gym", "the corpora fed-skills and fed-gsm-symbolic"),
     "report": ("matplotlib", "PNG pictures of `fedloom split`"),
     "distributed": ("nvflare", "the distributed runtime: provision, serve, join"),
+    "zstd": ("zstandard", "the operator zstd"),
+    "lz4": ("lz4", "the operator lz4"),
 }
 
 #: A run of the built-in model wants about this much.

@@ -11,6 +11,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,8 @@ def gpu_utilisation() -> float | None:
         return None
 
 
-def versions() -> dict[str, str]:
-    """Package → version of those that decide what a run computes, and Python's own."""
+@cache
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -103,6 +104,11 @@ def versions() -> dict[str, str]:
 
         found["fedloom"] = __version__
     return found
+
+
+def versions() -> dict[str, str]:
+    """Package → version of those that decide what a run computes, and Python's own; read once in a process."""
+    return dict(_versions())
 
 
 def describe() -> dict[str, Any]:

@@ -21,26 +21,31 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
+    check_objective,
     check_positions,
+    check_ranks,
     choose_packing,
     federated_data,
     load_data,
     make_algorithm,
     make_schedule,
     pick_suite,
+    settle_privacy,
 )
 from fedloom.client import Client
+from fedloom.clock import Speeds
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, Runtime, Tick
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
-from fedloom.deployment import result_loader, save_result, server_scorer
+from fedloom.deployment import result_loader, save_result, server_measure
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
+from fedloom.operators.channel import Chains, ServerChannel
 from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
@@ -154,21 +159,30 @@ class Setting:
     split: dict[str, Any]
 
 
-def prepare(recipe: Recipe, watch: Watch) -> Setting:
-    """From a recipe to data, model and algorithm. Raises UserError for whatever cannot be."""
+def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setting:
+    """From a recipe to data, model and algorithm. Raises UserError for whatever cannot be.
+
+    Args:
+        models: a base that is loaded already, of the same recipe but for its algorithm.
+    """
     threads = recipe.runtime.threads or environment.available_cores()
     torch.set_num_threads(threads)
     registry.runtimes.get(recipe.runtime.name)
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
+    Chains.of(recipe.operators)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
+    check_objective(recipe, corpus)
     clients = partition(corpus, recipe.split, recipe.seed)
+    check_ranks(recipe, clients)
     schedule = make_schedule(recipe, algorithm, clients)
+    recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
 
     # A frozen base with one adapter in it, and how it is spoken to.
-    models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
+    if models is None:
+        models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
     model = algorithm.server_model(models)
     check_positions(recipe, model)
     template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
@@ -182,6 +196,8 @@ def prepare(recipe: Recipe, watch: Watch) -> Setting:
 
     # What each client holds of it, as tokens; what is scored, and by whom.
     suite, score_note = pick_suite(recipe, corpus)
+    for note in registry.notes():
+        watch.say(note)
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
     holders = clients.pooled() if algorithm.properties.pooled else clients
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
@@ -225,19 +241,28 @@ def assemble(
         checkpoints,
         events,
         recipe.resolved(),
+        channel=ServerChannel(Chains.of(recipe.operators), recipe.seed),
         score=setting.suite is not None,
-        server_scorer=server_scorer(recipe, setting.model, setting.template, setting.suite, setting.data),
+        server_measure=server_measure(
+            recipe,
+            setting.model,
+            setting.template,
+            setting.suite,
+            setting.data,
+            offsite=setting.algorithm.properties.offsite,
+        ),
         tick=watch.tick,
+        clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
     )
     if state is None:
         events.write("run_started", **_headline(setting))
     else:
-        coordinator.resume(state)
+        coordinator.resume(state, lost=max(checkpoints.rounds()) - state.round)
         events.write("run_resumed", round=state.round, rounds=recipe.federation.rounds, note="; ".join(damages))
     return coordinator
 
 
-def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None) -> Result:
+def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
     """Rounds, then results."""
     recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     coordinator = assemble(setting, folder, resume, watch, runtime)
@@ -258,6 +283,8 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
     watch.say("asking the same questions after training")
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
+    coordinator.runtime.close()
+    reference = _reference(setting, folder, watch)
     load("")
     summary = summarise(
         recipe,
@@ -268,13 +295,43 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
         digest,
         setting.suite.name if setting.suite else None,
         setting.score_note,
+        algorithm.guarantee(),
+        algorithm.left_server(),
+        reference,
     )
     folder.write("summary.json", summary)
     seconds = summary["cost"]["wall_seconds"]
     coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
     coordinator.events.close()
-    coordinator.runtime.close()
     return Result(summary, folder.path, write_report(folder.path), release(model), model.tokenizer)
+
+
+def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, Any] | None:
+    """The summary of the ordinary run that the algorithm wants to stand beside this one, in `reference/`; None: none.
+
+    It uses the base model that is loaded already. A run that was killed in it, or has more rounds now, carries it on.
+    """
+    section = setting.algorithm.compared_with()
+    if section is None:
+        return None
+    recipe = setting.recipe.with_values(
+        {
+            "name": f"{setting.recipe.name}-reference",
+            "description": f"what {setting.recipe.name} is compared with: the same federation on the full model",
+            "algorithm": dict(section),
+            "evaluation.every": 0,
+            "evaluation.answers": 0,
+            "tracking.trackers": [],
+        }
+    )
+    path = folder / "reference"
+    resume = RunFolder(path).holds_a_run
+    watch.say("tuning the same layers of the full model, to compare with (algorithm.reference=false leaves this out)")
+    quiet = Watch(say=lambda text: watch.say(f"reference: {text}"), tick=watch.tick)
+    with opened(path, resume=resume, overwrite=False) as inner:
+        if resume:
+            recipe = continued(inner.stored_recipe(), recipe)
+        return _run(prepare(recipe, quiet, setting.models), inner, resume, quiet).summary
 
 
 def _headline(setting: Setting) -> dict[str, Any]:

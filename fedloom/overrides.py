@@ -112,6 +112,10 @@ KNOWN_AS = {
     "dataset": "data.corpus",
     "model_name_or_path": "model.name",
     "torch_dtype": "model.dtype",
+    "noise_multiplier": "privacy.noise",
+    "target_epsilon": "privacy.epsilon",
+    "target_delta": "privacy.delta",
+    "clipping_norm": "privacy.clip",
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -98,9 +98,7 @@ class SiteConfig(Section):
     home: str = Field(description="the folder of its own state, tokens, results and audit log")
     policy: str = Field(description="the file of its policy")
     data: str = Field(description="a data file, a folder of them, or a shard that was dealt to it")
-    columns: dict[Literal["instruction", "input", "output", "category"], str] | None = Field(
-        None, description="which column of its data plays which role"
-    )
+    columns: dict[str, str] | None = Field(None, description="which column of its data plays which role")
     model: str | None = Field(None, description="where the base model lies here, if not where the recipe says")
     batch_size: int | None = Field(
         None, ge=1, description="examples in one forward pass; a step keeps as many examples as the recipe says"

@@ -2,27 +2,44 @@
 
 A name maps to ``module:attribute``, imported on first use, so that listing algorithms does not import torch models. A
 package adds names under an entry-point group (``fedloom.algorithms``, ``fedloom.corpora`` …); Python code adds them
-with `register`.
+with `register`. A package that is broken, or whose name another has taken, costs those who use it a sentence and
+everybody else nothing. docs/extending.md shows all of it.
 """
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from fedloom.errors import UserError, suggest
 
 
 class Registry:
-    """Names of one kind. `kind` is the noun used in messages, `group` the entry-point group after ``fedloom.``."""
+    """Names of one kind.
 
-    def __init__(self, kind: str, group: str, builtin: dict[str, str]) -> None:
+    Args:
+        kind: the noun used in messages.
+        group: the entry-point group after ``fedloom.``.
+        builtin: name → ``module:attribute``.
+        expected: what a name has to stand for, as ``module:class``: a subclass of it, or under `instance` an object of
+            it. None takes anything that can be called.
+    """
+
+    def __init__(
+        self, kind: str, group: str, builtin: dict[str, str], expected: str | None = None, *, instance: bool = False
+    ) -> None:
         self.kind = kind
         self.group = group
         self._targets: dict[str, Any] = dict(builtin)
+        self._expected = expected
+        self._instance = instance
+        self._claims: dict[str, list[EntryPoint]] = {}
         self._scanned = False
+        self._noted: list[str] = []
 
     def register(self, name: str, target: Any) -> None:
         """Add or replace `name`. `target` is the object itself or ``module:attribute``."""
@@ -39,30 +56,109 @@ class Registry:
 
     def names(self) -> list[str]:
         self._scan()
-        return sorted(self._targets)
+        return sorted({*self._targets, *self._claims})
 
     def __contains__(self, name: str) -> bool:
         self._scan()
-        return name in self._targets
+        return name in self._targets or name in self._claims
 
     def get(self, name: str) -> Any:
-        """The object behind `name`. Raises UserError with the nearest name where there is none."""
+        """The object behind `name`.
+
+        Raises:
+            UserError: no such name (with the nearest); two packages claim it; its package cannot be imported, or gives
+                something that is not of this kind.
+        """
         self._scan()
-        if name not in self._targets:
-            raise UserError(f"unknown {self.kind} {name!r}: {suggest(name, self._targets)}")
-        target = self._targets[name]
-        if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            target = getattr(import_module(module), attribute)
-            self._targets[name] = target
+        if name not in self:
+            raise UserError(f"unknown {self.kind} {name!r}: {suggest(name, self.names())}")
+        claims = self._claims.get(name, [])
+        if name in self._targets:
+            if claims:
+                self._note(
+                    f"{self.kind} {name!r} is fedloom's own; {_origins(claims)} claims the name too and is not used: "
+                    "its authors have to choose another"
+                )
+            target = self._targets[name]
+            if isinstance(target, str):
+                self._targets[name] = target = _imported(target)
+            self._check(name, target, "")
+            return target
+        if len(claims) > 1:
+            raise UserError(f"{self.kind} {name!r} is claimed by {_origins(claims)}: uninstall all of them but one")
+        origin = _origins(claims)
+        try:
+            target = claims[0].load()
+        except Exception as error:  # another's code, which may do anything; the user's mend is the same
+            raise UserError(
+                f"{self.kind} {name!r} comes from {origin}, which cannot be imported ({_cause(error)}): install what it "
+                "lacks, ask its authors, or uninstall it"
+            ) from error
+        self._check(name, target, f" from {origin}")
         return target
+
+    def take_notes(self) -> list[str]:
+        """What the user should know of the names that were asked for, each sentence once in a process."""
+        notes, self._noted = [n for n in self._noted if n not in _SAID], []
+        _SAID.update(notes)
+        return notes
+
+    def _note(self, sentence: str) -> None:
+        if sentence not in self._noted:
+            self._noted.append(sentence)
+
+    def _check(self, name: str, target: Any, origin: str) -> None:
+        """Raise UserError unless `target` is what this registry holds."""
+        expected = _imported(self._expected) if self._expected else None
+        if expected is None:
+            fits, wanted = callable(target), "a function"
+        elif self._instance:
+            fits, wanted = isinstance(target, expected), f"a {expected.__name__}"
+        else:
+            fits, wanted = (
+                inspect.isclass(target) and issubclass(target, expected),
+                f"a subclass of {expected.__name__}",
+            )
+        if not fits:
+            raise UserError(
+                f"{self.kind} {name!r}{origin} is {_described(target)}, not {wanted} ({self._expected or self.group}): "
+                "docs/extending.md shows one"
+            )
+        if inspect.isclass(target) and (open_ := sorted(getattr(target, "__abstractmethods__", ()))):
+            raise UserError(f"{self.kind} {name!r}{origin} does not say {', '.join(open_)}: write that method")
 
     def _scan(self) -> None:
         if self._scanned:
             return
         self._scanned = True
         for point in entry_points(group=f"fedloom.{self.group}"):
-            self._targets.setdefault(point.name, point.value)
+            self._claims.setdefault(point.name, []).append(point)
+
+
+#: Notes that this process has given out.
+_SAID: set[str] = set()
+
+
+def _imported(target: str) -> Any:
+    module, _, attribute = target.partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _origins(claims: list[EntryPoint]) -> str:
+    """The package is named as pip knows it."""
+    named = [f"{p.dist.name} {p.dist.version} ({p.value})" if p.dist else p.value for p in claims]
+    return ("package " if len(named) == 1 else "packages ") + " and ".join(sorted(named))
+
+
+def _cause(error: Exception) -> str:
+    """An import's error with the line that raised it, where that is the package's own."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+    place = f" at {frames[-1].filename}:{frames[-1].lineno}" if len(frames) > 1 else ""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}{place}"
+
+
+def _described(target: Any) -> str:
+    return f"the class {target.__name__}" if inspect.isclass(target) else f"a {type(target).__name__}"
 
 
 algorithms = Registry(
@@ -86,6 +182,7 @@ algorithms = Registry(
         "fedrot_lora": "fedloom.algorithms.fedrot_lora:FedRotLoRA",
         "slora": "fedloom.algorithms.slora:SLoRA",
         "fedprox": "fedloom.algorithms.fedprox:FedProx",
+        "fedbuff": "fedloom.algorithms.fedbuff:FedBuff",
         "scaffold": "fedloom.algorithms.scaffold:Scaffold",
         "fedavgm": "fedloom.algorithms.fedopt:FedAvgM",
         "fedadagrad": "fedloom.algorithms.fedopt:FedAdagrad",
@@ -106,7 +203,11 @@ algorithms = Registry(
         "fedmezo": "fedloom.algorithms.fedmezo:FedMeZO",
         "decomfl": "fedloom.algorithms.decomfl:DeComFL",
         "ferret": "fedloom.algorithms.ferret:Ferret",
+        "fedavg_outer": "fedloom.algorithms.fedavg_outer:FedAvgOuter",
+        "fedot": "fedloom.algorithms.fedot:FedOT",
+        "fedbiot": "fedloom.algorithms.fedbiot:FedBiOT",
     },
+    "fedloom.algorithms.base:Algorithm",
 )
 
 corpora = Registry(
@@ -120,7 +221,10 @@ corpora = Registry(
         "fed-gsm8k": "fedloom.corpora.gsm8k:SOURCE",
         "fed-gsm8k-3": "fedloom.corpora.gsm8k:SOURCE",
         "fed-codealpaca": "fedloom.corpora.codealpaca:SOURCE",
+        "fed-preferences": "fedloom.corpora.preferences:SOURCE",
     },
+    "fedloom.data.declaration:Source",
+    instance=True,
 )
 
 splitters = Registry(
@@ -141,6 +245,8 @@ suites = Registry(
         "gsm": "fedloom.evaluation.suites:GSM",
         "multiple-choice": "fedloom.evaluation.suites:MULTIPLE_CHOICE",
     },
+    "fedloom.evaluation.suites:Suite",
+    instance=True,
 )
 
 runtimes = Registry(
@@ -154,3 +260,28 @@ runtimes = Registry(
 
 #: Runtimes whose clients are not in this process: what runs a whole recipe under them, with `experiment.run`'s arguments.
 drivers = Registry("runtime", "drivers", {"distributed": "fedloom.federation:run_here"})
+
+operators = Registry(
+    "operator",
+    "operators",
+    {
+        "cast": "fedloom.operators.cast:Cast",
+        "bf16": "fedloom.operators.cast:Bf16",
+        "fp16": "fedloom.operators.cast:Fp16",
+        "quantize": "fedloom.operators.quantize:Quantize",
+        "sparsify": "fedloom.operators.sparsify:Sparsify",
+        "delta": "fedloom.operators.delta:Delta",
+        "deflate": "fedloom.operators.compress:Deflate",
+        "gzip": "fedloom.operators.compress:Gzip",
+        "zstd": "fedloom.operators.compress:Zstd",
+        "lz4": "fedloom.operators.compress:Lz4",
+    },
+    "fedloom.operators.base:Operator",
+)
+
+
+def notes() -> list[str]:
+    """What the user should know of all the names that were asked for, each sentence once in a process."""
+    return [
+        note for table in (algorithms, corpora, splitters, suites, runtimes, operators) for note in table.take_notes()
+    ]

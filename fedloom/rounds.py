@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
 from fedloom.config import FederationConfig
-from fedloom.randomness import numpy_generator
+from fedloom.randomness import numpy_generator, secret_uniform
 from fedloom.types import Cost
 
 
@@ -24,6 +26,9 @@ class Schedule:
         testing: clients that hold test data, in order.
         steps: optimiser steps of an assignment, None where clients count epochs.
         every: evaluate after every k rounds; 0 only before and after.
+        independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
+            sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
+        secret: the sample comes from the operating system's entropy and not from the seed.
     """
 
     training: tuple[str, ...]
@@ -32,21 +37,34 @@ class Schedule:
     steps: int | None
     every: int
     seed: int
+    independent: bool = False
+    secret: bool = False
 
     def sampled(self) -> int:
-        """Clients in a round."""
-        wanted = self.federation.clients_per_round
-        if wanted is None:
-            return len(self.training)
-        return max(1, round(wanted * len(self.training))) if isinstance(wanted, float) else wanted
+        """Clients in a round, on average where they are sampled independently."""
+        return self.federation.sampled(len(self.training))
 
     def sample(self, round: int) -> tuple[str, ...]:
         """The clients of one round, in their fixed order."""
         count = self.sampled()
         if count >= len(self.training):
             return self.training
+        if self.independent:
+            numbers = self._numbers(round)
+            return tuple(c for c, u in zip(self.training, numbers, strict=True) if u <= count / len(self.training))
         rng = numpy_generator(self.seed, "sample", round)
         return tuple(self.training[i] for i in sorted(rng.choice(len(self.training), count, replace=False)))
+
+    def queue(self, round: int) -> tuple[str, ...]:
+        """All clients that can be sampled, in the order in which an asynchronous round asks them."""
+        order = numpy_generator(self.seed, "sample", round).permutation(len(self.training))
+        return tuple(self.training[i] for i in order)
+
+    def _numbers(self, round: int) -> np.ndarray:
+        """One for each client, uniform in (0, 1]."""
+        if self.secret:
+            return secret_uniform(len(self.training))
+        return 1.0 - numpy_generator(self.seed, "sample", round).random(len(self.training))
 
     def evaluates(self, finished: int) -> bool:
         """Whether an evaluation belongs after `finished` rounds."""

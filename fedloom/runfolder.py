@@ -24,7 +24,7 @@ from fedloom.overrides import load_yaml
 #: What a run writes, and all that `--overwrite` deletes.
 CONTENTS = (
     "events.jsonl", "summary.json", "split.json", "answers.json", "report.html",
-    "checkpoints", "clients", "adapter", "adapters", "trackers",
+    "checkpoints", "clients", "adapter", "adapters", "trackers", "reference",
     "recipe.yaml",  # last: what is deleted by half can still be overwritten
 )  # fmt: skip
 

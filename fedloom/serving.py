@@ -25,7 +25,14 @@ import torch
 
 from fedloom import environment, registry
 from fedloom.checkpoint import write_json
-from fedloom.choices import check_positions, choose_packing, make_algorithm, make_schedule
+from fedloom.choices import (
+    check_positions,
+    check_ranks,
+    choose_packing,
+    make_algorithm,
+    make_schedule,
+    settle_privacy,
+)
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -34,6 +41,7 @@ from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Setting, Watch, run
 from fedloom.models.adapters import Models
 from fedloom.models.loading import pick_device
+from fedloom.operators.channel import Chains
 from fedloom.overrides import load_yaml
 from fedloom.project import Project
 from fedloom.runfolder import RunFolder
@@ -82,6 +90,10 @@ class Sites:
         threads = recipe.runtime.threads or environment.available_cores()
         torch.set_num_threads(threads)
         algorithm = checked(recipe)
+        everybody = Partition({c: Shard((0,), (), (0,)) for c in self.runtime.clients}, "sites", recipe.seed)
+        check_ranks(recipe, everybody)
+        schedule = make_schedule(recipe, algorithm, everybody)
+        recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
         models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
         model = algorithm.server_model(models)
         check_positions(recipe, model)
@@ -101,6 +113,11 @@ class Sites:
         clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)
         if not clients.training_clients:
             raise RunFailed("no site with training data takes part: see the sites' own logs")
+        if recipe.privacy is not None and clients.training_clients != everybody.training_clients:
+            raise RunFailed(
+                "a private run begins with all its sites, since what it promises was computed for their number: start it "
+                "again once they are there"
+            )
         schedule = make_schedule(recipe, algorithm, clients)
         corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", "the sites")
         data = FederatedData(corpus, tokenise(corpus, template, recipe.data.max_length, None), clients, {})
@@ -114,6 +131,12 @@ class Sites:
 def checked(recipe: Recipe) -> Any:
     """The recipe's algorithm. Raises UserError for what sites cannot do."""
     algorithm = make_algorithm(recipe)
+    Chains.of(recipe.operators)
+    if algorithm.properties.offsite:
+        raise UserError(
+            f"algorithm {recipe.algorithm.name} makes and measures its emulator with data that a federation's server does "
+            "not have: run it in the simulator (runtime.name=simulator)"
+        )
     if algorithm.properties.pooled:
         raise UserError(
             f"algorithm {recipe.algorithm.name} pools all clients' data, which no federation of sites can: run it in the "

@@ -24,6 +24,7 @@ import torch
 
 from fedloom import environment, registry
 from fedloom.checkpoint import ClientStore
+from fedloom.choices import check_objective
 from fedloom.client import Client
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
@@ -110,6 +111,7 @@ def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig)
     models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), print)
     template = Template.choose(load_tokenizer(recipe.model, print), recipe.data.template, recipe.data.system)
     sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
+    check_objective(recipe, corpus)
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
     if suite is not None:
         suite.check([corpus.examples[i] for i in questions])

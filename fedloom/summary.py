@@ -25,6 +25,9 @@ def summarise(
     adapter_sha256: str,
     suite: str | None,
     score_note: str,
+    privacy: Mapping[str, Any] | None = None,
+    left_server: Mapping[str, int] | None = None,
+    reference: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary as JSON values; docs/run-folder.md explains each key.
 
@@ -32,6 +35,9 @@ def summarise(
         partition: the clients of the recipe, before the `global` baseline pools them.
         adapter_sha256: of the deployed tensors; of all personal ones together where clients end with their own.
         score_note: why there is no score, or the empty string.
+        privacy: what the algorithm guarantees.
+        left_server: of an algorithm whose clients hold an emulator, what they were given of the model.
+        reference: the summary of the ordinary run beside it.
     """
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
     clients = {name: _client(name, partition, first, last) for name in partition.clients}
@@ -59,6 +65,9 @@ def summarise(
             "after": last["loss"],
             "worst_client": _worst(clients, "loss", worst=max),
         },
+        "preference": _preference(first["preference"], last["preference"]),
+        "privacy": None if privacy is None else dict(privacy),
+        "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
         "cost": _cost(progress),
         "clients": len(partition.clients),
         "rounds": progress.finished,
@@ -82,6 +91,40 @@ def summarise(
         "git": environment.git_commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def _offsite(
+    first: Mapping[str, Any], last: Mapping[str, Any], left: Mapping[str, int], reference: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The five numbers of offsite tuning, each with loss and score, and what left the server."""
+    tuned = None
+    if reference is not None:
+        tuned = {"loss": reference["loss"]["after"], "score": reference["score"]["after"]}
+    return {
+        "full_zero_shot": _pair(first),
+        "emulator_zero_shot": _pair(first["emulator"]),
+        "emulator_tuned": _pair(last["emulator"]),
+        "plug_in": _pair(last),
+        "full_tuned": tuned,
+        "note": "" if tuned else "the full model was not tuned (algorithm.reference=false)",
+        "left_server": {
+            **left,
+            "share_of_parameters": left["parameters"] / left["parameters_of_model"],
+            "share_of_bytes": left["bytes"] / left["bytes_of_model"],
+        },
+    }
+
+
+def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of preference tuning: how often the preferred answer won, and the mean loss and margin of a pair."""
+    if first is None or last is None:
+        return None
+    both = {key: {"before": first[key], "after": last[key]} for key in ("accuracy", "loss", "margin")}
+    return {**both, "pairs": last["pairs"]}
+
+
+def _pair(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {"loss": measured["loss"], "score": measured["score"]}
 
 
 def _cost(progress: Progress) -> dict[str, Any]:

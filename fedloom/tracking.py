@@ -22,13 +22,15 @@ SCHEMA: dict[str, tuple[str, ...]] = {
     "round_started": ("round", "clients"),
     "client_update": (
         "round", "client", "examples", "tokens", "steps", "skipped_steps", "loss",
-        "upload_bytes", "download_bytes", "seconds",
+        "upload_bytes", "download_bytes", "seconds", "staleness", "arrived",
     ),
     "client_failed": ("round", "client", "kind", "reason", "detail"),
     "round_finished": (
         "round", "updates", "failures", "loss", "upload_bytes", "download_bytes", "seconds", "metrics",
     ),
-    "evaluation": ("round", "loss", "score", "questions", "tokens", "clients", "seconds", "pooled"),
+    "evaluation": (
+        "round", "loss", "score", "questions", "tokens", "clients", "seconds", "pooled", "emulator", "preference",
+    ),
     "checkpoint": ("round", "path"),
     "run_finished": ("rounds", "adapter_sha256", "seconds"),
 }  # fmt: skip

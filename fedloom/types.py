@@ -14,10 +14,9 @@ from typing import Any, Literal
 
 import torch
 
-JSON = str | bool | int | float | None | list["JSON"] | dict[str, "JSON"]
+from fedloom import limits
 
-#: A payload's metadata is small: whatever enters maths is a tensor.
-MAX_METADATA_BYTES = 16 * 1024
+JSON = str | bool | int | float | None | list["JSON"] | dict[str, "JSON"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Example:
         instruction: what is asked.
         input: further context, or the empty string.
         output: the answer that is trained on.
+        rejected: under preference tuning, the answer that `output` is preferred to; empty elsewhere.
         category: what the `meta` and `dirichlet` splitters go by (a skill, a language, a specialty).
         choices: the options of a multiple-choice question, in order; empty otherwise.
         task: which task the answer is verified by; the category unless the corpus says otherwise.
@@ -41,6 +41,7 @@ class Example:
     choices: tuple[str, ...] = ()
     task: str = ""
     reference: Mapping[str, Any] | None = None
+    rejected: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Corpus:
             digest.update(f"{len(group)}\n".encode())
             for e in group:
                 row = [e.instruction, e.input, e.output, e.category, list(e.choices)]
+                row += [e.rejected] if e.rejected else []
                 digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
         return digest.hexdigest()
 
@@ -135,10 +137,13 @@ class Payload:
     Attributes:
         tensors: name → tensor of any shape and dtype that safetensors knows.
         meta: strings, booleans, integers and finite floats, nested in lists and dicts; 16 KB at most as JSON.
+        coding: what operators made of it (operators/chain.py): the chain, the table of names, each operator's notes.
+            `tensors` are flat parts then, and mean nothing until they are decoded. None for a plain payload.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    coding: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_metadata(self.meta)
@@ -147,7 +152,9 @@ class Payload:
 def check_metadata(meta: Mapping[str, Any]) -> None:
     """Raise ValueError unless `meta` is JSON of at most 16 KB with finite numbers only."""
 
-    def walk(value: Any, where: str) -> None:
+    def walk(value: Any, where: str, depth: int = 0) -> None:
+        if depth > limits.METADATA_DEPTH:
+            raise ValueError(f"payload metadata nests deeper than {limits.METADATA_DEPTH} levels")
         if isinstance(value, bool | int | str) or value is None:
             return
         if isinstance(value, float):
@@ -156,20 +163,20 @@ def check_metadata(meta: Mapping[str, Any]) -> None:
             return
         if isinstance(value, list | tuple):
             for i, item in enumerate(value):
-                walk(item, f"{where}[{i}]")
+                walk(item, f"{where}[{i}]", depth + 1)
             return
         if isinstance(value, Mapping):
             for key, item in value.items():
                 if not isinstance(key, str):
                     raise ValueError(f"payload metadata {where} has the key {key!r}; keys are strings")
-                walk(item, f"{where}.{key}")
+                walk(item, f"{where}.{key}", depth + 1)
             return
         raise ValueError(f"payload metadata {where} is a {type(value).__name__}; tensors go into Payload.tensors")
 
     walk(meta, "meta")
     size = len(json.dumps(meta))
-    if size > MAX_METADATA_BYTES:
-        raise ValueError(f"payload metadata has {size} bytes; at most {MAX_METADATA_BYTES} travel")
+    if size > limits.METADATA_BYTES:
+        raise ValueError(f"payload metadata has {size} bytes; at most {limits.METADATA_BYTES} travel")
 
 
 #: What a client is asked to do. `train` and `evaluate` as named; `save` writes the client's own adapter to its folder.
@@ -184,7 +191,8 @@ class Assignment:
         kind: train, evaluate or save.
         client: whom it is for.
         round: 1 for the first round; under `evaluate`, the number of rounds finished. A client starts from the newest
-            state of its own that is older than this round (older or equal under `evaluate` and `save`).
+            state of its own that is older than this round (older or equal under `evaluate` and `save`). It is also the
+            version of the model that training starts from: the one after round − 1 rounds. The outcome says it again.
         rounds: how many rounds the run has.
         payload: what the algorithm sends.
         steps: optimiser steps to take, or None where the client counts epochs.

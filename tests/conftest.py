@@ -13,7 +13,9 @@ import fedloom  # isort: skip
 import pytest
 import tiny
 import torch
+from quick import loading_once, no_reports, no_waiting  # noqa: F401
 
+from fedloom import registry
 from fedloom.config import ModelConfig, Recipe
 from fedloom.models.loading import locate
 
@@ -66,12 +68,32 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_rows(tmp_path_factory.mktemp("tiny-data") / "rows.jsonl")
 
 
+@pytest.fixture(scope="session")
+def deep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` with five layers, for algorithms that cut the model."""
+    return tiny.save_model(tmp_path_factory.mktemp("deep-model"), tiny.causal_lm(num_hidden_layers=5))
+
+
+@pytest.fixture(scope="session")
+def public_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dozen rows that no client holds."""
+    return tiny.write_rows(tmp_path_factory.mktemp("public-data") / "public.jsonl", 12, seed=5)
+
+
 @pytest.fixture
-def tiny_recipe(tiny_model: Path, tiny_data: Path) -> Callable[..., Recipe]:
+def tiny_recipe(tiny_model: Path, tiny_data: Path, deep_model: Path, public_data: Path) -> Callable[..., Recipe]:
     """A function of dotted overrides: ``tiny_recipe({"train.lr": 1e-2}, seed=3)``.
 
-    Three clients (8, 15 and 22 training examples), two rounds of two steps, no score, under a second a run.
+    Three clients (8, 15 and 22 training examples), two rounds of two steps, no score, under a second a run. An algorithm
+    that cuts the model, given by its name alone, gets layers to cut and what its options need.
     """
+
+    def cutting(name: str) -> dict[str, Any]:
+        fields = registry.algorithms.get(name).Options.model_fields
+        align = {"path": str(public_data), "steps": 1, "max_length": 48, "template": "plain"}
+        wanted = {"bottom": 1, "top": 1, "drop": 0.34, "reference": False, "align": align}
+        options = {k: v for k, v in wanted.items() if k in fields} if "bottom" in fields else {}
+        return {"algorithm": {"name": name, **options}, "model": str(deep_model)} if options else {}
 
     def make(overrides: Mapping[str, Any] | None = None, **more: Any) -> Recipe:
         values: dict[str, Any] = {
@@ -85,7 +107,13 @@ def tiny_recipe(tiny_model: Path, tiny_data: Path) -> Callable[..., Recipe]:
             "runtime": {"threads": 1, "device": "cpu"},
             "evaluation": {"suite": None, "answers": 0},
         }
-        return Recipe.parse(values, {**(overrides or {}), **more})
+        given = {**(overrides or {}), **more}
+        name = given.get("algorithm")
+        if isinstance(name, dict) and set(name) == {"name"}:
+            name = name["name"]
+        if isinstance(name, str) and name in registry.algorithms:
+            given |= cutting(name)
+        return Recipe.parse(values, given)
 
     return make
 

@@ -8,20 +8,26 @@ from pathlib import Path
 
 import pytest
 
+from fedloom import registry
+from fedloom.choices import make_algorithm
 from fedloom.cli import app
-from fedloom.config import builtin_recipes
+from fedloom.config import Recipe, builtin_recipes
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
-def test_the_page_of_recipes_is_what_the_schema_says():
+def test_the_generated_pages_are_what_the_code_says():
     spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
     assert spec and spec.loader
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
-    written = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
-    assert written == generate.page(), "run `make docs`"
+    pages = generate.pages()
+    assert {p.relative_to(ROOT).as_posix() for p in pages} == {"docs/recipes.md", "docs/algorithms/README.md"}
+    for path, text in pages.items():
+        assert path.read_text(encoding="utf-8") == text, "run `make docs`"
+    table = (ROOT / "docs" / "algorithms" / "README.md").read_text(encoding="utf-8")
+    assert all(f"| `{name}` |" in table for name in registry.algorithms.names())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -36,6 +42,20 @@ def test_a_recipe_says_what_it_shows_and_how_long_it_takes(path):
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     assert head[0].startswith("# What it shows: ")
     assert any(line.startswith("# How long: ") for line in head)
+
+
+@pytest.mark.parametrize("path", builtin_recipes().values(), ids=lambda p: p.stem)
+def test_a_recipes_algorithm_takes_its_settings(path):
+    recipe = Recipe.load(path)
+    assert make_algorithm(recipe).options == make_algorithm(Recipe.parse(recipe.resolved())).options
+
+
+def test_every_family_of_algorithms_has_a_recipe():
+    shown = {
+        registry.algorithms.get(Recipe.load(path).algorithm.name).about.family for path in builtin_recipes().values()
+    }
+    families = {registry.algorithms.get(name).about.family for name in registry.algorithms.names()}
+    assert shown == families
 
 
 def test_the_readme_names_every_command():

@@ -15,13 +15,24 @@ ROOT = Path(fedloom.__file__).parent
 
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
-    {"errors", "environment", "randomness", "registry", "reach"},
-    {"types", "overrides", "section", "methods", "config", "carriers", "project", "policy"},
+    {"errors", "environment", "randomness", "registry", "reach", "limits"},
+    {"types", "overrides", "section", "methods", "privacy", "config", "carriers", "project", "policy"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
-    {"checkpoint", "arrival", "rounds", "tracking", "client", "coordinator", "runfolder"},
+    {
+        "checkpoint",
+        "arrival",
+        "clock",
+        "asynchronous",
+        "rounds",
+        "measured",
+        "tracking",
+        "client",
+        "coordinator",
+        "runfolder",
+    },
     {"runtimes", "summary", "answers", "report"},
-    {"choices", "deployment"},
+    {"choices", "deployment", "catalogue"},
     {"experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},
     {"console", "cli", "__main__"},
@@ -39,7 +50,11 @@ HOMES = {
     "typer": ("cli.py", "console.py", "__main__.py"),
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
+    "dp_accounting": ("algorithms/accounting.py",),
+    "scipy": ("algorithms/accounting.py",),
     "fcntl": ("runfolder.py",),
+    "zstandard": ("operators/compress.py",),
+    "lz4": ("operators/compress.py",),
 }
 
 #: Never, anywhere: each of these can run what it reads.

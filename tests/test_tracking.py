@@ -23,7 +23,16 @@ def finished(events: Events, round: int) -> None:
 
 
 def evaluated(events: Events, round: int, loss: float) -> None:
-    values = {"score": None, "questions": 0, "tokens": 5, "clients": {}, "seconds": 0.1, "pooled": False}
+    values = {
+        "score": None,
+        "questions": 0,
+        "tokens": 5,
+        "clients": {},
+        "seconds": 0.1,
+        "pooled": False,
+        "emulator": None,
+        "preference": None,
+    }
     events.write("evaluation", round=round, loss=loss, **values)
 
 

@@ -24,12 +24,13 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from fedloom.config import AdapterConfig
+from fedloom.algorithms.about import About
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import UserError, suggest
 from fedloom.models.adapters import AdaptedModel, Models
-from fedloom.models.forward import token_losses
 from fedloom.models.state import Adapter, Layout, check_names
+from fedloom.training.objectives import unit_losses
 from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
 
@@ -68,9 +69,12 @@ class Properties:
         personal: each client ends with a model of its own; those are evaluated and saved.
         pooled: a baseline that trains on all clients' data in one place (simulator only).
         mixed_ranks: clients may have ranks of their own (adapter.ranks).
+        asynchronous: clients are not waited for: `buffer` updates make a round, some from older versions of the model.
         streams: aggregation folds one update at a time; otherwise it holds all of a round in memory.
         methods: the PEFT methods it takes; None takes all.
         neutral: options under which one client's run equals plain local training.
+        offsite: clients hold an emulator of the model and not the model; they measure that, the server measures the
+            result in the full model.
     """
 
     linear_sum: bool = False
@@ -79,15 +83,18 @@ class Properties:
     personal: bool = False
     pooled: bool = False
     mixed_ranks: bool = False
+    asynchronous: bool = False
     streams: bool = True
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
+    offsite: bool = False
 
 
 class Algorithm(ABC):
-    """Subclass, override what differs, and name it in the registry (docs/architecture.md shows one).
+    """Subclass, override what differs, and name it in the registry (docs/extending.md adds one).
 
     Attributes:
+        properties: what is tested of it. `about`: what it says of itself in tables; each class has its own, or none.
         adapter: the recipe's section: method, rank and each client's own rank.
         model: this process's model; there once `server_model` or `client_model` was called.
         shared: the server's copy of what all clients share, on the CPU; there once `server_model` was called.
@@ -98,6 +105,7 @@ class Algorithm(ABC):
     """
 
     properties: ClassVar[Properties] = Properties()
+    about: ClassVar[About]
     Options: ClassVar[type[AlgorithmOptions]] = AlgorithmOptions
 
     def __init__(self, options: AlgorithmOptions, seed: int, adapter: AdapterConfig) -> None:
@@ -110,6 +118,13 @@ class Algorithm(ABC):
         self.client = ""
         self.round = 0
         self.evaluating = False
+
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        """Refuse a recipe that this algorithm cannot run, as far as its settings tell, before anything is loaded.
+
+        Raises UserError with a sentence that names the setting and the mend. By default everything is taken.
+        """
 
     # ------------------------------------------------------------------ model pre-processing
 
@@ -145,6 +160,10 @@ class Algorithm(ABC):
         it is exhausted.
         """
 
+    def buffer(self, in_flight: int) -> int:
+        """How many updates make a round while `in_flight` clients work. Asked of asynchronous algorithms only."""
+        return in_flight
+
     def update_layout(self) -> Layout | None:
         """Names and shapes that an update must have; None where they differ from client to client."""
         return self.shared.layout
@@ -174,14 +193,14 @@ class Algorithm(ABC):
         """This round's training of the live model. By default optimiser steps on `local_loss`."""
         return run.fit(self)
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
         """This batch's contribution to the loss of its optimiser step: a scalar to run backward from.
 
         Args:
-            step_tokens: supervised tokens in the whole step, all accumulation together. Contributions add up to the
-                step's loss, so a penalty on the weights counts `len(batch.labels) / step_tokens` of itself.
+            step_units: supervised tokens, or pairs, in the whole step, all accumulation together. Contributions add
+                up to the step's loss, so a penalty on the weights counts `batch.units / step_units` of itself.
         """
-        return token_losses(model, batch).sum() / step_tokens
+        return unit_losses(model, batch).sum() / step_units
 
     def before_step(self, model: AdaptedModel) -> None:
         """The gradient of the step stands in `model.grad`, not yet clipped: the place to correct it."""
@@ -206,6 +225,25 @@ class Algorithm(ABC):
     def load_server_state(self, state: Payload) -> None:
         self.shared.load({n.removeprefix("shared/"): t for n, t in state.tensors.items() if n.startswith("shared/")})
 
+    def repeated(self, rounds: int) -> bool:
+        """A run was interrupted and goes on from this state; `rounds` rounds after it were finished, and are done again.
+
+        Returns whether that changed the state, which then is written at once.
+        """
+        return False
+
+    def guarantee(self) -> Mapping[str, Any] | None:
+        """What is promised of the privacy of each client so far, as JSON values (docs/run-folder.md); None for nothing."""
+        return None
+
+    def left_server(self) -> Mapping[str, int] | None:
+        """What a client was given of the model, under `offsite`: parameters and bytes, and those of the full model."""
+        return None
+
+    def compared_with(self) -> Mapping[str, Any] | None:
+        """The `algorithm` section of an ordinary run that this one wants to stand beside it; None wants none."""
+        return None
+
     def begin(self, client: str, round: int, personal: Payload | None) -> None:
         """It is `client`'s turn in `round` (under evaluation: rounds finished), with what it kept from its last one."""
         self.client = client
@@ -228,4 +266,5 @@ def parse_options(algorithm: type[Algorithm], name: str, values: Mapping[str, An
             valid = [f"algorithm.{k}" for k in algorithm.Options.model_fields]
             hint = suggest(f"algorithm.{key}", valid) if valid else f"{name} has no options"
             raise UserError(f"unknown option algorithm.{key} of {name}: {hint}") from None
-        raise UserError(f"algorithm.{key}={first['input']!r} is not valid for {name}: {first['msg'].lower()}") from None
+        said = first["msg"].removeprefix("Value error, ").lower()
+        raise UserError(f"algorithm.{key}={first['input']!r} is not valid for {name}: {said}") from None

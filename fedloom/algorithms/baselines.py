@@ -11,12 +11,14 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, nothing, whole
 from fedloom.models.state import Layout
 from fedloom.types import Payload, Update
 
 
 class Local(base.Algorithm):
     properties: ClassVar = base.Properties(personal=True, neutral={})
+    about: ClassVar = About("baseline", "nothing", up=nothing, down=nothing, client=whole)
 
     def round_payload(self, client: str) -> Payload:
         return Payload()
@@ -44,3 +46,4 @@ class Global(fedavg.FedAvg):
     """One client, the pool: averaging it with nobody leaves plain fine-tuning."""
 
     properties: ClassVar = base.Properties(linear_sum=True, pooled=True, neutral={})
+    about: ClassVar = About("baseline", "data, to one place")

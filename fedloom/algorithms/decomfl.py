@@ -22,16 +22,31 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.directions import Direction
-from fedloom.algorithms.history import Replayed
+from fedloom.algorithms.history import Replayed, listed
 from fedloom.algorithms.zeroth import descend
 from fedloom.randomness import forked_torch
 from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
 
 
+def _scalars(sizes: Sizes) -> int:
+    perturbations: int = sizes.options.perturbations
+    return NUMBER * sizes.steps * perturbations
+
+
 class DeComFL(Replayed):
     properties: ClassVar = base.Properties()
+    about: ClassVar = About(
+        "low-traffic",
+        "scalars of missed rounds",
+        "Li et al. 2024, arXiv 2405.15861",
+        up=_scalars,
+        down=lambda s: listed(_scalars(s), min(1, s.round - 1)),
+        server=lambda s: listed(_scalars(s), s.round),
+        client=lambda s: listed(_scalars(s), s.round - 1),
+    )
 
     class Options(base.AlgorithmOptions):
         epsilon: float = Field(1e-3, gt=0, description="ε: how far from the weights the two losses are taken")

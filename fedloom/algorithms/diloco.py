@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.fedopt import FedOpt, Moments, Rule, ServerOptions
 
 
@@ -27,6 +28,9 @@ def nesterov(d: torch.Tensor, s: Moments, o: DiLoCo.Options) -> torch.Tensor:
 
 class DiLoCo(FedOpt):
     properties: ClassVar = base.Properties(linear_sum=True, neutral={"lr": 1.0, "momentum": 0.0})
+    about: ClassVar = About(
+        "averaging", "adapter, both ways", "Douillard et al. 2023, arXiv 2311.08105", server=lambda s: 2 * s.adapter
+    )
     rule: ClassVar[Rule] = staticmethod(nesterov)
 
     class Options(ServerOptions):

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, whole
 from fedloom.algorithms.turns import copies, joined, turn
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
@@ -27,6 +28,7 @@ from fedloom.types import Payload
 
 class Ditto(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    about: ClassVar = About("personalised", "adapter, both ways", "Li et al. 2020, arXiv 2012.04221", client=whole)
 
     class Options(fedavg.FedAvg.Options):
         lam: float = Field(0.1, ge=0, description="λ: 0 trains the personal model alone, ∞ leaves it the shared one")
@@ -61,8 +63,8 @@ class _Near:
     def __init__(self, owner: Ditto, anchor: torch.Tensor, lam: float) -> None:
         self._owner, self._anchor, self._lam = owner, anchor, lam
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
-        return self._owner.local_loss(model, batch, step_tokens)
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
+        return self._owner.local_loss(model, batch, step_units)
 
     def before_step(self, model: AdaptedModel) -> None:
         model.grad.add_(model.adapter.flat - self._anchor, alpha=self._lam)

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.lowrank import A_END, one_thread
@@ -33,10 +34,18 @@ def middle(a: str) -> str:
     return a.removesuffix(A_END) + ".lora_R.weight"
 
 
+def _cores(sizes: Sizes) -> int:
+    """r² numbers a module."""
+    return NUMBER * sizes.modules * sizes.rank**2
+
+
 class FedSB(LoRAAlgorithm):
     """Attributes: core: R of every module; the server's average, or a client's own."""
 
     properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
+    about: ClassVar = About(
+        "lora", "r × r for each layer", "Singhal et al. 2025, arXiv 2502.15436", up=_cores, down=_cores, server=_cores
+    )
 
     def server_model(self, models: Models) -> AdaptedModel:
         model = super().server_model(models)

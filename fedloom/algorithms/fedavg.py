@@ -13,12 +13,14 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.models.state import WeightedMean
 from fedloom.types import Update
 
 
 class FedAvg(base.Algorithm):
     properties: ClassVar = base.Properties(linear_sum=True, neutral={})
+    about: ClassVar = About("averaging", "adapter, both ways", "McMahan et al. 2016, arXiv 1602.05629")
 
     class Options(base.AlgorithmOptions):
         weight_by: Literal["examples", "tokens"] = Field(

@@ -23,6 +23,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, whole
 from fedloom.algorithms.freezing import Frozen
 from fedloom.algorithms.turns import Holding, copies, joined, turn
 from fedloom.config import AdapterConfig
@@ -36,6 +37,9 @@ from fedloom.types import Payload
 
 class FedDPA(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True, personal=True, methods=frozenset({"lora"}))
+    about: ClassVar = About(
+        "personalised", "global adapter, both ways", "Yang et al. 2024, arXiv 2403.19211", client=whole
+    )
 
     def server_model(self, models: Models) -> AdaptedModel:
         self.model = models.adapted(doubled(self.adapter))

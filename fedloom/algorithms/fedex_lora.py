@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About, Sizes
 from fedloom.algorithms.base_delta import DeltaAlgorithm
 from fedloom.algorithms.lora import METHODS
 from fedloom.models.lowrank import LowRank
@@ -32,8 +33,20 @@ def averaged(shares: Sequence[float], b: Sequence[torch.Tensor], a: Sequence[tor
     return LowRank(b_mean, a_mean), residual
 
 
+def _residual(sizes: Sizes, rounds: int) -> int:
+    """Bytes of the base delta after so many rounds, each of which adds rank (K − 1)·r."""
+    return sizes.delta(rounds * (sizes.clients - 1) * sizes.rank)
+
+
 class FedExLoRA(DeltaAlgorithm):
     properties: ClassVar = base.Properties(exact=True, streams=False, methods=METHODS, neutral={})
+    about: ClassVar = About(
+        "lora",
+        "A and B; W's residual",
+        "Singhal et al. 2024, arXiv 2410.09432",
+        down=lambda s: s.adapter + _residual(s, s.round - 1),
+        server=lambda s: s.adapter + _residual(s, s.round),
+    )
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         held = self.held(updates)

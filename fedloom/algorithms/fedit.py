@@ -15,12 +15,14 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
 from fedloom.types import Update
 
 
 class FedIT(LoRAAlgorithm):
     properties: ClassVar = base.Properties(streams=False, methods=METHODS, neutral={})
+    about: ClassVar = About("lora", "A and B, both ways", "Zhang et al. 2023, arXiv 2305.05644")
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         held = self.held(updates)

@@ -23,6 +23,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.directions import Direction, Directions, Replay, check_coefficients
 from fedloom.algorithms.zeroth import descend
 from fedloom.errors import ClientFailed
@@ -32,12 +33,27 @@ from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
 
 
+def _packed(sizes: Sizes, pairs: int) -> int:
+    """Bytes of so many (seed, scalar) pairs as `pack` writes them; fewer where a seed was drawn twice."""
+    whole: int = NUMBER * sizes.options.seeds
+    return min(6 * pairs, whole)
+
+
 class FedKSeed(base.Algorithm):
     """Attributes:
     coefficients: server half: a, [K] float64.
     """
 
     properties: ClassVar = base.Properties()
+    about: ClassVar = About(
+        "low-traffic",
+        "seeds with scalars",
+        "Qin et al. 2023, arXiv 2312.06353",
+        up=lambda s: _packed(s, s.steps),
+        down=lambda s: _packed(s, s.steps * s.clients * (s.round - 1)),
+        server=lambda s: 8 * s.options.seeds,
+        at_most=True,
+    )
 
     class Options(base.AlgorithmOptions):
         seeds: int = Field(4096, ge=1, le=4096, description="K: how many directions there are")

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About
 from fedloom.algorithms.directions import Direction, Directions
 from fedloom.algorithms.zeroth import descend
 from fedloom.randomness import derived_seed, forked_torch
@@ -23,6 +24,7 @@ from fedloom.training.trainer import FitResult, LocalRun
 
 class FedMeZO(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True)
+    about: ClassVar = About("low-traffic", "adapter, both ways", "Ling et al. 2024, arXiv 2402.05926")
 
     class Options(fedavg.FedAvg.Options):
         epsilon: float = Field(1e-3, gt=0, description="ε: how far from the weights the two losses are taken")

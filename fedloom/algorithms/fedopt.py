@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, Sizes
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.state import Adapter
 from fedloom.types import Payload, Update
@@ -82,6 +83,14 @@ def _adaptive(d: torch.Tensor, s: Moments, o: Accumulating) -> torch.Tensor:
     return o.lr * s["m"] / (s["v"].sqrt() + o.tau)
 
 
+def _with_momentum(sizes: Sizes) -> int:
+    return 2 * sizes.adapter
+
+
+def _with_two_moments(sizes: Sizes) -> int:
+    return 3 * sizes.adapter
+
+
 class FedOpt(fedavg.FedAvg):
     """What the named algorithms below share; each says its rule, its moments and its options.
 
@@ -131,23 +140,35 @@ class FedOpt(fedavg.FedAvg):
 
 class FedAvgM(FedOpt):
     properties: ClassVar = base.Properties(linear_sum=True, neutral={"lr": 1.0, "momentum": 0.0})
+    about: ClassVar = About(
+        "averaging", "adapter, both ways", "Hsu et al. 2019, arXiv 1909.06335", server=_with_momentum
+    )
     Options = Momentum
     rule: ClassVar[Rule] = staticmethod(heavy_ball)
 
 
 class FedAdagrad(FedOpt):
     properties: ClassVar = base.Properties(linear_sum=True)
+    about: ClassVar = About(
+        "averaging", "adapter, both ways", "Reddi et al. 2020, arXiv 2003.00295", server=_with_two_moments
+    )
     Options = Accumulating
     rule: ClassVar[Rule] = staticmethod(adagrad)
 
 
 class FedAdam(FedOpt):
     properties: ClassVar = base.Properties(linear_sum=True)
+    about: ClassVar = About(
+        "averaging", "adapter, both ways", "Reddi et al. 2020, arXiv 2003.00295", server=_with_two_moments
+    )
     Options = Adaptive
     rule: ClassVar[Rule] = staticmethod(adam)
 
 
 class FedYogi(FedOpt):
     properties: ClassVar = base.Properties(linear_sum=True)
+    about: ClassVar = About(
+        "averaging", "adapter, both ways", "Reddi et al. 2020, arXiv 2003.00295", server=_with_two_moments
+    )
     Options = Adaptive
     rule: ClassVar[Rule] = staticmethod(yogi)

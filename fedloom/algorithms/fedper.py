@@ -11,17 +11,33 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field, field_validator
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, Sizes
 from fedloom.algorithms.turns import copies
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.errors import UserError
+from fedloom.methods import METHODS
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.state import Adapter, check_names
 from fedloom.types import Payload
+
+
+def private_bytes(sizes: Sizes) -> int:
+    """Of the part that stays with a client."""
+    pattern = sizes.options.private
+    if pattern is not None:
+        return sizes.part(lambda name: re.search(pattern, name) is not None)
+    chosen = last_layers(sizes.layout.names, sizes.options.private_layers)
+    return sizes.part(lambda name: name in chosen)
+
+
+def shared_bytes(sizes: Sizes) -> int:
+    return sizes.adapter - private_bytes(sizes)
 
 
 class FedPer(fedavg.FedAvg):
@@ -30,6 +46,15 @@ class FedPer(fedavg.FedAvg):
     """
 
     properties: ClassVar = base.Properties(linear_sum=True, personal=True, neutral={})
+    about: ClassVar = About(
+        "personalised",
+        "shared layers' part",
+        "Arivazhagan et al. 2019, arXiv 1912.00818",
+        up=shared_bytes,
+        down=shared_bytes,
+        server=shared_bytes,
+        client=private_bytes,
+    )
 
     class Options(fedavg.FedAvg.Options):
         private_layers: int | float = Field(
@@ -57,6 +82,14 @@ class FedPer(fedavg.FedAvg):
             return value
 
     options: Options
+
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        if options.private is None and "virtual_tokens" in METHODS[adapter.method].keys:
+            raise UserError(
+                f"adapter.method={adapter.method} has no tensors in the layers, so the last ones cannot stay private: name "
+                "what stays with algorithm.private, or take another adapter.method, such as lora"
+            )
 
     def server_model(self, models: Models) -> AdaptedModel:
         model = super().server_model(models)

@@ -15,6 +15,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.state import block_sum
@@ -23,6 +24,7 @@ from fedloom.types import Payload
 
 class FedProx(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True, neutral={"mu": 0.0})
+    about: ClassVar = About("averaging", "adapter, both ways", "Li et al. 2018, arXiv 1812.06127")
 
     class Options(fedavg.FedAvg.Options):
         mu: float = Field(0.01, ge=0, description="μ: how strongly a client is held near the broadcast; 0 is FedAvg")
@@ -33,12 +35,12 @@ class FedProx(fedavg.FedAvg):
         super().receive(payload)
         self._start = self.model.adapter.flat.clone()  # θ_t
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
-        loss = super().local_loss(model, batch, step_tokens)
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
+        loss = super().local_loss(model, batch, step_units)
         if not self.options.mu:
             return loss
         # model.parameter is the whole flat buffer, so that one term reaches every trainable tensor. A step's batches
         # add up to one penalty.
-        share = len(batch.labels) / step_tokens
+        share = batch.units / step_units
         penalty: torch.Tensor = self.options.mu / 2 * block_sum((model.parameter - self._start).square())
         return loss + share * penalty

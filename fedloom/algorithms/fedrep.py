@@ -8,20 +8,31 @@ does. Each part has an optimiser of its own.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pydantic import Field
 
 from fedloom.algorithms import base
-from fedloom.algorithms.fedper import FedPer
+from fedloom.algorithms.about import About
+from fedloom.algorithms.fedper import FedPer, private_bytes, shared_bytes
 from fedloom.algorithms.freezing import Frozen
 from fedloom.algorithms.turns import Holding, joined, turn
-from fedloom.errors import ClientFailed
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
+from fedloom.errors import ClientFailed, UserError
 from fedloom.training.trainer import FitResult, LocalRun
 
 
 class FedRep(FedPer):
     properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    about: ClassVar = About(
+        "personalised",
+        "shared layers' part",
+        "Collins et al. 2021, arXiv 2102.07078",
+        up=shared_bytes,
+        down=shared_bytes,
+        server=shared_bytes,
+        client=private_bytes,
+    )
 
     class Options(FedPer.Options):
         private_steps: float = Field(
@@ -30,10 +41,19 @@ class FedRep(FedPer):
 
     options: Options
 
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        super().check(options, adapter, train, model)
+        if train.steps == 1:
+            raise UserError("algorithm fedrep trains two parts in turn, but train.steps=1: set at least train.steps=2")
+
     def local_training(self, run: LocalRun) -> FitResult:
         steps = list(run.steps())
         if len(steps) < 2:
-            raise ClientFailed("too_few_steps", "fedrep trains two parts in turn and needs two steps a round")
+            raise ClientFailed(  # only a count of epochs gets here: how many steps those are, only the client knows
+                "too_few_steps",
+                "fedrep trains two parts in turn, and this client's epochs are one step: raise train.epochs",
+            )
         first = min(max(1, round(self.options.private_steps * len(steps))), len(steps) - 1)
         names = frozenset(run.model.adapter.views)
         turns = {}

@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
 from fedloom.models.lowrank import one_thread
 from fedloom.models.state import WeightedMean
@@ -40,6 +41,7 @@ def aligned(
 
 class FedRotLoRA(LoRAAlgorithm):
     properties: ClassVar = base.Properties(linear_sum=True, methods=METHODS)
+    about: ClassVar = About("lora", "A and B, both ways", "Zhang et al. 2026, arXiv 2602.23638")
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         mean = WeightedMean(self.shared.layout)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm, fill, part_of
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.state import Layout, WeightedMean
@@ -22,6 +23,14 @@ from fedloom.types import Payload, Update
 
 class FedSALoRA(LoRAAlgorithm):
     properties: ClassVar = base.Properties(linear_sum=True, personal=True, methods=METHODS, neutral={})
+    about: ClassVar = About(
+        "lora",
+        "A, both ways",
+        "Guo et al. 2024, arXiv 2410.01463",
+        up=lambda s: s.a,
+        down=lambda s: s.a,
+        client=lambda s: s.b,
+    )
 
     def _known(self, model: AdaptedModel) -> AdaptedModel:
         model = super()._known(model)

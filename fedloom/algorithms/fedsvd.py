@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.ffa_lora import FFALoRA
 from fedloom.algorithms.freezing import Frozen
 from fedloom.algorithms.lora import METHODS
@@ -32,6 +33,7 @@ def orthogonalised(b: torch.Tensor, a: torch.Tensor) -> LowRank:
 
 class FedSVD(FFALoRA):
     properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
+    about: ClassVar = About("lora", "B up; both down", "Lee et al. 2025, arXiv 2505.12805", up=lambda s: s.b)
 
     def round_payload(self, client: str) -> Payload:
         return Payload(self.shared.tensors())

@@ -24,15 +24,30 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.directions import BLOCK, Direction
-from fedloom.algorithms.history import Replayed
+from fedloom.algorithms.history import Replayed, listed
 from fedloom.models.state import block_sum
 from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
 
 
+def _scalars(sizes: Sizes) -> int:
+    bases: int = sizes.options.bases
+    return NUMBER * bases
+
+
 class Ferret(Replayed):
     properties: ClassVar = base.Properties()
+    about: ClassVar = About(
+        "low-traffic",
+        "scalars of missed rounds",
+        "Shu et al. 2024, arXiv 2409.06277",
+        up=_scalars,
+        down=lambda s: listed(_scalars(s), min(1, s.round - 1)),
+        server=lambda s: listed(_scalars(s), s.round),
+        client=lambda s: listed(_scalars(s), s.round - 1),
+    )
 
     class Options(base.AlgorithmOptions):
         bases: int = Field(

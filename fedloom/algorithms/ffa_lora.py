@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.freezing import Frozen
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm, fill, part_of
 from fedloom.models.adapters import AdaptedModel
@@ -22,6 +23,9 @@ from fedloom.types import Payload, Update
 
 class FFALoRA(LoRAAlgorithm):
     properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
+    about: ClassVar = About(
+        "lora", "B, both ways", "Sun et al. 2024, arXiv 2403.12313", up=lambda s: s.b, down=lambda s: s.b
+    )
 
     def _known(self, model: AdaptedModel) -> AdaptedModel:
         model = super()._known(model)

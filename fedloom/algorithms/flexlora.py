@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
 from fedloom.models.lowrank import LowRank
 from fedloom.types import Update
@@ -41,6 +42,7 @@ def split(total: LowRank, unused: torch.Tensor) -> LowRank:
 
 class FlexLoRA(LoRAAlgorithm):
     properties: ClassVar = base.Properties(mixed_ranks=True, streams=False, methods=METHODS)
+    about: ClassVar = About("lora", "A and B, at each rank", "Bai et al. 2024, arXiv 2402.11505")
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         held = self.held(updates)

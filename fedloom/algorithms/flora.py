@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.base_delta import DeltaAlgorithm
 from fedloom.algorithms.lora import METHODS, of_rank
 from fedloom.randomness import torch_generator
@@ -28,6 +29,13 @@ from fedloom.types import Payload, Update
 
 class FLoRA(DeltaAlgorithm):
     properties: ClassVar = base.Properties(exact=True, mixed_ranks=True, streams=False, methods=METHODS)
+    about: ClassVar = About(
+        "lora",
+        "A and B; the change of W",
+        "Wang et al. 2024, arXiv 2409.05976",
+        down=lambda s: s.delta(s.rank * s.clients * (s.round - 1)),
+        server=lambda s: s.adapter + s.delta(s.rank * s.clients * s.round),
+    )
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         held = self.held(updates)

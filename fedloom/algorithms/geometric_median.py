@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, robust
+from fedloom.algorithms.about import About
 from fedloom.algorithms.krum import distance
 
 
 class GeometricMedian(robust.HoldsAll):
+    about: ClassVar = About("robust", "adapter, both ways", "Pillutla et al. 2019, arXiv 1912.13445")
+
     class Options(base.AlgorithmOptions):
         tolerance: float = Field(
             1e-4,

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm, Tensors, at_rank, of_rank, padded
 from fedloom.config import AdapterConfig
 from fedloom.models.adapters import AdaptedModel
@@ -39,6 +40,7 @@ class HetLoRA(LoRAAlgorithm):
     """
 
     properties: ClassVar = base.Properties(mixed_ranks=True, methods=METHODS, neutral={})
+    about: ClassVar = About("lora", "A and B, at each rank", "Cho et al. 2024, arXiv 2401.06432")
 
     class Options(base.AlgorithmOptions):
         weight_by: Literal["norm", "norm_and_examples"] = Field(

@@ -12,10 +12,16 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import NUMBER
 from fedloom.algorithms.directions import Direction, Directions, Replay, check_coefficients
 from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.types import Payload, Update
+
+
+def listed(scalars: int, rounds: int) -> int:
+    """Bytes of so many rounds as `History.since` writes them, with `scalars` bytes of coefficients in each."""
+    return NUMBER + rounds * (NUMBER + scalars)
 
 
 class History:

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, robust
+from fedloom.algorithms.about import About
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -43,6 +44,7 @@ def ranking(rows: Sequence[torch.Tensor], neighbours: int) -> list[int]:
 
 class Krum(robust.HoldsAll):
     properties: ClassVar = base.Properties(streams=False, neutral={})
+    about: ClassVar = About("robust", "adapter, both ways", "Blanchard et al. 2017, arXiv 1703.02757")
 
     class Options(base.AlgorithmOptions):
         hostile: float = Field(

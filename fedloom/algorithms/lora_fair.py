@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About
 from fedloom.algorithms.fedex_lora import averaged
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
 from fedloom.models.lowrank import LowRank, one_thread
@@ -37,6 +38,7 @@ def refined(shares: Sequence[float], b: Sequence[torch.Tensor], a: Sequence[torc
 
 class LoRAFAIR(LoRAAlgorithm):
     properties: ClassVar = base.Properties(streams=False, methods=METHODS, neutral={})
+    about: ClassVar = About("lora", "A and B, both ways", "Bian et al. 2024, arXiv 2411.14961")
 
     class Options(fedavg.FedAvg.Options):
         strength: float = Field(

@@ -14,6 +14,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.krum import distance
 from fedloom.models.state import Adapter, WeightedMean
 from fedloom.types import Update
@@ -21,6 +22,7 @@ from fedloom.types import Update
 
 class NormBound(base.Algorithm):
     properties: ClassVar = base.Properties(neutral={"bound": 1e30})
+    about: ClassVar = About("robust", "adapter, both ways", "Sun et al. 2019, arXiv 1911.07963")
 
     class Options(base.AlgorithmOptions):
         bound: float = Field(

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About, whole
 from fedloom.algorithms.turns import copies
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
@@ -32,6 +33,7 @@ from fedloom.types import Payload, Update
 
 class PFedMe(fedavg.FedAvg):
     properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    about: ClassVar = About("personalised", "adapter, both ways", "Dinh et al. 2020, arXiv 2006.08848", client=whole)
 
     class Options(fedavg.FedAvg.Options):
         lam: float = Field(15.0, gt=0, description="λ: how near the personal model stays to the shared one")
@@ -57,9 +59,9 @@ class PFedMe(fedavg.FedAvg):
         result.flops += self._extra.flops
         return result
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor:
-        self._seen.append((batch, step_tokens))
-        return super().local_loss(model, batch, step_tokens)
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
+        self._seen.append((batch, step_units))
+        return super().local_loss(model, batch, step_units)
 
     def before_step(self, model: AdaptedModel) -> None:
         """`model.grad` holds ∇f(w); leaves λ(w − θ_K) = ∇f(θ_{K−1}) in it."""
@@ -68,8 +70,8 @@ class PFedMe(fedavg.FedAvg):
         for _ in range(self.options.inner_steps - 1):
             live.copy_(w - model.grad / self.options.lam)
             model.grad.zero_()
-            for batch, step_tokens in self._seen:
-                super().local_loss(model, batch, step_tokens).backward()  # type: ignore[no-untyped-call]
+            for batch, step_units in self._seen:
+                super().local_loss(model, batch, step_units).backward()  # type: ignore[no-untyped-call]
                 self._extra.tokens += batch.tokens
                 self._extra.flops += self._flops.of(batch)
             penalty = model.penalty()

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.models.state import Adapter
 from fedloom.types import Update
 
@@ -63,11 +64,15 @@ def count_of(share: float, clients: int) -> int:
 
 
 class Median(HoldsAll):
+    about: ClassVar = About("robust", "adapter, both ways", "Yin et al. 2018, arXiv 1803.01498")
+
     def combine(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Mapping[str, float]]:
         return median(rows), {}
 
 
 class TrimmedMean(HoldsAll):
+    about: ClassVar = About("robust", "adapter, both ways", "Yin et al. 2018, arXiv 1803.01498")
+
     class Options(base.AlgorithmOptions):
         trim: float = Field(
             0.2,

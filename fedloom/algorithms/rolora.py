@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedloom.algorithms import base
+from fedloom.algorithms.about import About
 from fedloom.algorithms.freezing import Frozen
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm, fill, part_of
 from fedloom.models.adapters import AdaptedModel
@@ -26,6 +27,9 @@ class RoLoRA(LoRAAlgorithm):
     """Attributes: finished: server half: rounds aggregated."""
 
     properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
+    about: ClassVar = About(
+        "lora", "A or B; both down", "Chen et al. 2025, arXiv 2502.01755", up=lambda s: s.b if s.round % 2 else s.a
+    )
 
     finished = 0
 

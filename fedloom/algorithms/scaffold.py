@@ -29,6 +29,7 @@ from typing import ClassVar
 import torch
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import About
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.state import Adapter, Layout, WeightedMean
 from fedloom.types import Payload, Update
@@ -48,6 +49,15 @@ def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 class Scaffold(fedavg.FedAvg):
     properties: ClassVar = base.Properties(neutral={})
+    about: ClassVar = About(
+        "averaging",
+        "adapter and control",
+        "Karimireddy et al. 2019, arXiv 1910.06378",
+        up=lambda s: 2 * s.adapter,
+        down=lambda s: 2 * s.adapter,
+        server=lambda s: 3 * s.adapter,
+        client=lambda s: 3 * s.adapter,
+    )
 
     # ------------------------------------------------------------------ server
 

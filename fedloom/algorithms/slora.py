@@ -17,23 +17,38 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 
 from fedloom.algorithms import base, fedavg
+from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.flexlora import split
 from fedloom.algorithms.lora import METHODS, LoRAAlgorithm
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.errors import UserError
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.lowrank import leading
+from fedloom.models.lowrank import leading, pairs
 from fedloom.models.state import Adapter, Layout, WeightedMean
 from fedloom.randomness import torch_generator
 from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
 
 SPARSE = "sparse/"
+
+
+def _sparse(sizes: Sizes) -> int:
+    """Bytes of V under the mask."""
+    density = sizes.options.density
+    if density is None:
+        return sizes.delta(sizes.rank)
+    shapes = ((sizes.layout.shapes[p.b][0], sizes.layout.shapes[p.a][1]) for p in pairs(sizes.layout.names))
+    return sum(NUMBER * max(1, round(density * rows * columns)) for rows, columns in shapes)
+
+
+def _stage(sizes: Sizes) -> int:
+    return _sparse(sizes) if sizes.round <= sizes.options.sparse_rounds else sizes.adapter
 
 
 class SLoRA(LoRAAlgorithm):
@@ -43,6 +58,14 @@ class SLoRA(LoRAAlgorithm):
     """
 
     properties: ClassVar = base.Properties(linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0})
+    about: ClassVar = About(
+        "lora",
+        "entries of W; then A and B",
+        "Babakniya et al. 2023, arXiv 2308.06522",
+        up=_stage,
+        down=_stage,
+        server=lambda s: s.adapter + _sparse(s),
+    )
 
     class Options(fedavg.FedAvg.Options):
         sparse_rounds: int = Field(1, ge=0, description="rounds of the sparse stage; 0 is LoRA from the start")
@@ -57,13 +80,19 @@ class SLoRA(LoRAAlgorithm):
 
     finished = 0
 
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        if model.dtype != "float32":
+            raise UserError(
+                f"slora trains weights of the base, which have to be float32, and model.dtype={model.dtype}: "
+                "set model.dtype=float32"
+            )
+
     def _known(self, model: AdaptedModel) -> AdaptedModel:
         model = super()._known(model)
         weights = model.base_weights()
         self.shapes = {p.weight: weights[p.weight].shape for p in self.pairs}
         self.transposed = model.transposed_weights()
-        if any(weights[w].dtype != torch.float32 for w in self.shapes):
-            raise UserError("slora trains weights of the base, which have to be float32: set model.dtype=float32")
         entries, self.mask = {}, {}
         for weight, (rows, columns) in self.shapes.items():
             budget = self.adapter.rank * (rows + columns)

@@ -63,7 +63,7 @@ def descend(
     model.module.train()
     try:
         for number, batches in enumerate(run.steps()):
-            tokens = sum(len(b.labels) for b in batches)
+            tokens = sum(b.units for b in batches)
             loss = _Loss(model, learner, batches, max(1, tokens), flops, result, partial(dropout, number))
             move = torch.zeros_like(model.adapter.flat)
             taken, values = [], []
@@ -96,12 +96,12 @@ class _Loss:
         model: AdaptedModel,
         learner: Learner,
         batches: Sequence[Batch],
-        step_tokens: int,
+        step_units: int,
         flops: Flops,
         result: FitResult,
         dropout: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._model, self._learner, self._batches, self._step_tokens = model, learner, batches, step_tokens
+        self._model, self._learner, self._batches, self._step_units = model, learner, batches, step_units
         self._flops, self._result, self._dropout = flops, result, dropout
 
     @torch.no_grad()
@@ -110,7 +110,7 @@ class _Loss:
         total = 0.0 if penalty is None else float(penalty)
         with self._dropout():
             for batch in self._batches:
-                total += float(self._learner.local_loss(self._model, batch, self._step_tokens))
+                total += float(self._learner.local_loss(self._model, batch, self._step_units))
                 self._result.tokens += batch.tokens
                 self._result.flops += self._flops.forward(batch)
         return total

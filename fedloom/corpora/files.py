@@ -18,10 +18,11 @@ from fedloom.errors import UserError
 
 #: Role → usual names, the first that exists is taken.
 USUAL_COLUMNS: dict[str, str | tuple[str, ...]] = {
-    "instruction": ("instruction", "question", "prompt", "query"),
+    "instruction": ("instruction", "question", "prompt", "query", "conversations"),
     "input": ("input", "context"),
-    "output": ("output", "answer", "response", "completion"),
+    "output": ("output", "answer", "response", "completion", "chosen"),
     "category": "category",
+    "rejected": "rejected",
 }
 
 UNKNOWN_LICENSE = "unknown: set data.license"

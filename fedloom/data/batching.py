@@ -107,9 +107,34 @@ class Batch:
         """Real tokens, padding not counted."""
         return sum(self.lengths)
 
+    @property
+    def units(self) -> int:
+        """What a step's loss is the mean over: supervised tokens."""
+        return len(self.labels)
+
     def to(self, device: torch.device | str) -> Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in self.__dict__.items() if isinstance(v, torch.Tensor)}
         return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Pairs(Batch):
+    """A batch of preference pairs: sequences 2i and 2i + 1 have one prompt, and the first answer is preferred.
+
+    Attributes:
+        reference: [N] float32, each sequence's log-probability under the reference model.
+        beta: β of the loss.
+        smoothing: the share of pairs that are taken to be labelled the wrong way round.
+    """
+
+    reference: torch.Tensor
+    beta: float
+    smoothing: float
+
+    @property
+    def units(self) -> int:
+        """What a step's loss is the mean over: pairs."""
+        return len(self.lengths) // 2
 
 
 def collate(sequences: Sequence[TokenSequence], *, packed: bool, pad: int, examples: Sequence[int] = ()) -> Batch:

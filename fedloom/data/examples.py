@@ -16,11 +16,12 @@ from typing import Any, cast
 from fedloom.config import DataConfig
 from fedloom.data.declaration import Grouping, Say, Source
 from fedloom.data.files import Row
+from fedloom.data.messages import answer_text, prompt_text, with_prompt
 from fedloom.errors import UserError
 from fedloom.randomness import numpy_generator
 from fedloom.types import Example
 
-ROLES = ("instruction", "input", "output", "category")
+ROLES = ("instruction", "input", "output", "category", "rejected")
 
 #: Rows looked at to see which columns there are.
 PEEK = 100
@@ -32,6 +33,7 @@ class Reading:
 
     examples: list[Example] = field(default_factory=list)
     empty: int = 0
+    unpaired: int = 0
     seen: dict[str, None] = field(default_factory=dict)
 
 
@@ -39,21 +41,26 @@ def read_examples(
     rows: Iterable[Row], source: Source, data: DataConfig, by: str, say: Say, where: str, *, may_be_empty: bool = False
 ) -> Reading:
     """Rows → examples, one at a time. Raises UserError for a missing column, no rows, or no answers."""
-    iterator = iter(rows)
+    iterator = map(with_prompt, rows)
     first = list(itertools.islice(iterator, PEEK))
     columns = _columns(source, data, {column for row in first for column in row}, say)
     reading = Reading()
     for row in itertools.chain(first, iterator):
         reading.seen.update(dict.fromkeys(row))
-        output = as_text(row.get(columns["output"]))
+        output = as_text(answer_text(row.get(columns["output"])))
+        rejected = as_text(answer_text(row.get(columns["rejected"])))
         if not output.strip():
             reading.empty += 1
             continue
+        if columns["rejected"] in row and not rejected.strip():
+            reading.unpaired += 1
+            continue
         example = Example(
-            instruction=as_text(row.get(columns["instruction"])),
+            instruction=as_text(prompt_text(row.get(columns["instruction"]))),
             input=as_text(row.get(columns["input"])),
             output=output,
             category=as_text(row.get(columns["category"])).strip(),
+            rejected=rejected,
         )
         if source.complete:
             example = source.complete(example, row)
@@ -142,7 +149,9 @@ def _columns(source: Source, data: DataConfig, present: set[str], say: Say) -> d
 
 def _check_columns(columns: dict[str, str], data: DataConfig, by: str, seen: Mapping[str, None], where: str) -> None:
     there = ", ".join(seen)
-    needed = ["instruction", "output"] + [role for role in ("input", "category") if role in (data.columns or {})]
+    needed = ["instruction", "output"] + [
+        role for role in ("input", "category", "rejected") if role in (data.columns or {})
+    ]
     for role in needed:
         if columns[role] not in seen:
             raise UserError(

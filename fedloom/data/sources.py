@@ -66,9 +66,15 @@ def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, 
     dropped: Counter[str] = Counter()
     if reading.empty:
         dropped["empty_answer"] = reading.empty
+    if reading.unpaired:
+        dropped["empty_rejected_answer"] = reading.unpaired
     if test.empty:
         dropped["empty_answer_in_test"] = test.empty
-    if data.path is None and source.rows and (found := len(reading.examples) + reading.empty) not in source.rows:
+    if (
+        data.path is None
+        and source.rows
+        and (found := len(reading.examples) + reading.empty + reading.unpaired) not in source.rows
+    ):
         expected = " or ".join(f"{n:,}" for n in source.rows)
         say(f"{source.name} has {found:,} rows in {rows.source} where {expected} were expected; going on with these")
     examples = reading.examples

@@ -55,12 +55,26 @@ class TokenisedCorpus:
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
         self._ids, self._starts, self._prompts = arrays["ids"], arrays["starts"], arrays["prompts"]
         self._lost = arrays["lost"]
+        self._rejected = arrays.get("rejected"), arrays.get("rejected_starts")
 
     def __len__(self) -> int:
         return len(self._prompts)
 
     def __getitem__(self, index: int) -> TokenSequence:
         return TokenSequence(self._ids[self._starts[index] : self._starts[index + 1]], int(self._prompts[index]))
+
+    def pair(self, index: int) -> tuple[TokenSequence, TokenSequence]:
+        """The sequence with the preferred answer and the one with the rejected answer; they have one prompt.
+
+        Raises ValueError where the corpus has no rejected answers.
+        """
+        answers, starts = self._rejected
+        if answers is None or starts is None:
+            raise ValueError("this corpus has no rejected answers")
+        preferred = self[index]
+        answer = answers[starts[index] : starts[index + 1]]
+        ids = np.concatenate([preferred.ids[: preferred.prompt], answer])
+        return preferred, TokenSequence(ids, preferred.prompt)
 
     @property
     def truncated(self) -> int:
@@ -106,15 +120,29 @@ def _keep(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 
 def encode(examples: Sequence[Example], template: Template, max_length: int) -> dict[str, np.ndarray]:
-    """ids: [all tokens], starts: [n + 1], prompts: [n], lost: [n] tokens cut from each."""
+    """ids: [all tokens], starts: [n + 1], prompts: [n], lost: [n] tokens cut from each.
+
+    With rejected answers also rejected: [all their tokens], rejected_starts: [n + 1]; what is cut from them is in lost.
+    """
     sequences = [fit(template.prompt_ids(e), template.answer_ids(e.output), max_length) for e in examples]
     lengths = [len(prompt) + len(answer) for prompt, answer, _ in sequences]
     flat = [i for prompt, answer, _ in sequences for i in (*prompt, *answer)]
+    lost = np.asarray([lost for _, _, lost in sequences], dtype=np.int64)
+    rejected: dict[str, np.ndarray] = {}
+    if any(e.rejected for e in examples):
+        answers = [template.answer_ids(e.rejected) for e in examples]
+        kept = [a[: max_length - len(prompt)] for a, (prompt, _, _) in zip(answers, sequences, strict=True)]
+        lost += np.asarray([len(a) - len(k) for a, k in zip(answers, kept, strict=True)], dtype=np.int64)
+        rejected = {
+            "rejected": np.asarray([i for answer in kept for i in answer], dtype=np.int32),
+            "rejected_starts": np.concatenate([[0], np.cumsum([len(k) for k in kept])]).astype(np.int64),
+        }
     return {
         "ids": np.asarray(flat, dtype=np.int32),
         "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         "prompts": np.asarray([len(prompt) for prompt, _, _ in sequences], dtype=np.int32),
-        "lost": np.asarray([lost for _, _, lost in sequences], dtype=np.int64),
+        "lost": lost,
+        **rejected,
     }
 
 

@@ -25,6 +25,7 @@ from fedloom.config import ModelConfig
 from fedloom.errors import UserError
 from fedloom.methods import METHODS, AdapterConfig
 from fedloom.models import virtual
+from fedloom.models.emulator import targets_within
 from fedloom.models.loading import Base, Say, load_base, quiet_transformers
 from fedloom.models.state import Adapter, Layout
 from fedloom.randomness import forked_torch
@@ -53,9 +54,12 @@ class AdaptedModel:
         grad: [numel], the gradient of `adapter.flat`.
         parameter: `adapter.flat` as one parameter with that gradient, for the optimiser.
         initial: [numel], the adapter as it was created from the seed.
-        full: whether the base itself is trained. Tied weights are one tensor then, under the first of their names.
+        full: whether weights of the base itself are what trains, all or some layers'. Tied weights are one tensor then,
+            under the first of their names.
         virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
         prefixed: whether those are keys and values of every layer, not embeddings.
+        base_delta: what `set_base_delta` put in.
+        bare: whether forward passes leave peft's model out (inside `reference`).
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -80,6 +84,8 @@ class AdaptedModel:
         self.parameter = torch.nn.Parameter(self.adapter.flat)
         self.parameter.grad = self.grad
         self.initial = self.adapter.flat.detach().clone()
+        self.base_delta: Mapping[str, torch.Tensor] = {}
+        self.bare = False
         self._base_weights: dict[str, torch.Tensor] = {}
         self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -130,6 +136,12 @@ class AdaptedModel:
         """The base's own parameters, live, by their names in its state dict (the adapter's stand among them)."""
         return {_base_name(n): p for n, p in self.base.model.named_parameters()}
 
+    def frozen_tensors(self) -> dict[str, torch.Tensor]:
+        """The base's own tensors that do not train, live, by their names in its state dict; tied ones once."""
+        saved = {_base_name(n) for n in self.base.model.state_dict()}
+        tensors = {n: p for n, p in self.base_weights().items() if not p.requires_grad}
+        return {**tensors, **{n: b for n, b in self.base.model.named_buffers() if n in saved}}
+
     def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None, *, into_weights: bool = False) -> None:
         """Put the base weights to their loaded values plus `delta`; None puts them back.
 
@@ -164,6 +176,7 @@ class AdaptedModel:
             change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
             original = self._base_weights.setdefault(name, weights[name].detach().clone())
             weights[name].data.copy_(original.float() + (change.T if name in transposed else change))
+        self.base_delta = dict(delta)
 
     def transposed_weights(self) -> set[str]:
         """Those that are stored [in, out] (GPT-2's)."""
@@ -175,6 +188,26 @@ class AdaptedModel:
         layers: Iterator[tuple[str, torch.nn.Module]] = self.base.model.named_modules()
         found = [layer for name, layer in layers if _base_name(f"{name}.weight") == weight]
         return found[-1]
+
+    @contextlib.contextmanager
+    def reference(self) -> Iterator[None]:
+        """The base as it was loaded, without a second copy of it: no adapter, no base delta. Afterwards all is as it was.
+
+        A fresh adapter changes nothing, and the weights of the base that train (under `full` or `bias`) start as the
+        base's own, so the adapter as it was created stands for none; virtual tokens are left out.
+        """
+        live, delta = self.adapter.flat.clone(), self.base_delta
+        virtual = self.virtual_tokens, self.prefixed
+        try:
+            self.set_base_delta(None)
+            self.adapter.copy_(self.initial)
+            if self.virtual_tokens:
+                self.virtual_tokens, self.prefixed, self.bare = 0, False, True
+            yield
+        finally:
+            (self.virtual_tokens, self.prefixed), self.bare = virtual, False
+            self.adapter.copy_(live)
+            self.set_base_delta(delta)
 
     def save(self, folder: Path, base_name: str) -> None:
         """Write the live adapter for use elsewhere.
@@ -196,7 +229,8 @@ class AdaptedModel:
     def load(self, folder: Path) -> None:
         """Put what `save` wrote back into the live adapter, every tensor of it."""
         if self.full:
-            self.adapter.load(dict(load_base(ModelConfig(name=str(folder))).model.named_parameters()))
+            saved = dict(load_base(ModelConfig(name=str(folder))).model.named_parameters())
+            self.adapter.load({n: saved[n] for n in self.adapter.layout.names if n in saved})
         else:
             self.adapter.load(_saved(folder))
 
@@ -265,15 +299,23 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
-def attach(base: Base, config: AdapterConfig, seed: int) -> AdaptedModel:
-    """`base` with a fresh adapter, initialised from the seed. Raises UserError where peft refuses the configuration."""
+def attach(base: Base, config: AdapterConfig, seed: int, within: Sequence[str] | None = None) -> AdaptedModel:
+    """`base` with a fresh adapter, initialised from the seed. Raises UserError where peft refuses the configuration.
+
+    Args:
+        within: prefixes of tensor names (``model.layers.0.``): nothing outside of them trains. Full fine-tuning or LoRA.
+    """
     if config.trains_base and base.model.dtype != torch.float32:
         raise UserError(
             f"adapter.{config.trains_base} trains weights of the base, which are {base.model.dtype} here: "
             "set model.dtype=float32"
         )
     if config.method == "full":
-        return AdaptedModel(base.model.requires_grad_(True).eval(), base)
+        for name, parameter in base.model.named_parameters():
+            parameter.requires_grad_(within is None or name.startswith(tuple(within)))
+        return AdaptedModel(base.model.eval(), base)
+    if within is not None:
+        config = config.model_copy(update={"target_modules": targets_within(base.model, config.target_modules, within)})
     try:
         with forked_torch(seed, "init"), quiet_peft():
             width = base.model.get_input_embeddings().weight.shape[1]
@@ -312,11 +354,11 @@ class Models:
             self._base = load_base(self.model, self.device, self.say)
         return self._base
 
-    def adapted(self, config: AdapterConfig | None = None) -> AdaptedModel:
+    def adapted(self, config: AdapterConfig | None = None, within: Sequence[str] | None = None) -> AdaptedModel:
         """The base with an adapter in it, the recipe's own unless an algorithm needs another (twice the rank, say).
 
-        The same object at every call: an algorithm's two halves ask for the same adapter.
+        The same object at every call: an algorithm's two halves ask for the same adapter. `within` as in `attach`.
         """
         if self._adapted is None:
-            self._adapted = attach(self.base(), config or self.adapter, self.seed)
+            self._adapted = attach(self.base(), config or self.adapter, self.seed, within)
         return self._adapted

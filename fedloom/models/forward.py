@@ -26,13 +26,17 @@ PROBE_TOLERANCE = 1e-3
 def token_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     """Cross-entropy at each supervised token: [S], float32, in the order of `batch.labels`."""
     batch = batch.to(model.device)
-    if batch.packed:
-        model.causal_lm.config._attn_implementation = attention.NAME  # stays: a recomputed forward needs it too
-        inputs = packed_inputs(model, batch)
-        logits = (model.causal_lm if model.virtual_tokens else model.module)(**inputs).logits[0]
-    else:
-        logits = _padded_logits(model, batch)
-    return cross_entropy(logits.float(), batch.labels, reduction="none")
+    return cross_entropy(label_logits(model, batch).float(), batch.labels, reduction="none")
+
+
+def label_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
+    """Logits for each supervised token: [S, vocabulary], in the order of `batch.labels`. The batch is on the device."""
+    if not batch.packed:
+        return _padded_logits(model, batch)
+    model.causal_lm.config._attn_implementation = attention.NAME  # stays: a recomputed forward needs it too
+    inputs = packed_inputs(model, batch)
+    logits: torch.Tensor = (model.causal_lm if model.virtual_tokens or model.bare else model.module)(**inputs).logits[0]
+    return logits
 
 
 def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
@@ -42,7 +46,7 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     inserted = 0 if model.prefixed else model.virtual_tokens  # a prompt's positions have logits too
     keep = torch.arange(first, batch.ids.shape[1], device=batch.ids.device) + inserted
     with attention.using(model.causal_lm, plain_attention(model)):
-        logits = model.module(
+        logits = (model.causal_lm if model.bare else model.module)(
             input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=keep, use_cache=False
         ).logits
     chosen: torch.Tensor = logits[rows, columns - first]

@@ -134,13 +134,13 @@ class WeightedMean:
         self._sum = torch.zeros(layout.numel, dtype=torch.float64)
         self._views = layout.views(self._sum)
 
-    def add(self, tensors: Mapping[str, torch.Tensor], weight: int) -> None:
-        """Fold one update in. Raises ValueError for foreign names or shapes, or a weight below 1."""
+    def add(self, tensors: Mapping[str, torch.Tensor], weight: int, scale: float = 1.0) -> None:
+        """Fold `scale` × one update in. Raises ValueError for foreign names or shapes, or a weight below 1."""
         if weight < 1:
             raise ValueError(f"weight is {weight}; an update counts at least one example")
         check_names(self.layout, tensors)
         for name, view in self._views.items():
-            view.add_(tensors[name].detach().to("cpu", torch.float64), alpha=weight)
+            view.add_(tensors[name].detach().to("cpu", torch.float64), alpha=weight * scale)
         self.total += weight
 
     def result(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:

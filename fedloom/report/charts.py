@@ -54,13 +54,17 @@ def evaluation_chart(
 
 
 def training_chart(events: Iterable[Event], worst: str | None, order: Sequence[str] = ()) -> LineChart | None:
-    """The mean training loss of each round, for all and for each client; None before the first."""
+    """The mean training loss of each round, for all and for each client; None before the first.
+
+    A client that came back twice in a round, as an asynchronous one may, is drawn at the mean of the two.
+    """
     events = list(events)
     together = _points((e["round"], e["loss"]) for e in events if e["event"] == "round_finished")
-    clients: dict[str, list[tuple[int, float]]] = {}
+    losses: dict[str, dict[int, list[float]]] = {}
     for e in events:
         if e["event"] == "client_update" and e["loss"] is not None:
-            clients.setdefault(e["client"], []).append((e["round"], float(e["loss"])))
+            losses.setdefault(e["client"], {}).setdefault(e["round"], []).append(float(e["loss"]))
+    clients = {c: [(r, sum(own) / len(own)) for r, own in sorted(rounds.items())] for c, rounds in losses.items()}
     return _lines("Training loss over rounds", "loss", together, clients, worst, order)
 
 
@@ -76,6 +80,18 @@ def seconds_chart(events: Iterable[Event]) -> BarChart | None:
     """Wall seconds of each finished round."""
     seconds = {e["round"]: float(e["seconds"]) for e in events if e["event"] == "round_finished"}
     return BarChart("Time for each round", "duration", (("seconds", seconds, "plain"),)) if seconds else None
+
+
+def privacy_chart(events: Iterable[Event]) -> LineChart | None:
+    """ε spent after each round; None where nothing is counted. With noise at the clients also what the models tell."""
+    rounds = [(e["round"], e["metrics"]) for e in events if e["event"] == "round_finished"]
+    known = (("epsilon", "ε", "all"), ("epsilon_models", "ε of the models alone", "c0"))
+    lines = [
+        Line(name, points, style)
+        for key, name, style in known
+        if (points := _points((x, metrics.get(key)) for x, metrics in rounds))
+    ]
+    return LineChart("Privacy spent over rounds", "digits", tuple(lines), zero=True) if lines else None
 
 
 def overlay_chart(runs: Mapping[str, Sequence[Event]], key: str) -> LineChart | None:

@@ -66,6 +66,14 @@ class RunFolder:
         return self.summary or self._so_far()
 
     @property
+    def privacy(self) -> dict[str, Any]:
+        """What is promised; of an unfinished run what its recipe and last round say. Empty where nothing is."""
+        settings = self.recipe.get("privacy") or {}
+        rounds = self.of("round_finished")
+        spent = rounds[-1]["metrics"] if rounds and settings else {}
+        return {**settings, **spent, **(self.headline.get("privacy") or {})}
+
+    @property
     def name(self) -> str:
         return str(self.headline.get("name") or self.path.resolve().name)
 

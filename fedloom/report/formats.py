@@ -49,6 +49,11 @@ def short(value: float) -> str:
     return _scaled(value, ("", "k", "M", "G", "T", "P", "E")).strip()
 
 
+def digits(value: float) -> str:
+    """Three significant digits: 6.57, 0.0123."""
+    return f"{value:.3g}"
+
+
 def duration(value: float) -> str:
     """Seconds as at most two units."""
     if value < 60:
@@ -79,7 +84,7 @@ def _scaled(value: float, units: tuple[str, ...]) -> str:
 
 
 FORMATS: dict[str, Callable[[float], str]] = {
-    f.__name__: f for f in (loss, percent, points, change, count, size, short, duration)
+    f.__name__: f for f in (loss, percent, points, change, count, size, short, digits, duration)
 }
 
 

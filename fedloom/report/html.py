@@ -66,6 +66,8 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "loss": _figure(charts.evaluation_chart(events, "loss", worst, order), 380),
         "training": _figure(charts.training_chart(events, worst, order), 300),
         "score": _figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
+        "privacy": run.privacy,
+        "spent": _figure(charts.privacy_chart(events), 260),
         "bytes": _figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
         "seconds": _figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
         "split": split and {"caption": split.caption(), **_matrix(split)},
@@ -73,6 +75,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "pooled": any(e["pooled"] for e in run.of("evaluation")),
         "failures": run.of("client_failed"),
         "updates": len(run.of("client_update")),
+        "ages": _ages(run),
         "clients": clients[:MOST_ROWS],
         "clients_left_out": max(0, len(clients) - MOST_ROWS),
         "answers": run.answers.get("answers", []),
@@ -95,6 +98,7 @@ def many_view(runs: Mapping[str, RunFolder]) -> dict[str, Any]:
         "runs": [(name, run, run.headline, f"c{i % charts.COLOURED}") for i, (name, run) in enumerate(runs.items())],
         "loss": _figure(charts.overlay_chart(events, "loss"), 380),
         "score": _figure(charts.overlay_chart(events, "score"), 340),
+        "offsite": [(name, run.summary["offsite"]) for name, run in runs.items() if run.summary.get("offsite")],
         "differing": differing,
         "missing": [f"{name}: {file} {why}" for name, run in runs.items() for file, why in run.missing.items()],
     }
@@ -158,6 +162,16 @@ def _clients(run: RunFolder) -> list[dict[str, Any]]:
     if len(rows) > charts.DRAWN:
         rows.sort(key=lambda row: -((row.get("loss") or {}).get("after") or 0.0))
     return rows
+
+
+def _ages(run: RunFolder) -> dict[str, Any] | None:
+    """Of an asynchronous run, how old its updates were and how long it took in virtual time."""
+    rounds = [e for e in run.of("round_finished") if "staleness" in e["metrics"]]
+    if not rounds:
+        return None
+    ages = [e["staleness"] for e in run.of("client_update")]
+    virtual = rounds[-1]["metrics"].get("virtual_seconds")
+    return {"mean": f"{sum(ages) / len(ages):.1f}", "oldest": max(ages), "virtual": virtual}
 
 
 def _strip(run: RunFolder) -> list[tuple[str, int, str]]:

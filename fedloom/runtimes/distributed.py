@@ -102,6 +102,7 @@ class Distributed:
             one of them is there again and out of this job's reach, so that the run goes on in another job.
     """
 
+    virtual = False
     pooled_tests = False
 
     def __init__(

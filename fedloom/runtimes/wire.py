@@ -1,10 +1,10 @@
-"""Messages as bytes: a JSON header, then tensors as safetensors. Nothing on the wire can carry code.
+"""Messages as bytes: a JSON header, flat tensors as safetensors, a digest. Nothing on the wire can carry code.
 
-    magic "FLM1" | header length, uint32 little-endian | header, UTF-8 JSON | body, safetensors
+    "FLM2" | header length, uint32 LE | header, UTF-8 JSON | body, safetensors | sha256 of all before it, 32 bytes
 
-The header names the kind of message, its fields, and the sha256 and length of the body. What is read is bounded before
-anything is allocated: a message says how long it is, and is refused when it is longer than the caller allows. This
-file does not know who sends or what the tensors mean.
+docs/wire-format.md is precise enough to write a second implementation. A message goes out in chunks of bounded size,
+straight from the tensors' memory: the digest is computed on the way and comes last. What is read is bounded before
+anything is allocated. This file does not know who sends, what the tensors mean, nor how operators are undone.
 """
 
 from __future__ import annotations
@@ -13,25 +13,48 @@ import dataclasses
 import hashlib
 import json
 import struct
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from math import prod
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
+from fedloom import limits
+from fedloom.operators.flat import DTYPES, NAMES, BadPayload, Table, check, raw_bytes
+from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update, check_metadata
 
-MAGIC = b"FLM1"
-MAX_HEADER_BYTES = 1 << 20
+MAGIC = b"FLM2"
+VERSION = 2
+DIGEST_BYTES = 32
 
 
 class WireError(ValueError):
     """A message that cannot be read: truncated, altered, too large or of another version."""
 
 
-def encode_assignment(assignment: Assignment) -> bytes:
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """A message on its way out: how many bytes it has, and the bytes in chunks of at most `limits.CHUNK_BYTES`.
+
+    The chunks are windows into the payload's own memory, which must not change before they are read; once.
+    """
+
+    total: int
+    chunks: Iterator[memoryview]
+
+    def joined(self) -> bytes:
+        """The message in one piece: the only copy of the tensors that is made."""
+        return b"".join(self.chunks)
+
+
+def stream_assignment(assignment: Assignment) -> Stream:
     fields = {f.name: getattr(assignment, f.name) for f in dataclasses.fields(assignment) if f.name != "payload"}
-    return _pack({"message": "assignment", "fields": fields}, assignment.payload)
+    return _stream({"message": "assignment", "fields": fields}, assignment.payload)
+
+
+def encode_assignment(assignment: Assignment) -> bytes:
+    return stream_assignment(assignment).joined()
 
 
 def decode_assignment(message: bytes, max_bytes: int | None = None) -> Assignment:
@@ -39,7 +62,7 @@ def decode_assignment(message: bytes, max_bytes: int | None = None) -> Assignmen
     return _made(Assignment, header.get("fields"), payload=payload)
 
 
-def encode_outcome(outcome: Outcome) -> bytes:
+def stream_outcome(outcome: Outcome) -> Stream:
     fields = {
         f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome) if f.name not in {"payload", "cost"}
     }
@@ -50,7 +73,11 @@ def encode_outcome(outcome: Outcome) -> bytes:
         "fields": fields,
         "cost": dataclasses.asdict(outcome.cost),
     }
-    return _pack(header, outcome.payload if isinstance(outcome, Update) else Payload())
+    return _stream(header, outcome.payload if isinstance(outcome, Update) else Payload())
+
+
+def encode_outcome(outcome: Outcome) -> bytes:
+    return stream_outcome(outcome).joined()
 
 
 def decode_outcome(message: bytes, max_bytes: int | None = None) -> Outcome:
@@ -61,38 +88,154 @@ def decode_outcome(message: bytes, max_bytes: int | None = None) -> Outcome:
     return _made(Failure, header.get("fields"), cost=cost)
 
 
-def _pack(header: dict[str, Any], payload: Payload) -> bytes:
-    body = save({name: tensor.detach().cpu().contiguous() for name, tensor in payload.tensors.items()})
-    header = {**header, "meta": payload.meta, "body": {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}}
-    text = json.dumps(header, allow_nan=False, separators=(",", ":")).encode()
-    if len(text) > MAX_HEADER_BYTES:
-        raise WireError(f"the header has {len(text)} bytes; at most {MAX_HEADER_BYTES} are sent")
-    return MAGIC + struct.pack("<I", len(text)) + text + body
+# ------------------------------------------------------------------ out
+
+
+def _stream(header: dict[str, Any], payload: Payload) -> Stream:
+    coding = payload.coding
+    if coding is None:
+        table = Table.of(payload.tensors)
+        pieces = [payload.tensors[name] for _, name, _, _ in table.places()]
+        spec = {n: (NAMES[part.dtype], part.count) for n, part in table.spec().items()}
+        coding = {"operators": [], "table": table.to_json(), "notes": []}
+    else:
+        pieces = [payload.tensors[name] for name in sorted(payload.tensors)]
+        spec = {n: (NAMES[payload.tensors[n].dtype], payload.tensors[n].numel()) for n in sorted(payload.tensors)}
+    head = _body_head(spec)
+    size = len(head) + sum(count * DTYPES[dtype].itemsize for dtype, count in spec.values())
+    text = json.dumps(
+        {"version": VERSION, **header, "meta": payload.meta, **coding, "body": {"bytes": size}, "digest": "sha256"},
+        allow_nan=False,
+        separators=(",", ":"),
+    ).encode()
+    if len(text) > limits.HEADER_BYTES:
+        raise WireError(f"the header has {len(text)} bytes; at most {limits.HEADER_BYTES} are sent")
+    start = MAGIC + struct.pack("<I", len(text)) + text + head
+    return Stream(len(start) - len(head) + size + DIGEST_BYTES, _chunks(start, pieces))
+
+
+def _body_head(spec: Mapping[str, tuple[str, int]]) -> bytes:
+    """safetensors' own head: a length, then names, dtypes, shapes and offsets without gaps."""
+    entries: dict[str, Any] = {}
+    at = 0
+    for name, (dtype, count) in spec.items():
+        end = at + count * DTYPES[dtype].itemsize
+        entries[name] = {"dtype": dtype, "shape": [count], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _chunks(start: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
+    digest = hashlib.sha256()
+    for data in chain([memoryview(start)], map(raw_bytes, tensors)):
+        for at in range(0, len(data), limits.CHUNK_BYTES):
+            chunk = data[at : at + limits.CHUNK_BYTES]
+            digest.update(chunk)
+            yield chunk
+    yield memoryview(digest.digest())
+
+
+# ------------------------------------------------------------------ in
 
 
 def _unpack(message: bytes, kinds: tuple[str, ...], max_bytes: int | None) -> tuple[dict[str, Any], Payload]:
     if max_bytes is not None and len(message) > max_bytes:
         raise WireError(f"the message has {len(message)} bytes; at most {max_bytes} are taken")
-    if message[:4] != MAGIC or len(message) < 8:
+    if len(message) < 8 or message[:4] != MAGIC:
         raise WireError("this is no fedloom message, or one of another version")
     (length,) = struct.unpack("<I", message[4:8])
-    if length > MAX_HEADER_BYTES or 8 + length > len(message):
-        raise WireError(f"the header claims {length} bytes, more than there are")
+    if length > limits.HEADER_BYTES or 8 + length + DIGEST_BYTES > len(message):
+        raise WireError(f"the header claims {length} bytes, more than there are or may be")
+    whole = memoryview(message)
+    if hashlib.sha256(whole[:-DIGEST_BYTES]).digest() != whole[-DIGEST_BYTES:]:
+        raise WireError("the message is not what its digest says: truncated or altered on its way")
     try:
         header = json.loads(message[8 : 8 + length], parse_constant=_refused)
-        body = memoryview(message)[8 + length :]
-        if len(body) != header["body"]["bytes"] or hashlib.sha256(body).hexdigest() != header["body"]["sha256"]:
-            raise WireError("the body is not what its header says: truncated or altered on its way")
+        body = whole[8 + length : -DIGEST_BYTES]
+        if header["version"] != VERSION:
+            raise WireError(f"the message has version {header['version']!r}; this is version {VERSION}")
         if header["message"] not in kinds:
             raise WireError(f"expected a message of kind {' or '.join(kinds)}, got {header['message']!r}")
+        if len(body) != header["body"]["bytes"]:
+            raise WireError(f"the body has {len(body)} bytes and not what its header says")
         if not isinstance(header["meta"], dict):
             raise WireError("the metadata is no mapping")
-        tensors: dict[str, torch.Tensor] = load(bytes(body))
-        return header, Payload(tensors, header["meta"])
+        _check_metadata(header["meta"])
+        return header, _payload(header, _parts(body))
     except WireError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except BadPayload as error:
+        raise WireError(str(error)) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WireError(f"the message cannot be read: {type(error).__name__}") from error
+
+
+def _check_metadata(meta: dict[str, Any]) -> None:
+    try:
+        check_metadata(meta)
+    except ValueError as error:
+        raise WireError(str(error)) from error
+
+
+def _parts(body: memoryview) -> dict[str, tuple[torch.dtype, int, memoryview]]:
+    """Name → (dtype, elements, bytes) of the flat parts, as windows into the message. Raises WireError."""
+    if len(body) < 8:
+        raise WireError("the body is shorter than its own head")
+    (length,) = struct.unpack("<Q", body[:8])
+    if length > len(body) - 8:
+        raise WireError("the body's head claims more bytes than there are")
+    entries = json.loads(bytes(body[8 : 8 + length]), parse_constant=_refused)
+    data = body[8 + length :]
+    if not isinstance(entries, dict):
+        raise WireError("the body's head is no mapping")
+    found: dict[str, tuple[torch.dtype, int, memoryview]] = {}
+    at = 0
+    for name, entry in entries.items():
+        dtype, (count,), (start, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if (
+            type(count) is not int
+            or count < 0
+            or start != at
+            or end != start + count * dtype.itemsize
+            or end > len(data)
+        ):
+            raise WireError("the parts of the body do not lie one after another")
+        found[name] = dtype, count, data[start:end]
+        at = end
+    if at != len(data):
+        raise WireError("the body has bytes that belong to no part")
+    return found
+
+
+def _payload(header: dict[str, Any], parts: dict[str, tuple[torch.dtype, int, memoryview]]) -> Payload:
+    """Plain tensors where no operator was at work, else the parts as they are, for operators/chain.py to undo."""
+    operators, table, notes = header["operators"], Table.from_json(header["table"]), header["notes"]
+    if not isinstance(operators, list) or not isinstance(notes, list) or len(operators) != len(notes):
+        raise WireError("the operators and their notes are not two lists of one length")
+    if len(operators) > limits.OPERATORS:
+        raise WireError(f"the message names more than {limits.OPERATORS} operators")
+    if operators:
+        flat = {n: _copied(data, dtype, (count,)) for n, (dtype, count, data) in parts.items()}
+        coding = {"operators": operators, "table": header["table"], "notes": notes}
+        return Payload(flat, header["meta"], coding)
+    check({n: torch.empty(count, dtype=dtype, device="meta") for n, (dtype, count, _) in parts.items()}, table.spec())
+    tensors: dict[str, torch.Tensor] = {}
+    for part, name, start, shape in table.places():
+        dtype, _, data = parts[part]
+        size = prod(shape) * dtype.itemsize
+        tensors[name] = _copied(data[start * dtype.itemsize :][:size], dtype, shape)
+    return Payload(dict(sorted(tensors.items())), header["meta"])
+
+
+def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor with aligned memory of its own: where it lay in the message would show in sums."""
+    made = torch.empty(shape, dtype=dtype)
+    if made.numel():
+        window: Any = made.reshape(-1).view(torch.uint8).numpy()
+        memoryview(window)[:] = data
+    return made
 
 
 def _refused(word: str) -> Any:

@@ -24,7 +24,7 @@ from fedloom.training.flops import Flops
 class Learner(Protocol):
     """What the trainer needs of an algorithm's client half."""
 
-    def local_loss(self, model: AdaptedModel, batch: Batch, step_tokens: int) -> torch.Tensor: ...
+    def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor: ...
 
     def before_step(self, model: AdaptedModel) -> None: ...
 
@@ -179,7 +179,7 @@ def fit(
                 gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             optimizer.step()
             learner.after_step(model)
-            tokens = sum(len(b.labels) for b in batches)
+            tokens = sum(b.units for b in batches)
             weighted, weight = weighted + loss * tokens, weight + tokens
             result.steps += 1
     finally:
@@ -195,10 +195,10 @@ def _accumulate(
 ) -> float:
     """Forward and backward over one step's batches; the gradient stands in `model.grad`. Returns the step's loss."""
     model.grad.zero_()
-    step_tokens = max(1, sum(len(b.labels) for b in batches))
+    step_units = max(1, sum(b.units for b in batches))
     total = 0.0
     for batch in batches:
-        loss = learner.local_loss(model, batch, step_tokens)
+        loss = learner.local_loss(model, batch, step_units)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
         result.tokens += batch.tokens

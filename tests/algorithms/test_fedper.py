@@ -116,10 +116,10 @@ def test_the_two_optimisers_of_fedrep_are_kept_apart(tiny_recipe, tmp_path):
         assert not views[other][n].any()
 
 
-def test_fedrep_needs_two_steps(tiny_recipe, tmp_path):
-    f = federation(tiny_recipe, tmp_path, "fedrep", {"train.steps": 1})
+def test_fedrep_needs_two_steps_of_a_clients_epochs(tiny_recipe, tmp_path):
+    f = federation(tiny_recipe, tmp_path, "fedrep", {"train.steps": None, "train.epochs": 1, "train.batch_size": 64})
     outcome = f.send(f.assignment("train", "copy", 1))
-    assert isinstance(outcome, Failure) and "two steps" in outcome.detail
+    assert isinstance(outcome, Failure) and "this client's epochs are one step" in outcome.detail
 
 
 def test_which_layers_are_the_last():

@@ -37,6 +37,15 @@ MISTAKES = {
     "too many clients a round": (["federation.clients_per_round=4"], ["clients_per_round=4", "3"]),
     "no whole number of clients": (["federation.clients_per_round=1.5"], ["1.5"]),
     "quorum out of reach": (["federation.min_clients=4"], ["min_clients=4", "3"]),
+    "buffer out of reach": (
+        ["algorithm={name: fedbuff, buffer: 4}"],
+        ["algorithm.buffer=4", "only 3", "clients_per_round"],
+    ),
+    "no whole buffer": (["algorithm={name: fedbuff, buffer: 1.5}"], ["algorithm.buffer=1.5", "neither a whole number"]),
+    "quorum over the buffer": (
+        ["algorithm={name: fedbuff, buffer: 2}", "federation.min_clients=3"],
+        ["min_clients=3", "2 updates"],
+    ),
     "steps and epochs": (["train={steps: 2, epochs: 1}"], ["train.steps=2", "train.epochs=1"]),
     "unknown algorithm": (["algorithm=fedagv"], ["fedagv", "did you mean fedavg?"]),
     "unknown option": (["algorithm.weigth_by=tokens"], ["algorithm.weigth_by", "did you mean algorithm.weight_by?"]),

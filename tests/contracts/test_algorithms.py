@@ -103,23 +103,49 @@ def same(a: Payload, b: Payload) -> bool:
     )
 
 
+# ------------------------------------------------------------------ what tests share
+
+
+@dataclass
+class Whole:
+    """An undisturbed run of one algorithm: two rounds, with dropout, and optimisers that go on."""
+
+    recipe: Recipe
+    folder: Path
+    result: dict[str, Any]
+    spy: Wire
+
+
+WHOLE: dict[str, Whole] = {}
+
+
+@pytest.fixture
+def whole(name, tiny_recipe, tmp_path_factory) -> Whole:
+    """Made once; its tests read it and change nothing."""
+    if name not in WHOLE:
+        recipe = tiny_recipe({"algorithm": name, "adapter.dropout": 0.1, "train.optimizer_state": "keep"})
+        folder, spy = tmp_path_factory.mktemp("whole") / "run", Wire()
+        with pytest.MonkeyPatch.context() as patch:
+            spy.install(patch)
+            WHOLE[name] = Whole(recipe, folder, run(recipe, folder), spy)
+    return WHOLE[name]
+
+
 # ------------------------------------------------------------------ determinism
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_one_seed_gives_the_same_bits_and_another_seed_others(name, tiny_recipe, tmp_path):
-    values = {"algorithm": name, "adapter.dropout": 0.1, "train.optimizer_state": "keep"}
-    first = run(tiny_recipe(values), tmp_path / "a")
+def test_one_seed_gives_the_same_bits_and_another_seed_others(name, whole, tmp_path):
+    first = whole.result
     torch.manual_seed(123)  # whatever state others leave the global generator in
-    assert run(tiny_recipe(values), tmp_path / "b") == first
-    assert run(tiny_recipe(values, seed=43), tmp_path / "c")["sha256"] != first["sha256"]
+    assert run(whole.recipe, tmp_path / "b") == first
+    assert run(whole.recipe.with_values({"seed": 43}), tmp_path / "c")["sha256"] != first["sha256"]
     assert first["loss"]["after"] != first["loss"]["before"]
 
 
 @pytest.mark.parametrize("name", those(lambda p: p.order_independent))
-def test_the_order_of_the_clients_changes_nothing(name, tiny_recipe, tmp_path, monkeypatch):
-    recipe = tiny_recipe({"algorithm": name})
-    expected = run(recipe, tmp_path / "a")
+def test_the_order_of_the_clients_changes_nothing(name, whole, tmp_path, monkeypatch):
+    recipe, expected = whole.recipe, whole.result
     split = fedloom.experiment.partition
 
     def reversed_clients(*args: Any) -> Partition:
@@ -170,11 +196,9 @@ def test_more_rounds_later_are_more_rounds_at_once(name, tiny_recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_servers_state_moves_into_a_new_instance_bit_for_bit(name, tiny_recipe, tmp_path):
-    recipe = tiny_recipe({"algorithm": name})
-    fedloom.run(recipe, out=tmp_path / "run")
-    stored = server_state(tmp_path / "run")
-    algorithm = prepare(recipe, Watch()).algorithm
+def test_the_servers_state_moves_into_a_new_instance_bit_for_bit(name, whole):
+    stored = server_state(whole.folder)
+    algorithm = prepare(whole.recipe, Watch()).algorithm
     fresh = from_bytes(to_bytes(algorithm.server_state()))
     algorithm.load_server_state(from_bytes(to_bytes(stored)))
     assert same(algorithm.server_state(), stored)
@@ -182,33 +206,36 @@ def test_the_servers_state_moves_into_a_new_instance_bit_for_bit(name, tiny_reci
     assert same(again, stored)
     if not properties(name).personal:
         assert not same(fresh, stored)
-        folder = tmp_path / "run" / "adapter"
-        summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-        assert algorithm.deployed().sha256() == summary["adapter_sha256"]
+        assert algorithm.deployed().sha256() == whole.result["sha256"]
         delta = algorithm.deployed().base_delta or {}
-        kept = folder / "base_delta.safetensors"
+        kept = whole.folder / "adapter" / "base_delta.safetensors"
         assert (load_tensors(kept) if kept.exists() else {}).keys() == delta.keys()
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_clients_own_state_comes_back_bit_for_bit(name, tiny_recipe, tmp_path):
-    setting = prepare(tiny_recipe({"algorithm": name}), Watch())
-    kept, _ = one_round(setting, tmp_path)
-    store = ClientStore(tmp_path / "again")
-    setting.algorithm.begin("another", 2, None)
-    nothing = from_bytes(to_bytes(setting.algorithm.personal_state()))
+    _, kept, _, fresh = play(name, tiny_recipe)
+    algorithm, store = fresh(), ClientStore(tmp_path / "again")
+    algorithm.begin("another", 2, None)
+    nothing = from_bytes(to_bytes(algorithm.personal_state()))
     assert not any(t.numel() > 1 or t.any() for t in nothing.tensors.values())
     for client, state in kept.items():
         store.save(client, 1, {"personal": state})
         loaded = store.load(client, 1).get("personal", Payload())
         assert same(loaded, state)
-        setting.algorithm.begin(client, 2, loaded)
-        assert same(setting.algorithm.personal_state(), state)
-        assert setting.algorithm.client == client
-        setting.algorithm.begin("another", 2, None)
-        assert same(setting.algorithm.personal_state(), nothing)
+        algorithm.begin(client, 2, loaded)
+        assert same(algorithm.personal_state(), state)
+        assert algorithm.client == client
+        algorithm.begin("another", 2, None)
+        assert same(algorithm.personal_state(), nothing)
     if properties(name).personal:
         assert any(s.tensors for s in kept.values())
+
+
+@pytest.mark.parametrize("name", those(lambda p: p.asynchronous))
+def test_an_asynchronous_algorithm_has_one_global_model_and_depends_on_the_order(name):
+    """A client's state may be newer than what has arrived of it, so there is no personal model as of a round."""
+    assert not (properties(name).personal or properties(name).pooled or properties(name).order_independent)
 
 
 # ------------------------------------------------------------------ failures
@@ -240,20 +267,23 @@ class Faults:
 
 
 @pytest.mark.parametrize("name", those(lambda p: not p.pooled))
-def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, tiny_recipe, tmp_path, monkeypatch):
-    recipe = tiny_recipe({"algorithm": name, "train.optimizer_state": "keep"})
+def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, whole, tmp_path, monkeypatch):
+    recipe = whole.recipe
     with monkeypatch.context() as patch:
         Faults({("last", 1): "non_finite"}).install(patch, class_of(name))
         failed = run(recipe, tmp_path / "failed")
-    sample = Schedule.sample
     with monkeypatch.context() as patch:
-        patch.setattr(
-            Schedule, "sample", lambda self, round: tuple(c for c in sample(self, round) if (c, round) != ("last", 1))
-        )
+        for asked in ("sample", "queue"):
+            every = getattr(Schedule, asked)
+            patch.setattr(
+                Schedule,
+                asked,
+                lambda self, round, every=every: tuple(c for c in every(self, round) if (c, round) != ("last", 1)),
+            )
         left_out = run(recipe, tmp_path / "left-out")
     assert failed == left_out
     assert same(server_state(tmp_path / "failed"), server_state(tmp_path / "left-out"))
-    assert failed["sha256"] != run(recipe, tmp_path / "all")["sha256"]
+    assert failed["sha256"] != whole.result["sha256"]
 
 
 @pytest.mark.parametrize("name", those(lambda p: p.pooled))
@@ -355,10 +385,8 @@ class Wire:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_nothing_that_a_client_keeps_is_in_any_message(name, tiny_recipe, tmp_path, monkeypatch):
-    spy = Wire()
-    spy.install(monkeypatch)
-    fedloom.run(tiny_recipe({"algorithm": name, "train.optimizer_state": "keep"}), out=tmp_path / "run")
+def test_nothing_that_a_client_keeps_is_in_any_message(name, whole):
+    spy = whole.spy
     # What an algorithm without personal models keeps may have been sent: SCAFFOLD's last change until it is counted.
     private = {"optimizer", "personal"} if properties(name).personal else {"optimizer"}
     states = [state[section] for _, _, state in spy.kept for section in private & state.keys()]
@@ -375,7 +403,7 @@ def test_nothing_that_a_client_keeps_is_in_any_message(name, tiny_recipe, tmp_pa
 # ------------------------------------------------------------------ what the server takes
 
 
-def one_round(setting: Setting, folder: Path) -> tuple[dict[str, Payload], list[Update]]:
+def one_round(setting: Setting) -> tuple[dict[str, Payload], list[Update]]:
     """Each client's personal state and update after a first round, played by hand through the interface."""
     server, cls = setting.algorithm, type(setting.algorithm)
     client = cls(server.options, server.seed, server.adapter)
@@ -398,24 +426,34 @@ def one_round(setting: Setting, folder: Path) -> tuple[dict[str, Payload], list[
     return kept, updates
 
 
+Played = tuple[Algorithm, dict[str, Payload], list[Update], Callable[[], Algorithm]]
+PLAYED: dict[str, Played] = {}
+
+
+def play(name: str, tiny_recipe: Callable[..., Recipe]) -> Played:
+    """The server after a first round, its clients' states and updates, and what makes another server. Made once."""
+    if name not in PLAYED:
+        setting = prepare(tiny_recipe({"algorithm": name}), Watch())
+        kept, updates = one_round(setting)
+
+        def fresh() -> Algorithm:
+            made = setting.algorithm
+            algorithm = type(made)(made.options, made.seed, made.adapter)
+            algorithm.server_model(setting.models)
+            return algorithm
+
+        PLAYED[name] = setting.algorithm, kept, updates, fresh
+    return PLAYED[name]
+
+
 @pytest.fixture
-def played(request, tiny_recipe, tmp_path) -> tuple[Algorithm, list[Update], Callable[[], Algorithm]]:
-    recipe = tiny_recipe({"algorithm": request.param})
-    setting = prepare(recipe, Watch())
-    _, updates = one_round(setting, tmp_path)
-
-    def fresh() -> Algorithm:
-        algorithm = type(setting.algorithm)(
-            setting.algorithm.options, setting.algorithm.seed, setting.algorithm.adapter
-        )
-        algorithm.server_model(setting.models)
-        return algorithm
-
-    return setting.algorithm, updates, fresh
+def played(name, tiny_recipe) -> tuple[Algorithm, list[Update], Callable[[], Algorithm]]:
+    algorithm, _, updates, fresh = play(name, tiny_recipe)
+    return algorithm, updates, fresh
 
 
-@pytest.mark.parametrize("played", ALL, indirect=True)
-def test_an_update_fits_the_layout_that_the_server_announces(played):
+@pytest.mark.parametrize("name", ALL)
+def test_an_update_fits_the_layout_that_the_server_announces(name, played):
     algorithm, updates, _ = played
     for update in updates:
         algorithm.accept(update)
@@ -424,23 +462,23 @@ def test_an_update_fits_the_layout_that_the_server_announces(played):
             assert {n: t.shape for n, t in update.payload.tensors.items()} == layout.shapes
 
 
-@pytest.mark.parametrize("played", ALL, indirect=True)
-def test_foreign_names_wrong_shapes_and_no_numbers_are_refused(played):
+@pytest.mark.parametrize("name", ALL)
+def test_foreign_names_wrong_shapes_and_no_numbers_are_refused(name, played):
     algorithm, (update, *_), _ = played
     tensors = update.payload.tensors
     wrong = [{**tensors, "foreign": torch.ones(1)}]
-    for name, tensor in [(n, t) for n, t in tensors.items() if t.is_floating_point()][:1]:
+    for spoilt, tensor in [(n, t) for n, t in tensors.items() if t.is_floating_point()][:1]:
         wrong += [
-            {n: t for n, t in tensors.items() if n != name},
+            {n: t for n, t in tensors.items() if n != spoilt},
         ]
         if algorithm.update_layout() is not None:  # elsewhere lengths are the client's own
-            wrong.append({**tensors, name: tensor.flatten()[:-1]})
+            wrong.append({**tensors, spoilt: tensor.flatten()[:-1]})
         if tensor.ndim == 2 and tensor.shape[0] != tensor.shape[1]:
-            wrong.append({**tensors, name: tensor.T.contiguous()})
+            wrong.append({**tensors, spoilt: tensor.T.contiguous()})
         for bad in (torch.nan, torch.inf, -torch.inf):
             spoiled = tensor.clone()
             spoiled.view(-1)[-1] = bad
-            wrong.append({**tensors, name: spoiled})
+            wrong.append({**tensors, spoilt: spoiled})
     for attempt in wrong:
         with pytest.raises(ValueError, match=r"unexpected|missing|misshapen|not finite|expected"):
             algorithm.accept(replace(update, payload=Payload(attempt)))
@@ -453,8 +491,8 @@ def aggregated(algorithm: Algorithm, updates: list[Update]) -> torch.Tensor:
     return algorithm.deployed().adapter.flat.double()
 
 
-@pytest.mark.parametrize("played", ["fedavg", "global", "fedprox", "ditto"], indirect=True)
-def test_a_plain_mean_is_linear_in_what_clients_send(played):
+@pytest.mark.parametrize("name", ["fedavg", "global", "fedprox", "ditto"])
+def test_a_plain_mean_is_linear_in_what_clients_send(name, played):
     _, updates, fresh = played
     draw = torch.Generator().manual_seed(0)
     others = [
@@ -474,8 +512,8 @@ def test_a_plain_mean_is_linear_in_what_clients_send(played):
     assert not torch.allclose(one, two)
 
 
-@pytest.mark.parametrize("played", those(lambda p: p.linear_sum and not p.pooled), indirect=True)
-def test_a_linear_sum_needs_only_the_weighted_sum(played):
+@pytest.mark.parametrize("name", those(lambda p: p.linear_sum and not p.pooled))
+def test_a_linear_sum_needs_only_the_weighted_sum(name, played):
     """Two clients' updates may be replaced by their mean with their weights added: what a secure sum would give."""
     _, updates, fresh = played
     first, second, *rest = updates

@@ -20,6 +20,16 @@ SKILLS = [
 ]  # fmt: skip
 SCRIPT = "<script>alert('boo')</script> & \"quoted\" {{ 7 * 7 }}"
 
+FIVE = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
+OFFSITE: dict[str, Any] = {
+    **{name: {"loss": 1.25 + i / 8, "score": 0.125 * i} for i, name in enumerate(FIVE)},
+    "note": "",
+    "left_server": {
+        "parameters": 116_000_001, "parameters_of_model": 134_515_008, "bytes": 464_000_007, "bytes_of_model": 538_060_032,
+        "share_of_parameters": 0.8625, "share_of_bytes": 0.8635,
+    },
+}  # fmt: skip
+
 
 def write_run(
     path: Path,
@@ -29,8 +39,12 @@ def write_run(
     finished: bool = True,
     seed: int = 7,
     overrides: dict[str, Any] | None = None,
+    offsite: bool = False,
 ) -> Path:
-    """Write a run folder. `score` false is a corpus that cannot be scored; `finished` false stops early."""
+    """Write a run folder. `score` false is a corpus that cannot be scored; `finished` false stops early.
+
+    `offsite`: the clients held an emulator.
+    """
     path.mkdir(parents=True)
     draw = random.Random(seed)
     named = num_clients <= len(SKILLS)
@@ -43,7 +57,8 @@ def write_run(
     _write_events(path, recipe, split, score, finished, draw)
     answers = _answers(clients, score)
     if finished:
-        (path / "summary.json").write_text(json.dumps(_summary(path, recipe, split, score)), encoding="utf-8")
+        summary = {**_summary(path, recipe, split, score), "offsite": OFFSITE if offsite else None}
+        (path / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     else:
         answers["answers"] = [{**a, "after": None, "right_after": None} for a in answers["answers"]]
     (path / "answers.json").write_text(json.dumps(answers), encoding="utf-8")
@@ -86,7 +101,17 @@ def _write_events(
         loss = sum(c["loss"] * c["tokens"] for c in clients.values()) / tokens
         mean = sum(c["score"] for c in clients.values()) / len(clients) if score else None
         counted = {"questions": 20 * len(names) if score else 0, "tokens": tokens, "clients": clients}
-        events.write("evaluation", round=done, loss=loss, score=mean, seconds=9.5, pooled=False, **counted)
+        events.write(
+            "evaluation",
+            round=done,
+            loss=loss,
+            score=mean,
+            seconds=9.5,
+            pooled=False,
+            emulator=None,
+            preference=None,
+            **counted,
+        )
 
     about = {"algorithm": recipe.algorithm.name, "model": recipe.model.name, "corpus": recipe.data.corpus}
     events.write("run_started", name=recipe.name, clients=len(names), rounds=rounds, parameters=1_216_512, **about)
@@ -101,7 +126,13 @@ def _write_events(
                 continue
             losses.append(start[name] * (0.3 + 0.6 * math.exp(-pace[name] * r)))
             work = {"examples": 200, "tokens": 8123, "steps": 8, "skipped_steps": 0, "loss": losses[-1]}
-            sent = {"upload_bytes": 2_441_100 + r, "download_bytes": 2_441_096, "seconds": 4.2}
+            sent = {
+                "upload_bytes": 2_441_100 + r,
+                "download_bytes": 2_441_096,
+                "seconds": 4.2,
+                "staleness": 0,
+                "arrived": None,
+            }
             events.write("client_update", round=r, client=name, **work, **sent)
         moved = {"upload_bytes": 2_441_100 * len(losses), "download_bytes": 2_441_096 * len(names)}
         done = {"updates": len(losses), "failures": len(names) - len(losses), "loss": sum(losses) / len(losses)}
@@ -142,6 +173,15 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "train_flops": 2.59e14, "steps": 312, "wall_seconds": 252.3, "cpu_seconds": 498.1,
             "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
+        },
+        "preference": (recipe.train.objective == "dpo" and {
+            "accuracy": {"before": 0.0, "after": 0.8125}, "loss": {"before": 0.6931, "after": 0.4321},
+            "margin": {"before": 0.0, "after": 1.234}, "pairs": 48,
+        }) or None,
+        "privacy": recipe.privacy and {
+            "epsilon": 6.57, "delta": 1e-5, "epsilon_models": None, "where": "server", "noise": 1.0, "clip": 0.5,
+            "adaptive": False, "population": len(rows), "expected_clients": len(rows), "sampling_rate": 1.0,
+            "releases": 2, "seeded": False,
         },
         "clients": len(rows), "rounds": recipe.federation.rounds, "seed": 42, "failures": 1, "skipped_steps": 0,
         "data": {

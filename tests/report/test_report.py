@@ -105,9 +105,9 @@ def test_user_text_stays_text(run_folder: Make) -> None:
 
 
 def test_every_number_of_the_summary_is_on_the_page(run_folder: Make) -> None:
-    run = run_folder("a-run")
+    run = run_folder("a-run", offsite=True)
     summary, page = summary_of(run), Page(write_report(run))
-    shown = ("score", "loss", "cost", "per_client", "adapter", "data")
+    shown = ("score", "loss", "cost", "per_client", "adapter", "data", "offsite")
     numbers = {float(v) for key in shown for v in leaves(summary[key]).values() if formats.is_number(v)}
     assert numbers <= page.values, sorted(numbers - page.values)
     assert summary["adapter_sha256"] in page.text
@@ -165,6 +165,15 @@ def test_a_client_keeps_its_colour_whoever_answers_first() -> None:
     chart = charts.training_chart([*updates, done], None, ["a", "b"])
     assert chart
     assert [(line.name, line.style) for line in chart.lines[1:]] == [("a", "c0"), ("b", "c1")]
+
+
+def test_a_client_that_came_back_twice_in_a_round_is_drawn_once() -> None:
+    updates = [
+        {"event": "client_update", "round": r, "client": "a", "loss": x} for r, x in ((1, 4.0), (2, 3.0), (2, 1.0))
+    ]
+    chart = charts.training_chart([*updates, {"event": "round_finished", "round": 2, "loss": 2.5}], None)
+    assert chart
+    assert {line.name: line.points for line in chart.lines} == {"all clients": ((2, 2.5),), "a": ((1, 4.0), (2, 2.0))}
 
 
 @pytest.mark.parametrize("kept", [1, 2, 4])
@@ -330,11 +339,20 @@ def test_docs_name_every_event_and_field() -> None:
     assert documented == {event: set(fields) for event, fields in SCHEMA.items()}
 
 
+def test_preferences_are_a_table_where_they_were_learned(run_folder: Make) -> None:
+    text = Page(write_report(run_folder("a-run", overrides={"train.objective": "dpo"}))).text
+    assert "48 test pairs" in text
+    assert "pairs won 0.0 % 81.2 %" in " ".join(text.split())
+    assert "1.234" in text
+    assert "pairs won" not in Page(write_report(run_folder("b-run"))).text
+
+
 def test_docs_name_every_key_of_the_summary(run_folder: Make) -> None:
     text = DOCS.read_text(encoding="utf-8").partition("\n## summary.json")[2].partition("\n## ")[0]
     first_cells = "\n".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
     free = re.compile(r"^(data\.dropped|per_client|versions|environment)\.[^.]+")
-    keys = {free.sub(r"\1.*", key) for key in leaves(summary_of(run_folder("a-run")))}
+    run = run_folder("a-run", overrides={"privacy.noise": 1.0, "train.objective": "dpo"}, offsite=True)
+    keys = {free.sub(r"\1.*", key) for key in leaves(summary_of(run))}
     assert keys == set(re.findall(r"`([^`]+)`", first_cells))
 
 

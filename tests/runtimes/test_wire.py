@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import struct
@@ -12,8 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
+from safetensors.torch import load
 
+from fedloom import limits
 from fedloom.runtimes import wire
 from fedloom.types import Assignment, Cost, Failure, Payload, Update
 
@@ -110,14 +112,17 @@ def test_every_truncation_is_refused():
     for length in range(len(message)):
         with pytest.raises(wire.WireError):
             wire.decode_outcome(message[:length])
+    header, body = taken_apart(message)
+    for length in range(len(body)):  # with a digest that is right
+        with pytest.raises(wire.WireError):
+            wire.decode_outcome(packed({**header, "body": {"bytes": length}}, body[:length]))
     with pytest.raises(wire.WireError):
         wire.decode_outcome(message + b"\0")
 
 
-def test_an_altered_byte_of_the_body_is_refused_wherever_it_is():
+def test_an_altered_byte_is_refused_wherever_it_is():
     message = wire.encode_outcome(update())
-    header = 8 + struct.unpack("<I", message[4:8])[0]
-    for at in [*range(4), *range(header, len(message))]:
+    for at in range(len(message)):
         altered = bytearray(message)
         altered[at] ^= 1
         with pytest.raises(wire.WireError):
@@ -126,23 +131,49 @@ def test_an_altered_byte_of_the_body_is_refused_wherever_it_is():
 
 @pytest.mark.parametrize(
     "message",
-    [b"", b"FLM1", b"FLM1\0\0\0", b"FLM2" + b"\0" * 20, b"PK\3\4" + b"\0" * 50, b"\x80\x04." * 9, b"\0" * 8],
+    [
+        b"",
+        b"FLM2",
+        b"FLM2\0\0\0",
+        b"FLM1" + b"\0" * 50,
+        b"FLM2" + b"\0" * 50,
+        b"PK\3\4" + b"\0" * 50,
+        b"\x80\x04." * 9,
+        b"\0" * 8,
+    ],
 )
 def test_foreign_bytes_are_refused(message):
     decode_either(message)
 
 
 def packed(header: object, body: bytes = b"", length: int | None = None) -> bytes:
+    """A message with a digest that is right, whatever is in it."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return wire.MAGIC + struct.pack("<I", len(text) if length is None else length) + text + body
+    start = wire.MAGIC + struct.pack("<I", len(text) if length is None else length) + text + body
+    return start + hashlib.sha256(start).digest()
+
+
+def taken_apart(message: bytes) -> tuple[dict, bytes]:
+    """(header, body)."""
+    size = struct.unpack("<I", message[4:8])[0]
+    return json.loads(message[8 : 8 + size]), message[8 + size : -32]
 
 
 def honest(**changes):
     """A header that would be taken, with some fields changed."""
-    message = wire.encode_outcome(update())
-    size = struct.unpack("<I", message[4:8])[0]
-    header = json.loads(message[8 : 8 + size])
-    return packed({**header, **changes}, message[8 + size :])
+    header, body = taken_apart(wire.encode_outcome(update()))
+    return packed({**header, **changes}, body)
+
+
+def body_of(entries: object, data: bytes = b"") -> bytes:
+    """A body as safetensors lays it out, with whatever table it is given."""
+    text = entries if isinstance(entries, bytes) else json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+DEEP: dict = {}
+for _ in range(40):
+    DEEP = {"k": DEEP}
 
 
 @pytest.mark.parametrize(
@@ -152,13 +183,22 @@ def honest(**changes):
         packed(b"\xff\xfe"), packed(b"{"), packed(b"[" * 60000), packed({"body": 3}), packed({"body": {}}),
         honest(message="gossip"), honest(message=None), honest(fields=None), honest(fields=[1]), honest(fields={}),
         honest(cost=None), honest(cost={"gold": 1}), honest(meta=None), honest(meta=[1]), honest(meta={"k": "x" * 20000}),
-        honest(cost={"wall_seconds": float("nan")}),
+        honest(cost={"wall_seconds": float("nan")}), honest(version=1), honest(version=None), honest(body={"bytes": 1}),
+        honest(meta=DEEP), honest(operators=None), honest(operators={}), honest(notes=[{}]), honest(notes=None),
+        honest(operators=[{"name": "zstd"}] * 17, notes=[{}] * 17),
         honest(fields={"client": "a", "round": 1, "payload": 1}),
         honest(fields={"client": "a", "round": 1, "__class__": "evil"}),
     ],
 )  # fmt: skip
 def test_made_up_headers_are_refused(message):
     decode_either(message)
+
+
+def test_metadata_that_is_refused_says_why():
+    with pytest.raises(wire.WireError, match="deeper than 32 levels"):
+        wire.decode_outcome(honest(meta=DEEP))
+    with pytest.raises(wire.WireError, match="at most 16384 travel"):
+        wire.decode_outcome(honest(meta={"k": "x" * 20000}))
 
 
 def test_unknown_fields_name_the_other_version():
@@ -180,14 +220,60 @@ def test_a_message_over_the_limit_is_refused():
         wire.decode_outcome(message, max_bytes=len(message) - 1)
 
 
+V, W = ["v", [4]], ["w", [2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (None, "no mapping"), ([], "no mapping"), ({"F32": None}, "no mapping"), ({"F32": [W, V]}, "sorted order"),
+        ({"F32": [V, W], "BOOL": []}, "sorted order"), ({"F32": [V, ["v", [6]]]}, "'v' twice"), ({"F33": [V, W]}, "'F33'"),
+        ({"F32": [V, ["w", [2, -3]]]}, "sizes from 0 up"), ({"F32": [V, ["w", [1] * 17]]}, "at most 16 sizes"),
+        ({"F32": [V, ["w", [True, 6]]]}, "sizes from 0 up"), ({"F32": [V, ["w", [2.0, 3]]]}, "sizes from 0 up"),
+        ({"F32": [V, ["w", 6]]}, "not [name, shape]"), ({"F32": [V, "w6"]}, "not [name, shape]"),
+        ({"F32": [V, ["w" * 600, [6]]]}, "not [name, shape]"), ({"F32": [V, ["w", [2, 4]]]}, "10 of F32"),
+        ({"F32": [V]}, "10 of F32"), ({"I32": [V, W]}, "the parts are"), ({"F32": [V, ["w", [1 << 60]]]}, "sizes from 0 up"),
+        ({"F32": [V, ["w", [1 << 30, 1 << 30]]]}, "larger than any"),
+        ({"F32": [V, ["w", [1 << 30, 1 << 30, 0]]]}, "larger than any"),
+        ({"F32": [V, ["w", [1 << 35]]]}, "claims 137438953488 bytes"),
+        ({"F32": [[f"{i:07}", [0]] for i in range(100_001)]}, "more than 100000"),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_refused_with_a_sentence(table, words):
+    with pytest.raises(wire.WireError) as refused:
+        wire.decode_outcome(honest(table=table))
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "shorter"), (body_of(b"", b"")[:7], "shorter"), (struct.pack("<Q", 1 << 60), "claims more"), (body_of(b"["), "read"), (body_of([]), "no mapping"),
+        (body_of({"F32": {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]}}, bytes(41)), "belong to no part"),
+        (body_of({"F32": {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]}}, bytes(39)), "one after another"),
+        (body_of({"F32": {"dtype": "F32", "shape": [-10], "data_offsets": [0, -40]}}), "one after another"),
+        (body_of({"F32": {"dtype": "F32", "shape": [10], "data_offsets": [4, 44]}}, bytes(44)), "one after another"),
+        (body_of({"F32": {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]},
+                  "G": {"dtype": "F32", "shape": [5], "data_offsets": [20, 40]}}, bytes(40)), "one after another"),
+        (body_of({"F32": {"dtype": "F32", "shape": [2, 5], "data_offsets": [0, 40]}}, bytes(40)), "read"),
+        (body_of({"F32": {"dtype": "F99", "shape": [10], "data_offsets": [0, 40]}}, bytes(40)), "read"),
+        (body_of({"F32": {"dtype": "F32", "shape": [1 << 60], "data_offsets": [0, 1 << 62]}}), "one after another"),
+        (body_of({"F32": {"dtype": "I32", "shape": [10], "data_offsets": [0, 40]}}, bytes(40)), "10 of I32"),
+    ],
+)  # fmt: skip
+def test_a_wrong_body_is_refused_with_a_sentence(body, words):
+    header, _ = taken_apart(wire.encode_outcome(update()))
+    with pytest.raises(wire.WireError) as refused:
+        wire.decode_outcome(packed({**header, "body": {"bytes": len(body)}}, body))
+    assert words in str(refused.value)
+
+
 def test_bodies_that_claim_more_than_there_is_allocate_nothing():
     """A body whose own table promises a terabyte: refused, with no more memory than the message has."""
-    import hashlib
-
-    table = json.dumps({"x": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}).encode()
-    body = struct.pack("<Q", len(table)) + table + b"\0" * 64
-    header = {"message": "failure", "fields": {"client": "a", "round": 1, "reason": "r", "detail": "d"}, "cost": {},
-              "meta": {}, "body": {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}}  # fmt: skip
+    body = body_of({"x": {"dtype": "F32", "shape": [1 << 38], "data_offsets": [0, 1 << 40]}}, bytes(64))
+    header, _ = taken_apart(wire.encode_outcome(Failure("a", 1, "r", "d")))
+    header["body"] = {"bytes": len(body)}
     tracemalloc.start()
     try:
         decode_either(packed(header, body))
@@ -201,12 +287,12 @@ def test_bodies_that_claim_more_than_there_is_allocate_nothing():
 
 def test_a_header_that_is_too_long_is_not_read_and_not_sent():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(wire, "MAX_HEADER_BYTES", 1 << 30)
-        message = wire.encode_assignment(assignment(recipe={"x": "y" * (1 << 20)}))
+        patch.setattr(limits, "HEADER_BYTES", 1 << 30)
+        message = wire.encode_assignment(assignment(recipe={"x": "y" * (8 << 20)}))
     with pytest.raises(wire.WireError, match="header claims"):
         wire.decode_assignment(message)
     with pytest.raises(wire.WireError, match="header"):
-        wire.encode_assignment(assignment(recipe={"x": "y" * (1 << 20)}))
+        wire.encode_assignment(assignment(recipe={"x": "y" * (8 << 20)}))
 
 
 @given(st.binary(max_size=200))
@@ -217,17 +303,34 @@ def test_no_bytes_at_all_raise_anything_else(data):
 
 
 def test_mutated_messages_raise_nothing_else():
+    """With a digest that is right, so that the change is met by the reading itself."""
     draw = random.Random(5)
-    message = wire.encode_outcome(update())
-    for _ in range(300):
+    message = wire.encode_outcome(update())[:-32]
+    for _ in range(500):
         altered = bytearray(message)
         for _ in range(draw.randint(1, 4)):
             altered[draw.randrange(len(altered))] = draw.randrange(256)
         with contextlib.suppress(wire.WireError):
-            wire.decode_outcome(bytes(altered))
+            wire.decode_outcome(bytes(altered) + hashlib.sha256(altered).digest())
 
 
-def test_a_body_holds_tensors_and_no_code():
-    message = wire.encode_outcome(update())
-    size = struct.unpack("<I", message[4:8])[0]
-    assert message[8 + size :] == save({n: t.contiguous() for n, t in update().payload.tensors.items()})
+def test_a_body_is_what_safetensors_reads():
+    tensors = {
+        "b": torch.arange(4.0),
+        "a": torch.ones(2, 3),
+        "n": torch.tensor([1, 2]),
+        "e": torch.empty(0, 3),
+        "s": torch.tensor(7.0),
+    }
+    _, body = taken_apart(wire.encode_outcome(Update("a", 1, Payload(tensors))))
+    got = load(body)
+    assert set(got) == {"F32", "I64"}
+    assert got["F32"].tolist() == [1.0] * 6 + [0.0, 1.0, 2.0, 3.0, 7.0]
+    assert got["I64"].tolist() == [1, 2]
+
+
+def test_the_header_names_all_that_an_auditor_asks_for():
+    header, body = taken_apart(wire.encode_outcome(update()))
+    assert (header["version"], header["fields"]["round"], header["fields"]["client"]) == (2, 3, "client ü/1")
+    assert header["table"] == {"F32": [["v", [4]], ["w", [2, 3]]]}
+    assert (header["operators"], header["digest"], header["body"]) == ([], "sha256", {"bytes": len(body)})

@@ -1,0 +1,181 @@
+"""What an algorithm says of itself to people: its family, its paper, what travels, what each side keeps.
+
+Bytes are said as functions of a federation's `Sizes` and not as numbers, so that they hold for any model: those of the
+tensors in a message or a state. `tests/algorithms/test_about.py` plays rounds of every registered algorithm and holds
+what it says against what was encoded and kept. `fedloom algorithms` and docs/algorithms/README.md print it for one
+federation (`reference`). This file does not know any algorithm by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.methods import AdapterConfig
+from fedloom.models.emulator import thinned_middle
+from fedloom.models.lowrank import A_END, B_END, pairs
+from fedloom.models.state import Layout
+
+#: Family → its heading in tables, in the order of the tables.
+FAMILIES = {
+    "averaging": "averaging and server optimisers",
+    "robust": "robust rules",
+    "lora": "LoRA-aware aggregation",
+    "personalised": "personalised",
+    "low-traffic": "very little traffic",
+    "offsite": "without the full model",
+    "baseline": "baselines",
+}
+
+NUMBER = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A federation in the middle of a run, as far as traffic follows from it.
+
+    Attributes:
+        layout: the adapter's tensors, at the recipe's rank.
+        rank: LoRA's r, the same for all clients.
+        clients: how many train, all of them in every round.
+        round: which round it is; 1 is the first.
+        steps: optimiser steps of a client in a round.
+        options: the algorithm's own.
+    """
+
+    layout: Layout
+    rank: int
+    clients: int
+    round: int
+    steps: int
+    options: Any
+
+    def part(self, wanted: Callable[[str], bool]) -> int:
+        """Bytes of the adapter's tensors with these names."""
+        return NUMBER * sum(shape.numel() for name, shape in self.layout.shapes.items() if wanted(name))
+
+    @property
+    def adapter(self) -> int:
+        """Bytes of the whole adapter."""
+        return NUMBER * self.layout.numel
+
+    @property
+    def a(self) -> int:
+        """Bytes of LoRA's A factors."""
+        return self.part(lambda name: name.endswith(A_END))
+
+    @property
+    def b(self) -> int:
+        return self.part(lambda name: name.endswith(B_END))
+
+    @property
+    def modules(self) -> int:
+        """How many layers have a pair of factors."""
+        return len(pairs(self.layout.names))
+
+    def delta(self, rank: int) -> int:
+        """Bytes of a change of every adapted weight of this rank, as factors, or dense where that is less."""
+        total = 0
+        for pair in pairs(self.layout.names):
+            rows, columns = self.layout.shapes[pair.b][0], self.layout.shapes[pair.a][1]
+            total += NUMBER * min(rank * (rows + columns), rows * columns)
+        return total
+
+    @property
+    def outer(self) -> int:
+        """Bytes of the part that lies in the model's outer layers, as the algorithm's options draw them."""
+        bottom, top, total = self.options.bottom, self.options.top, self._layers()
+        return self.part(lambda name: not bottom <= _layer(name) < total - top)
+
+    @property
+    def emulator(self) -> int:
+        """Bytes of what `dropped` leaves of the middle's own weights, float32: a Llama's, with two norms a layer."""
+        bottom, top, total = self.options.bottom, self.options.top, self._layers()
+        kept = thinned_middle(range(bottom, total - top), self.options.dropped)
+        count = 0
+        for pair in pairs(self.layout.names):
+            rows, columns = self.layout.shapes[pair.b][0], self.layout.shapes[pair.a][1]
+            if _layer(pair.a) in kept:
+                count += rows * columns + (2 * columns if pair.a.endswith("q_proj" + A_END) else 0)
+        return NUMBER * count
+
+    def _layers(self) -> int:
+        return 1 + max(_layer(name) for name in self.layout.names)
+
+
+def _layer(name: str) -> int:
+    """Which decoder layer a tensor lies in: the first number in its name."""
+    return next(int(part) for part in name.split(".") if part.isdigit())
+
+
+Bytes = Callable[[Sizes], int]
+
+
+def whole(sizes: Sizes) -> int:
+    """The whole adapter."""
+    return sizes.adapter
+
+
+def nothing(sizes: Sizes) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class About:
+    """An algorithm's own words and sizes. Each class has one of its own; none is inherited.
+
+    Attributes:
+        family: a key of `FAMILIES`.
+        travels: what goes up and down, in at most 26 letters, for a table.
+        paper: first author and year, then ``arXiv ID``; empty where there is no paper.
+        up, down: bytes of the tensors of one client's update, and of what it gets before it trains.
+        server, client: bytes of what each keeps from one round to the next besides the recipe and the model; a
+            client's optimiser, which is the recipe's and not the algorithm's, is not in it.
+        at_most: whether `up` and `down` are bounds, which a round may stay below.
+    """
+
+    family: str
+    travels: str
+    paper: str = ""
+    up: Bytes = whole
+    down: Bytes = whole
+    server: Bytes = whole
+    client: Bytes = nothing
+    at_most: bool = False
+
+    @property
+    def arxiv(self) -> str:
+        """The paper's arXiv id, or nothing."""
+        return self.paper.rpartition("arXiv ")[2] if "arXiv " in self.paper else ""
+
+
+#: A Llama's linear layers: name, and what they map from and to, as keys of its widths.
+_LINEAR = {
+    "self_attn.q_proj": ("hidden", "hidden"),
+    "self_attn.k_proj": ("hidden", "kv"),
+    "self_attn.v_proj": ("hidden", "kv"),
+    "self_attn.o_proj": ("hidden", "hidden"),
+    "mlp.gate_proj": ("hidden", "inner"),
+    "mlp.up_proj": ("hidden", "inner"),
+    "mlp.down_proj": ("inner", "hidden"),
+}
+
+#: SmolLM2-135M, the built-in model, which need not be there to print a table.
+WIDTHS = {"hidden": 576, "kv": 192, "inner": 1536}
+LAYERS = 30
+
+#: What tables are printed for.
+REFERENCE = "SmolLM2-135M, LoRA of rank 8 on every linear layer, 8 clients of 8 steps, the second round"
+
+
+def reference(options: Any) -> Sizes:
+    """The federation of `REFERENCE`."""
+    rank = AdapterConfig().rank
+    shapes = {}
+    for layer in range(LAYERS):
+        for name, (into, out) in _LINEAR.items():
+            stem = f"base_model.model.model.layers.{layer}.{name}"
+            shapes[stem + A_END] = (rank, WIDTHS[into])
+            shapes[stem + B_END] = (WIDTHS[out], rank)
+    return Sizes(Layout(shapes), rank, clients=8, round=2, steps=8, options=options)
