@@ -70,9 +70,10 @@ class Project(Section):
     def _sound(self) -> Project:
         if not NAME.fullmatch(self.name):
             raise ValueError(f"name={self.name!r} cannot name a federation: take letters, digits, - and _")
-        for what, names in (("name", [s.name for s in self.sites]), ("client", list(self.clients))):
+        named = [s.name for s in self.sites], [s.client or s.name for s in self.sites]
+        for what, names in zip(("name", "client"), named, strict=True):
             twice = sorted({n for n in names if names.count(n) > 1})
-            if twice or len(names) < len(self.sites):
+            if twice:
                 raise ValueError(f"sites: two sites have the same {what} {', '.join(twice)}")
         unknown = sorted(set(self.revoked) - {s.name for s in self.sites})
         if unknown:

@@ -35,7 +35,7 @@ LAYERS = [
     {"choices", "deployment", "catalogue"},
     {"experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},
-    {"console", "cli", "__main__"},
+    {"console", "cli", "cli_federation", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
@@ -47,7 +47,7 @@ HOMES = {
     "ray": ("runtimes/ray.py",),
     "reasoning_gym": ("corpora/", "evaluation/"),
     "datasets": ("data/",),
-    "typer": ("cli.py", "console.py", "__main__.py"),
+    "typer": ("cli.py", "cli_federation.py", "console.py", "__main__.py"),
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
     "dp_accounting": ("algorithms/accounting.py",),

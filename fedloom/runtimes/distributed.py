@@ -34,6 +34,9 @@ PIECE = 16 << 20
 #: A client's answer may be this large, and four times what it was sent on top of that.
 SPARE_BYTES = 64 << 20
 
+#: Reasons after which a site is not waited for until it answers again.
+LOST = {"lost", "absent"}
+
 CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
 
@@ -146,7 +149,8 @@ class Distributed:
             try:
                 counts[site.client] = future.result()
             except GaveUp as error:
-                self._mark(site, dead=True)
+                if error.reason in LOST:
+                    site.dead_since = time.time()
                 self._say(f"{site.name} takes no part for now ({error.reason}): {error.detail}")
         return counts
 
@@ -241,7 +245,7 @@ class Distributed:
         except wire.WireError as error:
             return Failure(assignment.client, assignment.round, "bad_message", str(error))
         except GaveUp as error:
-            self._mark(site, dead=error.reason in {"lost", "absent"})
+            self._mark(site, dead=error.reason in LOST)
             return Failure(assignment.client, assignment.round, error.reason, error.detail)
         self._mark(site, dead=False)
         cost = replace(outcome.cost, upload_bytes=len(reply), download_bytes=len(message))
