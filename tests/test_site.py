@@ -283,3 +283,28 @@ def test_without_the_engine_the_extra_is_named():
     table = Registry("part", "parts", {"x": "nvflare.no_such_module:x"})
     with pytest.raises(UserError, match=r"pip install 'fedloom\[distributed\]'"):
         table.get("x")
+
+
+@pytest.mark.parametrize(("reason", "told"), [("lost", 4), ("crashed", 4), ("non_finite", 3)])
+def test_a_client_whose_process_was_started_again_is_told_everything_again(
+    tiny_recipe, tmp_path, monkeypatch, reason, told
+):
+    """The initial broadcast goes to each of three clients once, and again to one whose process lost it."""
+    from fedloom.algorithms.fedavg import FedAvg
+    from fedloom.runtimes.simulator import Simulator
+
+    initial = []
+    monkeypatch.setattr(
+        FedAvg, "initial_payload", lambda self, client: initial.append(client) or self.round_payload(client)
+    )
+    play = Simulator.run
+
+    def losing(self, assignments):
+        for outcome in play(self, assignments):
+            lost = outcome.client == "last" and outcome.round == 1 and "loss" in getattr(outcome, "metrics", {})
+            yield Failure("last", 1, reason, "as this test wants it") if lost else outcome
+
+    monkeypatch.setattr(Simulator, "run", losing)
+    run(tiny_recipe({"evaluation.every": 0}), tmp_path / "run")
+    assert len(initial) == told
+    assert initial.count("last") == told - 2
