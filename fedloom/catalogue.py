@@ -120,6 +120,7 @@ MARKS = {
     "m": ("mixed_ranks", "clients may have ranks of their own (adapter.ranks)"),
     "p": ("personal", "each client ends with a model of its own"),
     "o": ("order_independent", "the order of the clients changes nothing"),
+    "a": ("asynchronous", "rounds wait for nobody (docs/architecture.md)"),
 }
 
 

@@ -162,18 +162,17 @@ def test_a_difference_is_against_what_the_client_decoded(tiny_recipe, down):
         assert same(got.tensors, live) == (down in ([], ["zstd"]))
 
 
-def test_a_reference_is_a_copy_and_is_held_once_for_all_clients(tiny_recipe):
-    server, client = ends(
-        tiny_recipe, down=[{"name": "quantize", "rounding": "stochastic"}], initial=["bf16"], up=["delta"]
-    )
+@pytest.mark.parametrize("down", [[], ["zstd"], [{"name": "quantize", "rounding": "stochastic"}]], ids=str)
+def test_a_reference_is_a_copy_and_is_held_once_for_all_clients(tiny_recipe, down):
+    server, client = ends(tiny_recipe, down=down, initial=["bf16"] if down else [], up=["delta"])
     live = weights(0)
-    sent = {name: server.sent(Assignment("train", name, 1, 9, Payload(live)), False) for name in "abc"}
+    sent = {n: over_the_wire(server.sent(Assignment("train", n, 1, 9, Payload(live)), False)) for n in "abc"}
     held = [server._references[n][1]["a"].data_ptr() for n in "abc"]
     assert len(set(held)) == 1
     for t in live.values():
         t.add_(1)
     for name in "cab":  # answered in another order, after the server's own tensors moved
-        got = client.received(over_the_wire(sent[name]))
+        got = client.received(sent[name])
         answer = {n: t * 1.5 for n, t in got.tensors.items()}
         outcome = server.opened(Update(name, 1, client.encoded(Payload(answer), name, 1)))
         assert same(outcome.payload.tensors, answer)
