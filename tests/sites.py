@@ -8,7 +8,8 @@ from typing import Any
 
 from fedloom.policy import Audit, Policy
 from fedloom.runtimes.agent import Agent
-from fedloom.runtimes.distributed import Answer, Patience
+from fedloom.runtimes.distributed import Patience
+from fedloom.runtimes.link import Answer
 from fedloom.runtimes.worker import WorkerLost
 
 #: Short enough for a test, long enough for a slow machine.

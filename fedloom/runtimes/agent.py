@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from fedloom.policy import Audit, Policy, Refused
 from fedloom.runtimes import versions
-from fedloom.runtimes.distributed import PIECE, Answer
+from fedloom.runtimes.link import PIECE, Answer
 from fedloom.runtimes.worker import Stopped, Worker, WorkerLate, WorkerLost
 
 #: A stopped or finished piece of work is remembered for this long after others came, so that an answer can be repeated.

@@ -17,41 +17,22 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from fedloom.errors import RunFailed
 from fedloom.runtimes import versions, wire
+from fedloom.runtimes.link import CODE, PIECE, Answer, Link
 from fedloom.types import Assignment, Failure, Outcome
-
-#: Bytes of one piece of a message.
-PIECE = 16 << 20
 
 #: A client's answer may be this large, and four times what it was sent on top of that.
 SPARE_BYTES = 64 << 20
 
 #: Reasons after which a site is not waited for until it answers again.
 LOST = {"lost", "absent"}
-
-CODE = re.compile(r"[a-z][a-z_]{0,39}")
-
-
-class Link(Protocol):
-    """Asks one site one question. None where no answer came within `timeout` seconds."""
-
-    def ask(self, site: str, header: Mapping[str, Any], data: bytes, timeout: float) -> Answer | None: ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a site said: a small JSON header, and bytes where some were asked for."""
-
-    header: Mapping[str, Any]
-    data: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from sites import BRISK, Sites, killed
 
 from fedloom.policy import Policy
 from fedloom.runtimes import versions, wire
-from fedloom.runtimes.distributed import PIECE, SPARE_BYTES, Answer, Distributed, StartAgain
+from fedloom.runtimes.distributed import SPARE_BYTES, Distributed, StartAgain
+from fedloom.runtimes.link import PIECE, Answer
 from fedloom.runtimes.worker import Stopped, WorkerLate
 from fedloom.types import Assignment, Failure, Payload, Update
 

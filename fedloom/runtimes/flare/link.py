@@ -15,7 +15,7 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from fedloom.errors import RunFailed
-from fedloom.runtimes.distributed import PIECE, Answer
+from fedloom.runtimes.link import PIECE, Answer
 
 TOPIC = "fedloom.ask"
 MAX_HEADER = 1 << 16
