@@ -209,8 +209,20 @@ def test_a_trainers_error_leaves_as_a_type_and_a_line(tiny_recipe, tmp_path, cap
         assert (header["state"], header["reason"]) == ("failed", "misconfigured")
         assert where in header["detail"]
     assert "line 2" in capsys.readouterr().out
-    header, _ = room.answer("prepare", b"[1]")
-    assert header["reason"] == "error"
+
+
+def test_a_programming_errors_words_stay_in_the_sites_log(tiny_recipe, tmp_path, monkeypatch, capsys):
+    def broken(*_):
+        raise KeyError("The patient was seen")
+
+    monkeypatch.setattr("fedloom.site.open_site", broken)
+    orders = json.dumps({"recipe": tiny_recipe().resolved(), "run": "0" * 32, "sites": 1}).encode()
+    for allowed in (False, True):
+        header, _ = Room(site(tmp_path), Policy.model_validate({"error_text": allowed})).answer("prepare", orders)
+        assert header["reason"] == "error"
+        assert header["detail"].startswith("KeyError in test_site, line ")
+        assert ("The patient was seen" in header["detail"]) is allowed
+    assert "The patient was seen" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -292,29 +292,52 @@ def test_below_quorum_the_run_ends_with_1_and_keeps_its_rounds(federation):
 
 
 def test_without_our_certificate_nobody_gets_an_answer(federation, tmp_path):
-    """A kit of another authority for the same address, and a connection without a certificate."""
+    """A kit of another authority for the same address, and a connection without a certificate, while a round goes on."""
     from fedloom.runtimes.flare.kits import provision
 
     served = federation.serve({"federation.rounds": 4})
     served.in_round(1)
-    port = Project.load(_project(federation.folder / "kits" / "server", tmp_path)).server.port
-    foreign = {"name": "tests", "server": {"host": "localhost", "port": port}, "sites": ["site-a"]}
-    provision(Project.model_validate(foreign), tmp_path / "kits")
-    log = tmp_path / "foreign.log"
-    rows = tiny.write_rows(tmp_path / "rows.jsonl")
-    check = fedloom("join", tmp_path / "kits" / "site-a", "--data", rows, "--check", log=log)
-    assert check.wait(timeout=120) == 1
-    assert "mutual TLS" in log.read_text()
-    stranger = fedloom("join", tmp_path / "kits" / "site-a", "--data", rows, log=log)
+    held = federation.site("site-a", "fedloom.site")
+    held.send_signal(signal.SIGSTOP)  # the round lasts until we have looked
     try:
-        waited("a sentence", lambda: "ask for a new kit" in log.read_text().split("joined", 1)[-1], 90.0, log)
+        port = Project.load(_project(federation.folder / "kits" / "server", tmp_path)).server.port
+        foreign = {"name": "tests", "server": {"host": "localhost", "port": port}, "sites": ["site-a"]}
+        provision(Project.model_validate(foreign), tmp_path / "kits")
+        rows = tiny.write_rows(tmp_path / "rows.jsonl")
+        check = fedloom("join", tmp_path / "kits" / "site-a", "--data", rows, "--check", log=tmp_path / "check.log")
+        assert check.wait(timeout=120) == 1
+        assert "mutual TLS" in (tmp_path / "check.log").read_text()
+        log = tmp_path / "join.log"
+        stranger = fedloom("join", tmp_path / "kits" / "site-a", "--data", rows, log=log)
+        try:
+            waited("a sentence", lambda: "ask for a new kit" in log.read_text(), log=log)
+        finally:
+            stranger.send_signal(signal.SIGINT)
+            stranger.wait(timeout=60)
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            _answer_without_certificate(federation.folder / "kits" / "site-a", port)
     finally:
-        stranger.send_signal(signal.SIGINT)
-        stranger.wait(timeout=60)
-    with pytest.raises((ssl.SSLError, ConnectionError)):
-        _answer_without_certificate(federation.folder / "kits" / "site-a", port)
+        held.send_signal(signal.SIGCONT)
     served.ended()
     assert all(e["updates"] == 3 for e in served.events("round_finished"))
+
+
+def test_a_revoked_site_stays_out_and_the_others_go_on(federation):
+    """Its certificate is as good as before; the project says that it is no longer let in. Last but one: it changes the kits."""
+    from fedloom.runtimes.flare.kits import provision
+
+    kits = federation.folder / "kits"
+    before = Project.load(_project(kits / "server", federation.folder))
+    provision(before.model_copy(update={"revoked": ["site-b"]}), kits)
+    served = federation.serve({"federation.rounds": 3, "train.steps": 200})
+    served.ended()
+    log = served.log.read_text()
+    assert "site-a is connected" in log
+    assert "site-b is connected" not in log
+    assert all(e["updates"] == 2 for e in served.events("round_finished"))
+    assert {e["client"] for e in served.events("client_update")} == {"copy", "upper"}
+    server = (kits / "server" / "service.log").read_text(errors="replace")
+    assert "site-b" in server and "disabled" in server
 
 
 def _project(kit: Path, folder: Path) -> Path:

@@ -134,6 +134,21 @@ def test_a_trainer_that_dies_or_hangs_costs_one_update_and_is_back(tmp_path, beh
     link.close()
 
 
+def test_a_site_keeps_the_deadline_itself_when_the_server_is_gone(tmp_path):
+    """Nobody calls the work off: the site's own clock ends it."""
+    link = Sites(tmp_path, {"a": Changing(late)})
+    agent = link.agents["a"]
+    orders = json.dumps({"recipe": RECIPE}).encode()
+    put = {"verb": "put", "offset": 0, "deadline": 0.2}
+    agent.answer({**put, "work": "p", "kind": "prepare", "size": len(orders)}, orders)
+    assert agent.answer({"verb": "wait", "work": "p", "seconds": 10.0}, b"").header["state"] == "done"
+    message = wire.encode_assignment(next(assignments("client-a")))
+    agent.answer({**put, "work": "w", "kind": "work", "size": len(message)}, message)
+    ended = agent.answer({"verb": "wait", "work": "w", "seconds": 10.0}, b"")
+    assert (ended.header["state"], ended.header["reason"]) == ("refused", "late")
+    link.close()
+
+
 def test_a_silent_site_is_lost_then_absent_then_taken_back(tmp_path):
     link, runtime, _, said = federation(tmp_path, {"a": echo, "b": echo})
     link.silent.add("a")

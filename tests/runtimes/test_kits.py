@@ -167,6 +167,8 @@ def test_the_preflight_names_what_stands_in_the_way(kits, tmp_path, listener):
     assert bad["versions"].level == "bad"
     assert "torch is" in bad["versions"].found
     (kits / "a" / "kit.yaml").write_text(dump_yaml(about))
+    with _tls(listener, kits / "server" / "startup", takes=tmp_path / "foreign" / "server" / "startup"):
+        assert found(kits / "a", rows)["mutual TLS"].level == "bad", "the server does not take ours"
     with _tls(listener, kits / "server" / "startup"):
         good = found(kits / "a", rows)
     levels = {
@@ -182,8 +184,8 @@ def test_the_preflight_names_what_stands_in_the_way(kits, tmp_path, listener):
 class _tls:
     """A server that asks for a certificate, for one connection after another."""
 
-    def __init__(self, listener: socket.socket, startup: Path) -> None:
-        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=startup / "rootCA.pem")
+    def __init__(self, listener: socket.socket, startup: Path, takes: Path | None = None) -> None:
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=(takes or startup) / "rootCA.pem")
         self.context.load_cert_chain(startup / "server.crt", startup / "server.key")
         self.context.verify_mode = ssl.CERT_REQUIRED
         self.listener = listener
