@@ -67,10 +67,9 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 def to_bytes(payload: Payload) -> bytes:
     """Tensors and metadata in one safetensors file."""
+    assert payload.coding is None, "what rests is decoded first"
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in payload.tensors.items()}
     about = {"version": str(VERSION), "meta": json.dumps(payload.meta), "sha256": _digest(tensors)}
-    if payload.coding is not None:
-        about["coding"] = json.dumps(payload.coding)
     return save(tensors, metadata=about)
 
 
@@ -79,7 +78,7 @@ def from_bytes(data: bytes) -> Payload:
     try:
         (length,) = (int.from_bytes(data[:8], "little"),)
         header = json.loads(data[8 : 8 + length])["__metadata__"]
-        payload = Payload(load(data), json.loads(header["meta"]), json.loads(header.get("coding", "null")))
+        payload = Payload(load(data), json.loads(header["meta"]))
         whole = header["sha256"] == _digest(payload.tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise Damaged(f"its tensors cannot be read ({type(error).__name__})") from error

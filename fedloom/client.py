@@ -101,7 +101,9 @@ class Client:
         self._configured = values
         self._recipe = Recipe.parse(values)
         self._algorithm = make(self._recipe)
-        self._channel = ClientChannel(Chains.of(self._recipe.operators), self._recipe.seed)
+        self._channel = ClientChannel(
+            Chains.of(self._recipe.operators, self._recipe.privacy is not None), self._recipe.seed
+        )
         self._objective = OBJECTIVES[self._recipe.train.objective](self._recipe.train)
 
     def _prepare(self, assignment: Assignment) -> None:

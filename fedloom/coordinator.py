@@ -95,7 +95,7 @@ class Coordinator:
         self.in_flight: InFlight | None = None
         if algorithm.properties.asynchronous:
             self.in_flight = InFlight(
-                runtime.run,
+                lambda assignments: channel.opening(runtime.run(assignments)),
                 lambda client, round: self._assign(client, "train", round),
                 schedule,
                 algorithm.buffer(schedule.sampled()),
@@ -202,7 +202,6 @@ class Coordinator:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
         for outcome in outcomes:
             tally.cost += outcome.cost
-            outcome = self.channel.opened(outcome)
             refused = self._refused(outcome)
             if refused is not None:
                 tally.failures += 1
@@ -259,6 +258,8 @@ class Coordinator:
         """Send one assignment to each client; outcomes as they arrive."""
         self.tick(kind, round, 0, len(clients))
         outcomes = self.runtime.run(self._assign(client, kind, round, dataset) for client in clients)
+        if kind == "train":
+            outcomes = self.channel.opening(outcomes)
         for done, outcome in enumerate(outcomes, 1):
             self.tick(kind, round, done, len(clients))
             yield outcome
@@ -279,9 +280,7 @@ class Coordinator:
             score=self.score,
             recipe=self.recipe if first else None,
         )
-        return self.channel.sent(
-            assignment, first and type(self.algorithm).initial_payload is not Algorithm.initial_payload
-        )
+        return self.channel.sent(assignment, first and self.algorithm.own_initial)
 
     # ------------------------------------------------------------------ evaluation
 

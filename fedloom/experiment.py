@@ -170,7 +170,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     registry.runtimes.get(recipe.runtime.name)
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
-    Chains.of(recipe.operators)
+    Chains.of(recipe.operators, recipe.privacy is not None)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -241,7 +241,7 @@ def assemble(
         checkpoints,
         events,
         recipe.resolved(),
-        channel=ServerChannel(Chains.of(recipe.operators), recipe.seed),
+        channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
         server_measure=server_measure(
             recipe,

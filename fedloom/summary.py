@@ -42,7 +42,6 @@ def summarise(
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
     clients = {name: _client(name, partition, first, last) for name in partition.clients}
     corpus = data.corpus
-    shards = partition.shards.values()
     return {
         "name": recipe.name,
         "description": recipe.description,
@@ -74,22 +73,28 @@ def summarise(
         "seed": recipe.seed,
         "failures": progress.failures,
         "skipped_steps": progress.skipped_steps,
-        "data": {
-            "examples": len(corpus.examples),
-            "train": sum(len(s.train) for s in shards),
-            "validation": sum(len(s.validation) for s in shards),
-            "test": sum(len(s.test) for s in shards),
-            "dropped": {"empty_answer": 0, **corpus.dropped},
-            "truncated": data.sequences.truncated,
-            "truncated_tokens": data.sequences.truncated_tokens,
-            "max_length": recipe.data.max_length,
-        },
+        "data": _data(data, partition, recipe.data.max_length),
         "per_client": clients,
         "adapter_sha256": adapter_sha256,
         "versions": environment.versions(),
         "environment": environment.describe(),
         "git": environment.git_commit(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _data(data: FederatedData, partition: Partition, max_length: int) -> dict[str, Any]:
+    """What the run had of the corpus, and what was left out or cut."""
+    shards, sequences = partition.shards.values(), data.sequences
+    return {
+        "examples": len(data.corpus.examples),
+        "train": sum(len(s.train) for s in shards),
+        "validation": sum(len(s.validation) for s in shards),
+        "test": sum(len(s.test) for s in shards),
+        "dropped": {"empty_answer": 0, **data.corpus.dropped},
+        "truncated": sequences.truncated,
+        "truncated_tokens": sequences.truncated_tokens,
+        "max_length": max_length,
     }
 
 

@@ -141,6 +141,11 @@ class Algorithm(ABC):
 
     # ------------------------------------------------------------------ initial broadcast, re-distribution
 
+    @property
+    def own_initial(self) -> bool:
+        """Whether a client's first payload is unlike those of rounds, such as an emulator; a restart sends it anew."""
+        return type(self).initial_payload is not Algorithm.initial_payload
+
     def initial_payload(self, client: str) -> Payload:
         """What a client gets first. By default what it gets in every round."""
         return self.round_payload(client)

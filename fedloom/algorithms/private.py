@@ -99,6 +99,10 @@ class Private(base.Algorithm):
         self.model = self.inner.client_model(models, _without_own(payload))
         return self.model
 
+    @property
+    def own_initial(self) -> bool:
+        return self.inner.own_initial
+
     def initial_payload(self, client: str) -> Payload:
         return self._with_clip(self.inner.initial_payload(client))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from fedloom.config import ModelConfig
 from fedloom.errors import UserError
 from fedloom.methods import METHODS, AdapterConfig
 from fedloom.models import virtual
+from fedloom.models.delta import adding, check_delta
 from fedloom.models.emulator import targets_within
 from fedloom.models.loading import Base, Say, load_base, quiet_transformers
 from fedloom.models.state import Adapter, Layout
@@ -163,7 +164,7 @@ class AdaptedModel:
         weights, transposed = self.base_weights(), self.transposed_weights()
         names = sorted({n.removesuffix(".A").removesuffix(".B") for n in delta})
         for name in names:
-            _check_delta(name, weights.get(name), delta, name in transposed)
+            check_delta(name, weights.get(name), delta, name in transposed)
         for name, original in self._base_weights.items():
             weights[name].data.copy_(original)
         while self._delta_hooks:
@@ -171,7 +172,7 @@ class AdaptedModel:
         for name in names:
             parts = [delta[n].float().to(self.device) for n in (name, f"{name}.B", f"{name}.A") if n in delta]
             if weights[name].element_size() < 4 and not into_weights:
-                self._delta_hooks.append(self._layer(name).register_forward_hook(_adding(parts)))
+                self._delta_hooks.append(self._layer(name).register_forward_hook(adding(parts)))
                 continue
             change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
             original = self._base_weights.setdefault(name, weights[name].detach().clone())
@@ -247,36 +248,6 @@ def save_model(module: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) ->
     with quiet_peft():
         module.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-
-
-def _check_delta(
-    name: str, weight: torch.Tensor | None, delta: Mapping[str, torch.Tensor], transposed: bool = False
-) -> None:
-    """Raise ValueError unless `delta` has, for this weight, one dense tensor or one pair of factors that fits."""
-    if weight is None:
-        raise ValueError(f"the base has no weight {name}")
-    if not weight.is_floating_point():
-        raise ValueError(f"a base delta cannot be added to the quantised weight {name}")
-    shape = tuple(weight.T.shape if transposed else weight.shape)
-    parts = {n: tuple(delta[n].shape) for n in (name, f"{name}.B", f"{name}.A") if n in delta}
-    fits = parts == {name: shape}
-    if list(parts) == [f"{name}.B", f"{name}.A"]:
-        left, right = parts[f"{name}.B"], parts[f"{name}.A"]
-        fits = len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == shape
-    if not fits:
-        raise ValueError(f"a base delta of {parts} does not fit the weight {name} {shape}")
-
-
-def _adding(delta: Sequence[torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """A forward hook that adds x·Δᵀ to a linear layer's output, in fp32. `delta`: [Δ], or [B, A] with Δ = B·A."""
-
-    def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        added = inputs[0].float()
-        for factor in reversed(delta):
-            added = torch.nn.functional.linear(added, factor)
-        return (output.float() + added).to(output.dtype)
-
-    return hook
 
 
 def _plain(name: str) -> str:

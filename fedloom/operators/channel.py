@@ -11,7 +11,7 @@ This file does not know runtimes: what it makes is a payload like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,8 +38,12 @@ class Chains:
     down: Chain
 
     @classmethod
-    def of(cls, config: OperatorsConfig) -> Chains:
-        """Raises UserError for unknown names and options, and for chains that cannot be."""
+    def of(cls, config: OperatorsConfig, differences: bool = False) -> Chains:
+        """Raises UserError for unknown names and options, and for chains that cannot be.
+
+        Args:
+            differences: updates are differences from the broadcast already, as under privacy.
+        """
         chains = {
             n: Chain.parse([o.model_dump() for o in getattr(config, n)], f"operators.{n}")
             for n in ("initial", "up", "down")
@@ -55,9 +59,11 @@ class Chains:
                     f"operators.{name} has error_feedback, for which the server would keep a copy for every client: "
                     "it belongs to operators.up"
                 )
+        if differences and chains["up"].needs_reference:
+            raise UserError("operators.up has delta, but under privacy updates are differences already: leave it out")
         for name, chain in chains.items():
             zeroing = [d["name"] for o, d in zip(chain.operators, chain.described, strict=True) if o.for_differences]
-            if zeroing and not chain.needs_reference:
+            if zeroing and not chain.needs_reference and not (differences and name == "up"):
                 mend = "put delta before it" if name == "up" else "it belongs to operators.up, after delta"
                 raise UserError(f"operators.{name} has {zeroing[0]}, which would zero most of the weights: {mend}")
         return cls(**chains)
@@ -102,6 +108,11 @@ class ServerChannel:
             return replace(outcome, payload=self.chains.up.decode(outcome.payload, reference))
         except BadPayload as error:
             return Failure(outcome.client, outcome.round, "bad_payload", str(error), outcome.cost)
+
+    def opening(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
+        """`opened`, of each as it comes from the runtime: what waits or rests anywhere after that is plain."""
+        for outcome in outcomes:
+            yield self.opened(outcome)
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint has to hold: who got a first payload, where that differs from later ones."""

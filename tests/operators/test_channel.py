@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from payloads import same
 
@@ -192,7 +193,7 @@ def test_a_late_answer_is_against_the_broadcast_of_its_own_round(tiny_recipe):
     assert isinstance(again, Failure) and again.reason == "bad_payload" and "no broadcast" in again.detail
 
 
-def test_an_update_that_waits_on_disk_is_decoded_as_any_other(tiny_recipe, tmp_path):
+def test_updates_are_plain_before_they_wait_anywhere(tiny_recipe, tmp_path):
     server, client = ends(tiny_recipe, up=["delta", INT4])
     for name in "ab":
         server.sent(Assignment("train", name, 1, 9, Payload(weights(1))), False)
@@ -201,11 +202,12 @@ def test_an_update_that_waits_on_disk_is_decoded_as_any_other(tiny_recipe, tmp_p
         client.received(Assignment("train", name, 1, 9, Payload(weights(1))))
         updates[name] = Update(name, 1, client.encoded(Payload(weights(2), {"k": 1}), name, 1))
     expected = {name: server.chains.up.decode(u.payload, weights(1)).tensors for name, u in updates.items()}
-    waited = list(in_order(iter([updates["b"], updates["a"]]), "ab", tmp_path))
+    with pytest.raises(AssertionError, match="decoded first"):
+        list(in_order(iter([updates["b"]]), "ab", tmp_path))
+    waited = list(in_order(server.opening(iter([updates["b"], updates["a"]])), "ab", tmp_path))
     for name, outcome in zip("ab", waited, strict=True):
-        opened = server.opened(outcome)
-        assert isinstance(opened, Update) and opened.payload.meta == {"k": 1}
-        assert same(opened.payload.tensors, expected[name])
+        assert isinstance(outcome, Update) and outcome.payload.meta == {"k": 1}
+        assert same(outcome.payload.tensors, expected[name])
 
 
 def test_the_first_payload_takes_another_chain_and_a_restart_remembers_who_had_it(tiny_recipe):
@@ -342,6 +344,46 @@ def test_error_feedback_survives_a_kill(tiny_recipe, tmp_path, monkeypatch):
         assert digest(recipe, tmp_path / str(number), monkeypatch, moment) == whole, moment
     monkeypatch.setattr(ClientChannel, "resume", lambda self, state: None)
     assert digest(recipe, tmp_path / "forgetful", monkeypatch) != whole
+
+
+def test_updates_in_flight_survive_a_kill_with_what_they_are_against(tiny_recipe, tmp_path, monkeypatch):
+    """Asynchronous rounds: some updates wait in the checkpoint, encoded against broadcasts that the new process never sent."""
+    recipe = tiny_recipe({**CHAINS, "algorithm": {"name": "fedbuff", "buffer": 1}, "federation.clients_per_round": 3})
+    whole = digest(recipe, tmp_path / "whole", monkeypatch)
+    assert digest(recipe, tmp_path / "killed", monkeypatch, ("checkpoint", 2)) == whole
+    assert not [e for e in read_events(tmp_path / "killed" / "events.jsonl") if e["event"] == "client_failed"]
+
+
+# ------------------------------------------------------------------ beside privacy, and with an emulator
+
+
+def test_private_updates_are_differences_already(tiny_recipe, tmp_path):
+    privacy = {"clip": 0.5, "noise": 1.0, "seeded": True}
+    with pytest.raises(UserError, match="under privacy updates are differences already"):
+        run(tiny_recipe({"operators.up": ["delta", INT8], "privacy": privacy}), tmp_path / "run")
+    sparse = [{"name": "sparsify", "fraction": 0.5, "error_feedback": True}, INT8]
+    run(tiny_recipe({"operators.up": sparse, "operators.down": [INT8], "privacy": privacy}), tmp_path / "run")
+    assert not [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "client_failed"]
+
+
+def test_a_wrapped_algorithm_says_what_the_one_inside_says(tiny_recipe):
+    privacy = {"clip": 0.5, "noise": 1.0, "seeded": True}
+    assert not prepare(tiny_recipe({"privacy": privacy}), Watch()).algorithm.own_initial
+    assert prepare(tiny_recipe({"algorithm.name": "decomfl"}), Watch()).algorithm.own_initial
+
+
+def test_an_emulator_travels_under_initial(tiny_recipe, tmp_path):
+    """Its weights in 8 bits; the tokenizer's files, which travel as bytes, whole. Later payloads hold the adapter alone."""
+    model = tiny.save_model(tmp_path / "model", tiny.causal_lm(num_hidden_layers=6, tie_word_embeddings=True))
+    section = {"name": "fedot", "bottom": 1, "top": 1, "drop": 0.5, "reference": False}
+    sizes, losses = {}, {}
+    for name, initial in (("plain", []), ("int8", [INT8, "deflate"])):
+        recipe = tiny_recipe({"model": str(model), "algorithm": section, "operators.initial": initial})
+        got = summary(recipe, tmp_path / name)
+        assert not [e for e in read_events(tmp_path / name / "events.jsonl") if e["event"] == "client_failed"]
+        sizes[name], losses[name] = got["cost"]["download_bytes"], got["loss"]["after"]
+    assert sizes["int8"] < 0.8 * sizes["plain"]
+    assert losses["int8"] != losses["plain"] and abs(losses["int8"] - losses["plain"]) < 0.02 * losses["plain"]
 
 
 def test_a_residual_never_leaves_the_client(tiny_recipe, tmp_path, monkeypatch):
