@@ -10,17 +10,20 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 export OMP_WAIT_POLICY := PASSIVE
 export MKL_CBWR := AVX2
 
-.PHONY: quickstart test test-slow check docs wheel clean
+.PHONY: quickstart test test-slow test-faults check docs wheel clean
 
 quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
 
-test: $(VENV)/.dev  ## all tests but the slow ones, with coverage
+test: $(VENV)/.dev  ## all tests but those that take minutes, with coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest -q -m "not slow" -n 2 --dist loadgroup --cov --cov-report=term tests
+	$(BIN)/python -m pytest -q -m "not slow and not faults" -n 2 --dist loadgroup --cov --cov-report=term tests
 
 test-slow: $(VENV)/.dev  ## real models for minutes: learning, resume at random moments
 	$(BIN)/python -m pytest -q -m slow -s tests
+
+test-faults: $(VENV)/.dev  ## whatever can be killed, full, torn or foreign, and what becomes of the run
+	$(BIN)/python -m pytest -q tests/faults
 
 check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff format --check fedloom tests

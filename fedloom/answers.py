@@ -29,6 +29,8 @@ def pick(data: FederatedData, count: int) -> list[Sample]:
     """`count` questions: one of each client in turn, or of the corpus's own test set where it has one."""
     if data.server_questions:
         return [Sample("", e) for e in data.server_questions[:count]]
+    if not count:
+        return []
     queues = []
     for client in data.partition.testing_clients:
         own = data.client(client)

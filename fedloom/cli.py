@@ -6,10 +6,10 @@ kept; 2 a mistake of the user's, one sentence that names the mend; 130 interrupt
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,6 +17,9 @@ from rich.table import Table
 
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.overrides import parse_overrides
+
+if TYPE_CHECKING:
+    from fedloom.doctor import Check
 
 app = typer.Typer(
     name="fedloom",
@@ -71,13 +74,16 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
+    runtime: Annotated[
+        str | None, typer.Option("--runtime", help="where the clients run: simulator, or distributed on this machine")
+    ] = None,
 ) -> None:
     """Run a recipe: fine-tune, evaluate, report."""
     from fedloom.config import Recipe, find_recipe
     from fedloom.console import Display
     from fedloom.runfolder import RunFolder
 
-    values = parse_overrides(overrides or [])
+    values = parse_overrides(overrides or []) | ({"runtime.name": runtime} if runtime else {})
     source = find_recipe(recipe)
     folder = out_ or (source.parent if resume and source == Path(recipe) / "recipe.yaml" else None)
     chosen = Recipe.load(source, values)
@@ -91,11 +97,11 @@ def run(
     from fedloom.console import result_table
 
     out.print(result_table(result.summary))
-    out.print(f"adapter  {_adapter_place(result.folder)}", markup=False)
+    out.print(f"adapter  {adapter_place(result.folder)}", markup=False)
     out.print(f"report   {result.report}", markup=False)
 
 
-def _adapter_place(folder: Path) -> Path:
+def adapter_place(folder: Path) -> Path:
     return next((folder / n for n in ("adapter", "adapters") if (folder / n).is_dir()), folder)
 
 
@@ -258,9 +264,14 @@ def doctor() -> None:
     """Check this machine: versions, cores, memory, disk, cache, what can be reached, and what to mend."""
     from fedloom.doctor import checks
 
+    show_checks(checks())
+
+
+def show_checks(found: Iterable[Check]) -> None:
+    """A table of checks. Raises RunFailed where one is bad."""
     table = Table("", "check", "found", "mend", box=None, pad_edge=False)
     bad = 0
-    for check in checks():
+    for check in found:
         bad += check.level == "bad"
         mark = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}[check.level]
         table.add_row(mark, check.name, check.found, check.mend)
@@ -284,6 +295,9 @@ def main_options(
     ] = False,
 ) -> None:
     """Options before the command."""
+
+
+from fedloom import cli_federation as cli_federation  # noqa: E402, PLC0414  (its commands need `command`)
 
 
 def main() -> None:

@@ -164,6 +164,12 @@ class FederationConfig(Section):
         None, gt=0, description="clients sampled in a round: a number, or a fraction below 1.0; null takes all"
     )
     min_clients: int = Field(1, ge=1, description="the fewest updates a round needs; with fewer the run ends")
+    round_deadline: float | None = Field(
+        None,
+        gt=0,
+        description="seconds that a site has for one piece of work in the distributed runtime, late ones are dropped; "
+        "null waits as long as the site answers",
+    )
 
     @field_validator("clients_per_round")
     @classmethod

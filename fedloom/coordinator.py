@@ -28,11 +28,14 @@ from fedloom.errors import RunFailed
 from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
 from fedloom.tracking import Events
-from fedloom.types import Assignment, Cost, Failure, Outcome, Update, pooled_mean
+from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Update, pooled_mean
 
 
 class Runtime(Protocol):
     """What the coordinator needs of a runtime (runtimes/base.py)."""
+
+    @property
+    def pooled_tests(self) -> bool: ...
 
     @property
     def virtual(self) -> bool: ...
@@ -136,8 +139,11 @@ class Coordinator:
     def _evaluated(self, finished: int) -> bool:
         """Whether this evaluation is there; one in the middle of a longer run is no final one of personal models."""
         done = self.progress.evaluations.get(finished)
-        final = self.algorithm.properties.personal and finished == self.rounds
-        return done is not None and (done["pooled"] or not final)
+        return done is not None and (done["pooled"] or not self._final_personal(finished))
+
+    def _final_personal(self, finished: int) -> bool:
+        """Whether each client's own model is now measured on everybody's test data, which only a simulation has."""
+        return self.algorithm.properties.personal and finished == self.rounds and self.runtime.pooled_tests
 
     def save_personal(self) -> dict[str, str]:
         """Have every testing client write its own adapter; returns client → sha256 of it."""
@@ -237,6 +243,8 @@ class Coordinator:
         return None
 
     def _failed(self, failure: Failure, kind: str) -> None:
+        if failure.reason in STARTED_ANEW:
+            self._contacted.discard(failure.client)
         self.events.write(
             "client_failed",
             round=failure.round,
@@ -288,7 +296,7 @@ class Coordinator:
         own, spent = self._measure(finished, "test")
         cost += spent
         personal = self.algorithm.properties.personal
-        pooled, emulator = personal and finished == self.rounds, None
+        pooled, emulator = self._final_personal(finished), None
         if self.algorithm.properties.offsite and self.server_measure:
             emulator = measured.together(own)
             found = measured.means(self.server_measure(self.algorithm.deployed()))

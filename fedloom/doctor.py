@@ -17,6 +17,7 @@ from fedloom import carriers, environment
 EXTRAS = {
     "skills": ("reasoning_gym", "the corpora fed-skills and fed-gsm-symbolic"),
     "report": ("matplotlib", "PNG pictures of `fedloom split`"),
+    "distributed": ("nvflare", "the distributed runtime: provision, serve, join"),
     "zstd": ("zstandard", "the operator zstd"),
     "lz4": ("lz4", "the operator lz4"),
 }
@@ -42,7 +43,7 @@ def checks() -> Iterator[Check]:
     old = sys.version_info < (3, 11)
     yield Check("bad" if old else "good", "python", python, "fedloom needs Python 3.11 or newer" if old else "")
     yield from _packages()
-    yield from _machine()
+    yield from machine(Path.cwd())
     yield from _cache()
     yield from _determinism()
 
@@ -64,7 +65,8 @@ def _packages() -> Iterator[Check]:
         )
 
 
-def _machine() -> Iterator[Check]:
+def machine(folder: Path) -> Iterator[Check]:
+    """Cores, GPU, memory, and the disk that `folder` lies on."""
     import torch
 
     cores = environment.available_cores()
@@ -79,10 +81,13 @@ def _machine() -> Iterator[Check]:
         enough = memory >= MEMORY_GB
         mend = "" if enough else f"close programs, or use a smaller train.batch_size; {MEMORY_GB} GB suit smollm2-135m"
         yield Check("good" if enough else "note", "free memory", f"{memory:.1f} GB", mend)
-    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    free = shutil.disk_usage(folder).free / 1e9
     enough = free >= DISK_GB
     yield Check(
-        "good" if enough else "bad", "free disk here", f"{free:.1f} GB", "" if enough else f"make {DISK_GB} GB of room"
+        "good" if enough else "bad",
+        f"free disk{' here' if folder == Path.cwd() else ''}",
+        f"{free:.1f} GB",
+        "" if enough else f"make {DISK_GB} GB of room",
     )
 
 

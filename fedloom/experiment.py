@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -34,7 +34,7 @@ from fedloom.choices import (
 from fedloom.client import Client
 from fedloom.clock import Speeds
 from fedloom.config import Recipe
-from fedloom.coordinator import Coordinator, Tick
+from fedloom.coordinator import Coordinator, Runtime, Tick
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
@@ -89,6 +89,7 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     watch: Watch | None = None,
+    remote: Remote | None = None,
 ) -> Result:
     """Run a recipe to its end.
 
@@ -97,6 +98,7 @@ def run(
         resume: go on from the newest whole checkpoint in `out`. The recipe that is stored there counts; of `recipe`
             only what may change is taken (runfolder.continued), such as more rounds.
         overwrite: replace the run that lies in `out`.
+        remote: clients that are elsewhere already (serving.py); by default the recipe's runtime says where they run.
 
     Raises:
         UserError: the recipe asks for what cannot be. Nothing was written or deleted.
@@ -104,14 +106,17 @@ def run(
     """
     path = Path(out) if out is not None else Path("runs") / (recipe.name or "run")
     watch = watch or Watch()
+    if remote is None and recipe.runtime.name in registry.drivers:
+        driven: Result = registry.drivers.get(recipe.runtime.name)(recipe, path, resume, overwrite, watch)
+        return driven
     try:
         with opened(path, resume=resume, overwrite=overwrite) as folder:
             if resume:
                 recipe = continued(folder.stored_recipe(), recipe)
-            setting = prepare(recipe, watch)
+            setting = prepare(recipe, watch) if remote is None else remote.prepare(recipe, watch, folder)
             if overwrite:
                 folder.clear()
-            return _run(setting, folder, resume, watch)
+            return _run(setting, folder, resume, watch, remote.runtime if remote else None)
     except (OSError, SafetensorError) as error:
         trouble = disk_trouble(error, path)
         if trouble is None:
@@ -121,9 +126,23 @@ def run(
         raise RunFailed(f"{trouble}: {kept}; make room or name another --out, then --resume") from error
 
 
+class Remote(Protocol):
+    """Clients outside this process, who hold data that this process never sees."""
+
+    @property
+    def runtime(self) -> Runtime: ...
+
+    def prepare(self, recipe: Recipe, watch: Watch, folder: RunFolder) -> Setting:
+        """What `prepare` gives, from what the clients say of their data."""
+        ...
+
+
 @dataclass
 class Setting:
-    """All that a run needs before its first round; `recipe` has every default and every choice of a probe written out."""
+    """All that a run needs before its first round.
+
+    `recipe` has every default and every choice of a probe written out; `split` is what split.json holds.
+    """
 
     recipe: Recipe
     corpus: Corpus
@@ -136,6 +155,7 @@ class Setting:
     suite: Suite | None
     score_note: str
     schedule: Schedule
+    split: dict[str, Any]
 
 
 def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setting:
@@ -180,11 +200,14 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     holders = clients.pooled() if algorithm.properties.pooled else clients
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
     return Setting(
-        recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule
+        recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
+        split_table(corpus, clients),
     )  # fmt: skip
 
 
-def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Coordinator:
+def assemble(
+    setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None
+) -> Coordinator:
     """The runtime with its clients, and the coordinator in front of it, at the round where it has to begin."""
     recipe = setting.recipe
     checkpoints = Checkpoints(folder / "checkpoints", recipe.tracking.keep_checkpoints)
@@ -196,18 +219,19 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
             f"federation.rounds={recipe.federation.rounds} but {state.round} rounds are finished: ask for more, not fewer"
         )
     folder.write_recipe(recipe)
-    folder.write("split.json", split_table(setting.corpus, setting.clients))
+    folder.write("split.json", setting.split)
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
-    client = Client(
-        setting.models,
-        setting.data,
-        setting.template,
-        ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1),
-        folder / "adapters",
-        setting.suite,
-    )
-    runtime = registry.runtimes.get(recipe.runtime.name)(client, setting.data.partition.clients)
+    if runtime is None:
+        client = Client(
+            setting.models,
+            setting.data,
+            setting.template,
+            ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1),
+            folder / "adapters",
+            setting.suite,
+        )
+        runtime = registry.runtimes.get(recipe.runtime.name)(client, setting.data.partition.clients)
     coordinator = Coordinator(
         setting.algorithm,
         runtime,
@@ -236,10 +260,10 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
     return coordinator
 
 
-def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Result:
+def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
     """Rounds, then results."""
     recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
-    coordinator = assemble(setting, folder, resume, watch)
+    coordinator = assemble(setting, folder, resume, watch, runtime)
     settings = recipe.evaluation
     asker = Asker(
         setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens

@@ -139,9 +139,20 @@ class Registry:
 _SAID: set[str] = set()
 
 
+#: A library that is not installed → the extra that brings it.
+_EXTRAS = {"nvflare": "distributed"}
+
+
 def _imported(target: str) -> Any:
+    """Raises UserError where an extra is missing."""
     module, _, attribute = target.partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        extra = _EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        raise UserError(f"{module} needs what is not installed: pip install 'fedloom[{extra}]'") from None
 
 
 def _origins(claims: list[EntryPoint]) -> str:
@@ -249,7 +260,31 @@ suites = Registry(
     instance=True,
 )
 
-runtimes = Registry("runtime", "runtimes", {"simulator": "fedloom.runtimes.simulator:Simulator"})
+runtimes = Registry(
+    "runtime",
+    "runtimes",
+    {
+        "simulator": "fedloom.runtimes.simulator:Simulator",
+        "distributed": "fedloom.runtimes.distributed:Distributed",
+    },
+)
+
+#: Runtimes whose clients are not in this process: what runs a whole recipe under them, with `experiment.run`'s arguments.
+drivers = Registry("runtime", "drivers", {"distributed": "fedloom.federation:run_here"})
+
+#: What the commands of a federation call, all of which needs the engine.
+federation = Registry(
+    "part of a federation",
+    "federation",
+    {
+        "provision": "fedloom.runtimes.flare.kits:provision",
+        "server": "fedloom.supervision:Server",
+        "serve": "fedloom.supervision:serve",
+        "settle": "fedloom.joining:settle",
+        "joined": "fedloom.joining:Joined",
+        "checks": "fedloom.preflight:checks",
+    },
+)
 
 operators = Registry(
     "operator",

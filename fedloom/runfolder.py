@@ -28,6 +28,9 @@ CONTENTS = (
     "recipe.yaml",  # last: what is deleted by half can still be overwritten
 )  # fmt: skip
 
+#: What may lie in a folder before a run begins there: the lock, and a federation's certificates and orders.
+OTHERS = {".lock", "federation"}
+
 
 class RunFolder:
     """Paths and small files of one run."""
@@ -98,7 +101,7 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         )
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: name a folder with --out")
-    if not folder.holds_a_run and path.is_dir() and any(p.name != ".lock" for p in path.iterdir()):
+    if not folder.holds_a_run and path.is_dir() and any(p.name not in OTHERS for p in path.iterdir()):
         raise UserError(f"{path} is not empty and holds no run: name another folder with --out")
     made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)

@@ -273,6 +273,9 @@ class Failure:
     cost: Cost = Cost()
 
 
+#: Reasons of a `Failure` after which the client's process knows nothing of the run: it is told everything again.
+STARTED_ANEW = frozenset({"lost", "crashed", "late", "absent"})
+
 Outcome = Update | Failure
 
 

@@ -16,7 +16,7 @@ ROOT = Path(fedloom.__file__).parent
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach", "limits"},
-    {"types", "overrides", "section", "methods", "privacy", "config", "carriers"},
+    {"types", "overrides", "section", "methods", "privacy", "config", "carriers", "project", "policy"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
     {
@@ -33,8 +33,9 @@ LAYERS = [
     },
     {"runtimes", "summary", "answers", "report"},
     {"choices", "deployment", "catalogue"},
-    {"experiment", "evaluate", "export", "fetching", "doctor"},
-    {"console", "cli", "__main__"},
+    {"experiment", "evaluate", "export", "fetching", "doctor", "site"},
+    {"serving", "joining", "supervision", "federation", "preflight"},
+    {"console", "cli", "cli_federation", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
@@ -42,11 +43,11 @@ LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 HOMES = {
     "peft": ("models/",),
     "lm_eval": ("evaluation/harness.py",),
-    "nvflare": ("runtimes/distributed.py",),
+    "nvflare": ("runtimes/flare/",),
     "ray": ("runtimes/ray.py",),
     "reasoning_gym": ("corpora/", "evaluation/"),
     "datasets": ("data/",),
-    "typer": ("cli.py", "console.py", "__main__.py"),
+    "typer": ("cli.py", "cli_federation.py", "console.py", "__main__.py"),
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
     "dp_accounting": ("algorithms/accounting.py",),

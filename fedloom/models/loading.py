@@ -51,21 +51,35 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if source.startswith("hub ") and not hub_reachable():
         options["local_files_only"] = True  # what the hub's cache holds; without this the library retries for a minute
+    tokenizer = load_tokenizer(config, say)
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(where, **options)
             model = AutoModelForCausalLM.from_pretrained(
                 where, dtype=getattr(torch, config.dtype), attn_implementation=_attention(where, options), **options
             )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loadable(config, error)) from error
     _check_embedding(model, tokenizer, config.name)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # an existing row: nothing is resized
-    tokenizer.padding_side = "left"
     model.requires_grad_(False)
     model.eval()
     return Base(model.to(device), tokenizer, source)
+
+
+def load_tokenizer(config: ModelConfig, say: Say = lambda text: None) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, padding on the left with a row that is there. Raises UserError where it cannot be found."""
+    where, source = locate(config, say)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if source.startswith("hub ") and not hub_reachable():
+        options["local_files_only"] = True
+    try:
+        with quiet_transformers():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_not_loadable(config, error)) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # an existing row: nothing is resized
+    tokenizer.padding_side = "left"
+    return tokenizer
 
 
 def locate(config: ModelConfig, say: Say) -> tuple[str, str]:

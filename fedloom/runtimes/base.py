@@ -21,6 +21,11 @@ class Runtime(Protocol):
         ...
 
     @property
+    def pooled_tests(self) -> bool:
+        """Whether a client can be measured on all clients' test data together, which no site has of another."""
+        ...
+
+    @property
     def virtual(self) -> bool:
         """Whether time is made up: work is done as soon as it is sent, and a clock says when its outcome would arrive."""
         ...

@@ -16,6 +16,7 @@ from fedloom.types import Assignment, Outcome
 
 
 class Simulator:
+    pooled_tests = True
     virtual = True
 
     def __init__(self, client: Client, clients: tuple[str, ...]) -> None:

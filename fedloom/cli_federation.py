@@ -1,0 +1,103 @@
+"""The commands of a federation between organisations: provision, serve, join. Thin, as those of cli.py.
+
+They need the extra `distributed`; without it each says so (registry.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.cli import Overrides, RecipeName, adapter_place, command, err, out, show_checks
+from fedloom.overrides import parse_overrides
+from fedloom.registry import federation
+
+
+@command
+def provision(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="the project file: server, sites, admin")],
+    out_: Annotated[Path, typer.Option("--out", help="the folder to write the kits into")] = Path("kits"),
+) -> None:
+    """Make the certificates and folders of a federation: one kit for the server, one for each site, one for the admin."""
+    from fedloom.project import Project
+
+    chosen = Project.load(project)
+    for folder in federation.get("provision")(chosen, out_):
+        out.print(f"kit      {folder}", markup=False)
+    out.print(
+        f"keep     {out_ / 'authority'} where nobody else reads it: who holds it can let anybody in", markup=False
+    )
+
+
+@command
+def serve(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the server's kit")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
+    admin: Annotated[
+        Path | None, typer.Option("--admin", help="the admin's kit; beside the server's by default")
+    ] = None,
+    wait: Annotated[
+        float | None, typer.Option("--wait", help="begin after so many seconds without the missing sites")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
+) -> None:
+    """Run a recipe among the sites of a federation, as its server."""
+    from fedloom.config import Recipe
+    from fedloom.console import Display, result_table
+    from fedloom.runfolder import RunFolder
+
+    server = federation.get("server").open(kit, admin)
+    values = parse_overrides(overrides or [])
+    chosen = Recipe.load(recipe, {**values, "runtime.name": "distributed"})
+    folder = out_ or Path("runs") / chosen.name
+    with Display(err, quiet=quiet) as display:
+        federation.get("serve")(
+            server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait
+        )
+    out.print(result_table(RunFolder(folder).read("summary.json") or {}))
+    out.print(f"adapter  {adapter_place(folder)}", markup=False)
+    out.print(f"report   {folder / 'report.html'}", markup=False)
+
+
+@command
+def join(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="this site's kit")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="this site's data file or folder; kept for the next time")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="such as instruction=question")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="where the base model lies here")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="examples in one forward pass here")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:0 …")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="look whether everything is in place, and do not join")
+    ] = False,
+) -> None:
+    """Take part in a federation as one of its sites, until interrupted; data and settings stay here."""
+    import time
+
+    settings = {
+        "data": data, "columns": parse_overrides(column) if column else None, "model": model,
+        "batch_size": batch_size, "device": device, "threads": threads,
+    }  # fmt: skip
+    site = federation.get("settle")(kit, settings)
+    if check:
+        show_checks(federation.get("checks")(kit, site))
+        return
+    joined = federation.get("joined")(kit, lambda text: err.print(text, markup=False))
+    out.print(f"joined   as {site.client}; audit log {Path(site.home) / 'audit.jsonl'}", markup=False)
+    try:
+        while True:
+            joined.look()
+            time.sleep(1.0)
+    finally:
+        joined.close()

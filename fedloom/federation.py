@@ -1,0 +1,113 @@
+"""A whole federation on one machine: certificates, a server and every site as processes, on loopback.
+
+For demonstrations and tests: the same commands' functions that organisations use, with the corpus split as the simulator
+splits it and each site given its own part as a file. This file adds nothing to the server or to a site.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import socket
+from pathlib import Path
+
+from fedloom.choices import load_data, make_schedule, pick_suite
+from fedloom.config import Recipe
+from fedloom.data.shards import write_shard
+from fedloom.data.splitters import partition, select_questions
+from fedloom.errors import UserError
+from fedloom.experiment import Result, Watch
+from fedloom.joining import Joined, settle
+from fedloom.models.adapters import Models
+from fedloom.models.forward import release
+from fedloom.models.loading import pick_device
+from fedloom.models.results import load_adapted
+from fedloom.project import Project
+from fedloom.runfolder import RunFolder
+from fedloom.runtimes.flare.kits import provision
+from fedloom.serving import FEDERATION, checked
+from fedloom.supervision import Server, serve
+from fedloom.types import Corpus, Partition
+
+#: Sites on one machine: each has three processes.
+MOST_SITES = 16
+
+
+def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Watch) -> Result:
+    """A run with its server and sites as children of this process. Raises UserError and RunFailed as `serve` does."""
+    if overwrite:
+        shutil.rmtree(out / FEDERATION, ignore_errors=True)
+    checked(recipe)
+    corpus, recipe = load_data(recipe, watch.say)
+    clients = partition(corpus, recipe.split, recipe.seed)
+    make_schedule(recipe, checked(recipe), clients)
+    kits = out / FEDERATION / "kits"
+    sites = site_names(clients.clients)
+    project = Project.model_validate(
+        {
+            "name": "here",
+            "server": {"host": "localhost", "port": free_port(), "also": ["127.0.0.1"]},
+            "sites": [{"name": site, "client": client} for client, site in sites.items()],
+        }
+    )
+    watch.say(f"certificates for a server and {len(sites)} sites")
+    provision(project, kits)
+    deal(
+        recipe, corpus, clients, {client: out / FEDERATION / "data" / f"{site}.jsonl" for client, site in sites.items()}
+    )
+    joined: list[Joined] = []
+    try:
+        for site in sites.values():
+            settle(kits / site, {"data": str(out / FEDERATION / "data" / f"{site}.jsonl")})
+            joined.append(Joined(kits / site, watch.say))
+
+        def look() -> None:
+            for one in joined:
+                one.look()
+
+        server = Server.open(kits / "server", None)
+        serve(server, recipe, out, resume=resume, overwrite=overwrite, watch=watch, wait=300.0, during=look)
+    finally:
+        for one in joined:
+            one.close()
+    return result(out, watch)
+
+
+def deal(recipe: Recipe, corpus: Corpus, clients: Partition, files: dict[str, Path]) -> None:
+    """Each client's examples and questions into a file of its own."""
+    suite, _ = pick_suite(recipe, corpus)
+    asked = select_questions(corpus, clients, recipe.evaluation.limit, recipe.seed) if suite and not corpus.test else {}
+    for client, path in files.items():
+        write_shard(path, corpus, clients.shards[client], asked.get(client, ()))
+
+
+def site_names(clients: tuple[str, ...]) -> dict[str, str]:
+    """Client → a name that a certificate can carry. Raises UserError where there are too many for one machine."""
+    if len(clients) > MOST_SITES:
+        raise UserError(
+            f"{len(clients)} sites are too many for one machine (three processes each, at most {MOST_SITES} sites): lower "
+            "split.num_clients, or use runtime.name=simulator"
+        )
+    plain = [re.sub(r"[^A-Za-z0-9]+", "-", c).strip("-")[:40] for c in clients]
+    sound = len({p.lower() for p in plain}) == len(plain) and all(p and p not in {"server", "admin"} for p in plain)
+    return {c: p if sound else f"site-{i}" for i, (c, p) in enumerate(zip(clients, plain, strict=True), 1)}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def result(out: Path, watch: Watch) -> Result:
+    """What a finished run left in its folder."""
+    folder = RunFolder(out)
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    recipe = folder.stored_recipe()
+    device = pick_device(recipe.runtime.device)
+    if (out / "adapter").is_dir():
+        model = load_adapted(recipe.model, out / "adapter", device, watch.say)
+    else:  # personal results stay with the sites
+        model = Models(recipe.model, recipe.adapter, recipe.seed, device, watch.say).adapted()
+    return Result(summary, out, out / "report.html", release(model), model.tokenizer)

@@ -1,0 +1,255 @@
+"""A site's half of the conversation: it takes work in pieces, has its trainer do it, and hands the outcome out in pieces.
+
+The agent lives in the engine's process and holds no model and no data. Work is done one piece after another by a
+trainer in a child process (worker.py); one that dies or is late is started again and told the recipe again. What
+leaves goes through the site's policy in the trainer, and is written into the audit log here. This file does not know
+the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fedloom.policy import Audit, Policy, Refused
+from fedloom.runtimes import versions
+from fedloom.runtimes.link import PIECE, Answer
+from fedloom.runtimes.worker import Stopped, Worker, WorkerLate, WorkerLost
+
+#: A stopped or finished piece of work is remembered for this long after others came, so that an answer can be repeated.
+REMEMBERED = 8
+
+State = Literal["arriving", "queued", "working", "done", "failed"]
+
+
+@dataclass
+class Work:
+    """One piece of work on its way through the site."""
+
+    kind: str
+    data: bytearray
+    deadline: float | None
+    received: int = 0
+    state: State = "arriving"
+    result: bytes = b""
+    reason: str = ""
+    detail: str = ""
+    stopped: bool = False
+    began: float = 0.0
+    changed: threading.Event = field(default_factory=threading.Event)
+
+
+class Agent:
+    """Answers the server's questions.
+
+    Args:
+        start: starts a trainer.
+        policy, audit: the site's.
+        say: told what happens, for the site's own terminal and log.
+    """
+
+    def __init__(
+        self, start: Callable[[], Worker], policy: Policy, audit: Audit, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._start = start
+        self._policy = policy
+        self._audit = audit
+        self._say = say
+        self._works: OrderedDict[str, Work] = OrderedDict()
+        self._lock = threading.Lock()
+        self._ready = threading.Condition(self._lock)
+        self._worker: Worker | None = None
+        self._orders: bytes | None = None
+        self._refusal = ""
+        self._closed = False
+        self._thread = threading.Thread(target=self._serve, name="trainer", daemon=True)
+        self._thread.start()
+
+    def answer(self, header: Mapping[str, Any], data: bytes) -> Answer:
+        """One question's answer. Every one is a line in the audit log."""
+        verb = header.get("verb")
+        verbs = {"hello": self._hello, "put": self._put, "wait": self._wait, "fetch": self._fetch, "drop": self._drop}
+        answer = verbs[verb](header, data) if verb in verbs else Answer({"state": "unknown"})
+        text = json.dumps(answer.header, sort_keys=True).encode()
+        self._audit.left(f"answer to {verb if verb in verbs else 'an unknown question'}", text + answer.data)
+        return answer
+
+    def close(self) -> None:
+        with self._ready:
+            self._closed = True
+            for work in self._works.values():
+                work.stopped = True
+            self._ready.notify_all()
+        self._thread.join(timeout=10)
+
+    # ------------------------------------------------------------------ questions
+
+    def _hello(self, header: Mapping[str, Any], data: bytes) -> Answer:
+        theirs = header.get("versions")
+        differs = versions.mismatch(versions.own(), theirs if isinstance(theirs, dict) else {})
+        refusal = f"the server's versions do not fit: {differs}" if differs else ""
+        if refusal and refusal != self._refusal:
+            self._say(refusal)
+        self._refusal = refusal
+        return Answer({"state": "here", "versions": versions.own()})
+
+    def _put(self, header: Mapping[str, Any], data: bytes) -> Answer:
+        name, kind, deadline = str(header.get("work")), header.get("kind"), header.get("deadline")
+        offset, size = _whole(header.get("offset")), _whole(header.get("size"))
+        if kind not in {"prepare", "work"} or not 0 <= offset <= size or len(data) != min(PIECE, size - offset):
+            return _refused("bad_message", "a piece of work cannot be read")
+        if size > self._policy.max_message_bytes:
+            return _refused("too_large", f"{size} bytes where at most {self._policy.max_message_bytes} are taken")
+        if self._refusal:
+            return _refused("version", self._refusal)
+        with self._ready:
+            if kind == "work" and self._orders is None:
+                return Answer({"state": "unprepared"})
+            if name not in self._works:
+                if offset:
+                    return Answer({"state": "unknown"})
+                self._works[name] = Work(kind, bytearray(size), deadline if isinstance(deadline, int | float) else None)
+                self._forget()
+            work = self._works[name]
+            if work.state == "arriving" and len(work.data) == size:
+                work.data[offset : offset + len(data)] = data
+                work.received = max(work.received, offset + len(data))
+                if work.received == size:
+                    work.state = "queued"
+                    self._ready.notify_all()
+        return Answer({"state": "taken"})
+
+    def _wait(self, header: Mapping[str, Any], data: bytes) -> Answer:
+        work, seconds = self._works.get(str(header.get("work"))), header.get("seconds")
+        if work is None:
+            return Answer({"state": "unknown"})
+        work.changed.wait(min(60.0, float(seconds)) if isinstance(seconds, int | float) else 0.0)
+        if work.state == "done":
+            return Answer({"state": "done", "size": len(work.result)})
+        if work.state == "failed":
+            return _refused(work.reason, work.detail)
+        return Answer({"state": work.state})
+
+    def _fetch(self, header: Mapping[str, Any], data: bytes) -> Answer:
+        work = self._works.get(str(header.get("work")))
+        offset, length = _whole(header.get("offset")), _whole(header.get("length"))
+        if work is None or work.state != "done" or offset < 0 or length < 0:
+            return Answer({"state": "unknown"})
+        return Answer({"state": "piece"}, work.result[offset : offset + min(length, PIECE)])
+
+    def _drop(self, header: Mapping[str, Any], data: bytes) -> Answer:
+        with self._lock:
+            work = self._works.get(str(header.get("work")))
+            if work is not None:
+                work.stopped = True
+                work.result = b""
+        return Answer({"state": "dropped"})
+
+    def _forget(self) -> None:
+        """Keep only the newest that nobody works on."""
+        over = [n for n, w in self._works.items() if w.state in {"done", "failed"} or w.stopped]
+        for name in over[: max(0, len(self._works) - REMEMBERED)]:
+            del self._works[name]
+
+    # ------------------------------------------------------------------ work
+
+    def _serve(self) -> None:
+        """One piece of work after another, in a thread of its own."""
+        while True:
+            with self._ready:
+                self._ready.wait_for(lambda: self._closed or self._next() is not None)
+                work = self._next()
+                if self._closed or work is None:
+                    break
+                work.state, work.began = "working", time.monotonic()
+            try:
+                work.result = self._done(work)
+                work.state = "done"
+            except Refused as error:
+                self._fail(work, "refused", str(error))
+            except WorkerLost as error:
+                self._fail(work, "crashed", str(error))
+            except WorkerLate:
+                self._fail(work, "late", "not done within the deadline")
+            except Stopped:
+                self._fail(work, "late", "called off by the server")
+            except _Erred as error:
+                self._fail(work, error.reason, error.detail)
+            work.data = bytearray()
+            work.changed.set()
+            self._revive()
+        if self._worker is not None:
+            self._worker.close()
+
+    def _next(self) -> Work | None:
+        return next((w for w in self._works.values() if w.state == "queued"), None)
+
+    def _fail(self, work: Work, reason: str, detail: str) -> None:
+        """`detail` comes from here, or from the trainer, which has held it to the policy."""
+        self._say(f"{work.kind} failed ({reason}): {detail}")
+        work.reason, work.detail = reason, detail
+        work.state = "failed"
+
+    def _revive(self) -> None:
+        """Another trainer where one died, so that the next piece of work finds it ready."""
+        if self._worker is not None and not self._worker.alive and not self._closed:
+            with contextlib.suppress(WorkerLost, _Erred, Refused):
+                self._prepared()
+
+    def _done(self, work: Work) -> bytes:
+        if work.stopped:
+            raise Stopped
+        if work.kind == "prepare":
+            recipe = json.loads(work.data)["recipe"]
+            self._policy.check(recipe)
+            self._orders = bytes(work.data)
+            if self._worker is not None:
+                self._worker.close()
+                self._worker = None
+            return self._prepared()
+        if self._worker is None or not self._worker.alive:
+            self._worker = None
+            self._prepared()
+            raise WorkerLost("it had ended before this round, and was started again")
+        return self._ask("work", bytes(work.data), work.deadline, lambda: work.stopped or self._closed)
+
+    def _prepared(self) -> bytes:
+        """A trainer that knows the recipe; its account of the site's data."""
+        assert self._orders is not None
+        self._worker = self._start()
+        return self._ask("prepare", self._orders)
+
+    def _ask(
+        self, kind: str, data: bytes, deadline: float | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> bytes:
+        assert self._worker is not None
+        header, body = self._worker.ask({"kind": kind}, data, deadline, stopped)
+        if header.get("state") == "refused":
+            raise Refused(str(header.get("detail")))
+        if header.get("state") != "done":
+            raise _Erred(str(header.get("reason")), str(header.get("detail")))
+        return body
+
+
+class _Erred(Exception):
+    """The trainer said that its work failed."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+def _whole(value: object) -> int:
+    """A count as it was sent; -1, which is within no bounds, for anything else."""
+    return value if isinstance(value, int) and value >= 0 else -1
+
+
+def _refused(reason: str, detail: str) -> Answer:
+    return Answer({"state": "refused", "reason": reason, "detail": detail})

@@ -1,0 +1,340 @@
+"""Clients at sites that do not trust each other's machines: one client a site, reached by short questions and answers.
+
+A site works for minutes or hours and lines break, so no call waits for the work. `put` hands an assignment over in
+bounded pieces, `wait` asks now and then whether it is done, `fetch` gets the outcome in bounded pieces. So a site that
+died is noticed within seconds although its work may take hours, and a slow one has until the deadline.
+
+    lost     it answers no more, or its process was started again in the middle of the work
+    crashed  its trainer died; the site has started it again
+    late     not done within federation.round_deadline; the site stops the work
+    absent   it was lost before and does not answer yet: it is not waited for
+
+Whatever a site answers is checked before it is believed: sizes before anything is allocated, then the message, then
+whom and which round it speaks of. This file does not know the engine that carries a question (`Link`), nor an algorithm.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedloom.errors import RunFailed
+from fedloom.runtimes import versions, wire
+from fedloom.runtimes.link import CODE, PIECE, Answer, Link
+from fedloom.types import Assignment, Failure, Outcome
+
+#: A client's answer may be this large, and four times what it was sent on top of that.
+SPARE_BYTES = 64 << 20
+
+#: Reasons after which a site is not waited for until it answers again.
+LOST = {"lost", "absent"}
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long is waited, in seconds.
+
+    Attributes:
+        answer: for the answer to one question, the time that the site itself waits not counted.
+        silence: until a site that answers nothing is given up.
+        poll: how long one `wait` stays at the site.
+        start: for a site's process to come up.
+        deadline: for one piece of work (federation.round_deadline); None waits as long as the site answers.
+    """
+
+    answer: float = 20.0
+    silence: float = 30.0
+    poll: float = 5.0
+    start: float = 90.0
+    deadline: float | None = None
+
+
+class GaveUp(Exception):
+    """A site did not do its work; `reason` is a short code, `detail` a sentence."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass
+class Site:
+    """What is known of one site."""
+
+    name: str
+    client: str
+    prepared: bool = False
+    dead_since: float | None = None
+    sent_most: int = 0
+
+
+class Distributed:
+    """The runtime between organisations.
+
+    Args:
+        link: the engine.
+        sites: client → the name of its site.
+        here: the sites that the engine's job reaches; others are absent until another job begins.
+        say: told when a site is lost, comes back or is refused.
+        leave: told which sites are lost, and since when (seconds since the epoch), before work is sent; true means that
+            one of them is there again and out of this job's reach, so that the run goes on in another job.
+    """
+
+    virtual = False
+    pooled_tests = False
+
+    def __init__(
+        self,
+        link: Link,
+        sites: Mapping[str, str],
+        here: Collection[str],
+        patience: Patience,
+        say: Callable[[str], None] = lambda text: None,
+        leave: Callable[[Mapping[str, float]], bool] = lambda dead: False,
+    ) -> None:
+        self._link = link
+        now = time.time()
+        self._sites = {c: Site(s, c, dead_since=None if s in here else now) for c, s in sites.items()}
+        self._patience = patience
+        self._say = say
+        self._leave = leave
+        self._pool = ThreadPoolExecutor(max_workers=2 * max(1, len(sites)), thread_name_prefix="site")
+        self._session = f"{time.time_ns():x}"
+        self._numbers = itertools.count()  # one step of it is atomic
+        self._orders: bytes = b""
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        return tuple(self._sites)
+
+    # ------------------------------------------------------------------ before the first round
+
+    def greet(self, recipe: Mapping[str, Any], run: str) -> dict[str, dict[str, int]]:
+        """Give every site the recipe; client → how much data it found (train, validation, test, questions, tokens).
+
+        A site that does not come up, has other versions or refuses the recipe is left out and said.
+        """
+        orders = {"recipe": recipe, "run": run, "sites": len(self._sites)}
+        self._orders = json.dumps(orders, allow_nan=False).encode()
+        present = [site for site in self._sites.values() if site.dead_since is None]
+        self._await(present)
+        futures = {self._pool.submit(self._prepare, site): site for site in present}
+        counts: dict[str, dict[str, int]] = {}
+        for future, site in futures.items():
+            try:
+                counts[site.client] = future.result()
+            except GaveUp as error:
+                if error.reason in LOST:
+                    site.dead_since = time.time()
+                self._say(f"{site.name} takes no part for now ({error.reason}): {error.detail}")
+        return counts
+
+    def _await(self, waiting: list[Site]) -> None:
+        """Sites' processes come up one after another."""
+        until = time.monotonic() + self._patience.start
+        while waiting and time.monotonic() < until:
+            asked = {site.name: self._pool.submit(self._ping, site) for site in waiting}
+            waiting = [site for site in waiting if not asked[site.name].result()]
+            if waiting:
+                time.sleep(0.2)
+
+    def _ping(self, site: Site) -> bool:
+        return self._link.ask(site.name, {"verb": "hello", "versions": versions.own()}, b"", 2.0) is not None
+
+    def _prepare(self, site: Site) -> dict[str, int]:
+        answer = self._link.ask(
+            site.name, {"verb": "hello", "versions": versions.own()}, b"", self._patience.answer
+        )  # fmt: skip
+        if answer is None:
+            raise GaveUp("absent", "it gives no answer")
+        told = answer.header.get("versions")
+        differs = versions.mismatch(versions.own(), told if isinstance(told, dict) else {})
+        if differs:
+            raise GaveUp("version", f"{differs}: install the same versions at the site")
+        reply = self._exchange(site, "prepare", self._orders, limit=1 << 20)
+        try:
+            counts = json.loads(reply)
+            found = {key: int(counts[key]) for key in ("train", "validation", "test", "questions", "tokens")}
+        except (ValueError, KeyError, TypeError):
+            raise GaveUp("bad_message", "its account of its data cannot be read") from None
+        if min(found.values()) < 0 or max(found.values()) > 1 << 40:
+            raise GaveUp("bad_message", "its account of its data is not possible")
+        site.prepared = True
+        self._mark(site, dead=False)
+        return found
+
+    # ------------------------------------------------------------------ work
+
+    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
+        """One outcome for each assignment, as they arrive. None: nothing more until the next outcome was taken."""
+        self._look_for_lost()
+        source, exhausted = iter(assignments), False
+        pending: set[Future[Outcome]] = set()
+        while True:
+            while not exhausted:
+                assignment = next(source, _END)
+                if assignment is _END:
+                    exhausted = True
+                elif assignment is None:
+                    break
+                else:
+                    assert isinstance(assignment, Assignment)
+                    message = wire.encode_assignment(replace(assignment, recipe=None))
+                    pending.add(self._pool.submit(self._carry, assignment, message))
+            if not pending:
+                return
+            done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+
+    def _look_for_lost(self) -> None:
+        """Sites that were lost and answer again are taken back. Raises StartAgain where that needs another job."""
+        lost = [site for site in self._sites.values() if site.dead_since is not None]
+        answers = {site.name: self._pool.submit(self._ping, site) for site in lost}
+        for site in lost:
+            if answers[site.name].result():
+                self._mark(site, dead=False)
+        dead = {site.name: site.dead_since for site in self._sites.values() if site.dead_since is not None}
+        if dead and self._leave(dead):
+            raise StartAgain("a site is back that this job does not reach")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _carry(self, assignment: Assignment, message: bytes) -> Outcome:
+        """One assignment to its site and its outcome back; a site that fails is a value."""
+        site = self._sites[assignment.client]
+        site.sent_most = max(site.sent_most, len(message))
+        limit = SPARE_BYTES + 4 * site.sent_most
+        try:
+            if site.dead_since is not None:
+                raise GaveUp("absent", f"{site.name} was lost and is not back yet")
+            if not site.prepared:
+                self._prepare(site)
+            reply = self._exchange(site, "work", message, limit)
+            outcome = wire.decode_outcome(reply, limit)
+            if (outcome.client, outcome.round) != (assignment.client, assignment.round):
+                raise GaveUp("bad_message", f"{site.name} answered for another client or round")
+            if not isinstance(outcome, Failure) and not _numbers(outcome.metrics):
+                raise GaveUp("bad_message", f"{site.name} sent metrics that are no finite numbers")
+        except wire.WireError as error:
+            return Failure(assignment.client, assignment.round, "bad_message", str(error))
+        except GaveUp as error:
+            self._mark(site, dead=error.reason in LOST)
+            return Failure(assignment.client, assignment.round, error.reason, error.detail)
+        self._mark(site, dead=False)
+        cost = replace(outcome.cost, upload_bytes=len(reply), download_bytes=len(message))
+        return replace(outcome, cost=cost)
+
+    def _mark(self, site: Site, *, dead: bool) -> None:
+        if dead == (site.dead_since is not None):
+            return
+        self._say(f"{site.name} is {'lost: it is asked again in the next round' if dead else 'back'}")
+        site.dead_since = time.time() if dead else None
+
+    def _exchange(self, site: Site, kind: str, data: bytes, limit: int) -> bytes:
+        """Hand `data` over, wait for the work, fetch what came of it. Raises GaveUp."""
+        work = f"{self._session}-{next(self._numbers)}"
+        deadline = self._patience.deadline if kind == "work" else None
+        for offset in range(0, max(1, len(data)), PIECE):
+            piece = data[offset : offset + PIECE]
+            header = {
+                "verb": "put",
+                "work": work,
+                "kind": kind,
+                "offset": offset,
+                "size": len(data),
+                "deadline": deadline,
+            }
+            answer = self._asked(site, header, piece)
+            if answer.header.get("state") == "unprepared":
+                self._prepare(site)
+                raise GaveUp("lost", f"{site.name} was started again and knows nothing of the rounds before")
+            _expect(site, answer, "taken")
+        size = self._done(site, work, deadline)
+        if size > limit:
+            self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
+            raise GaveUp("too_large", f"{site.name} announced {size} bytes where at most {limit} are taken")
+        result = bytearray()
+        while len(result) < size:
+            answer = self._asked(site, {"verb": "fetch", "work": work, "offset": len(result), "length": PIECE})
+            _expect(site, answer, "piece")
+            if not 0 < len(answer.data) <= min(PIECE, size - len(result)):
+                raise GaveUp("bad_message", f"{site.name} sent a piece of another size than was asked for")
+            result += answer.data
+        self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
+        return bytes(result)
+
+    def _done(self, site: Site, work: str, deadline: float | None) -> int:
+        """Wait until the work is done; the size of its result."""
+        since = time.monotonic()
+        while True:
+            patience = self._patience.poll
+            if deadline is not None:
+                patience = min(patience, max(0.0, since + deadline - time.monotonic()))
+            answer = self._asked(site, {"verb": "wait", "work": work, "seconds": patience}, waits=patience, until=(
+                None if deadline is None else since + deadline + 1.0))  # fmt: skip
+            state = answer.header.get("state")
+            if state == "done" and isinstance(answer.header.get("size"), int) and answer.header["size"] >= 0:
+                return int(answer.header["size"])
+            if state == "queued":  # behind an earlier piece of work: its time has not begun
+                since = time.monotonic()
+            elif state == "working" and deadline is not None and time.monotonic() >= since + deadline:
+                self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
+                raise GaveUp(
+                    "late", f"{site.name} was not done within {deadline:g} seconds (federation.round_deadline)"
+                )
+            elif state == "unknown":
+                raise GaveUp("lost", f"{site.name} was started again in the middle of its work")
+            elif state not in {"working", "queued"}:
+                raise _told(site, answer)
+
+    def _asked(
+        self, site: Site, header: Mapping[str, Any], data: bytes = b"", waits: float = 0.0, until: float | None = None
+    ) -> Answer:
+        """The answer to a question, asked again until the site's silence is too long or the deadline is over."""
+        silent = time.monotonic() + self._patience.silence + waits
+        while True:
+            patience = self._patience.answer + waits
+            if until is not None:
+                patience = min(patience, max(0.1, until - time.monotonic()))
+            answer = self._link.ask(site.name, header, data, patience)
+            if answer is not None:
+                return answer
+            if until is not None and time.monotonic() >= until:
+                raise GaveUp("late", f"{site.name} gives no answer and the deadline is over")
+            if time.monotonic() >= silent:
+                raise GaveUp("lost", f"{site.name} gives no answer")
+            time.sleep(0.2)
+
+
+class StartAgain(RunFailed):
+    """Not a failure: the engine's job has to be begun again, the run goes on from its checkpoint."""
+
+
+_END: Any = object()
+
+
+def _expect(site: Site, answer: Answer, state: str) -> None:
+    if answer.header.get("state") != state:
+        raise _told(site, answer)
+
+
+def _told(site: Site, answer: Answer) -> GaveUp:
+    """What a site says of work that it did not do: a code and a sentence, both bounded."""
+    reason, detail = answer.header.get("reason"), answer.header.get("detail")
+    if not isinstance(reason, str) or not CODE.fullmatch(reason) or not isinstance(detail, str):
+        return GaveUp("bad_message", f"{site.name} gave an answer that cannot be read")
+    return GaveUp(reason, f"{site.name}: {detail[:500]}")
+
+
+def _numbers(metrics: Mapping[str, Any]) -> bool:
+    return all(
+        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < float("inf") for v in metrics.values()
+    )

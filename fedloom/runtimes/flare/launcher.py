@@ -1,0 +1,59 @@
+"""Starts a site's job process, and starts it again when a signal took it: one update is lost then, and not the job.
+
+The launcher belongs to the site (its local/resources.json names it). Two things that it uses are half private to the
+engine, `spawn_process` and `get_credential_env`; they stand in this file alone, and a test names them.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from typing import Any
+
+from nvflare.apis.fl_constant import FLContextKey
+from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_launcher_spec import JobHandleSpec
+from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
+from nvflare.utils.job_launcher_utils import get_credential_env
+from nvflare.utils.process_utils import spawn_process
+
+#: A process that dies again within this many seconds of its start is not started a third time.
+TOO_SOON = 5.0
+
+
+class RestartingLauncher(ClientProcessJobLauncher):
+    def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> JobHandleSpec:
+        handle: Any = super().launch_job(job_meta, fl_ctx)
+        argv = shlex.split(self.get_command(job_meta, fl_ctx), True)
+        environment = os.environ | get_credential_env(fl_ctx.get_prop(FLContextKey.JOB_PROCESS_ARGS) or {})
+        return _Restarted(handle, argv, environment)
+
+
+class _Restarted(JobHandleSpec):
+    """A job's process, and the one after it."""
+
+    def __init__(self, handle: Any, argv: list[str], environment: dict[str, str]) -> None:
+        super().__init__()
+        self._handle = handle
+        self._argv = argv
+        self._environment = environment
+        self._stopped = False
+
+    def terminate(self, **how: Any) -> None:
+        self._stopped = True
+        self._handle.terminate()
+
+    def poll(self) -> Any:
+        return self._handle.poll()
+
+    def wait(self) -> None:
+        """Until the process ends by itself, or was stopped."""
+        while True:
+            began = time.monotonic()
+            self._handle.wait()
+            code = self._handle.adapter.poll()
+            killed = code is not None and (code < 0 or code == 137)
+            if self._stopped or not killed or time.monotonic() - began < TOO_SOON:
+                return
+            self._handle.adapter = spawn_process(self._argv, self._environment)

@@ -1,0 +1,164 @@
+"""The engine's long-lived processes (one at the server, one at each site) and the administrator's line to the server.
+
+Each service is a child of the command that the user started, writes its log into its kit, and ends with it. This file
+does not know what a job does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, NoConnection
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+from fedloom.errors import RunFailed
+from fedloom.runtimes.flare.kits import SERVER_CLASS, SITE_CLASS
+
+#: States in which the engine's job is over.
+OVER = "FINISHED"
+
+
+def _end_with_parent() -> None:
+    """Runs in the child: the kernel ends it when the thread that started it, a command's main one, is gone."""
+    set_death_signal = 1
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+class Service:
+    """One of the engine's processes, started from a kit."""
+
+    def __init__(self, kit: Path, options: list[str], environment: Mapping[str, str]) -> None:
+        self.log = kit / "service.log"
+        (kit / "transfer").mkdir(exist_ok=True)
+        with self.log.open("ab") as out:
+            self._process = subprocess.Popen(
+                [sys.executable, "-u", *options],
+                cwd=kit,
+                env={**os.environ, "MALLOC_ARENA_MAX": "4", **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if sys.platform == "linux" else None,  # noqa: PLW1509  (one system call)
+            )
+        (kit / "service.pid").write_text(f"{self.pid}\n", encoding="utf-8")
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def close(self) -> None:
+        """End it and every process of its session."""
+        for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=patience)
+                break
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+
+
+def server_service(kit: Path, environment: Mapping[str, str]) -> Service:
+    options = ["-m", "nvflare.private.fed.app.server.server_train", "-m", str(kit.resolve()), "-s", "fed_server.json"]
+    return Service(kit, [*options, "--set", "secure_train=true", "org=fedloom", "config_folder=config"], environment)
+
+
+def site_service(kit: Path, site: str, environment: Mapping[str, str]) -> Service:
+    options = ["-m", "nvflare.private.fed.app.client.client_train", "-m", str(kit.resolve()), "-s", "fed_client.json"]
+    return Service(
+        kit, [*options, "--set", "secure_train=true", f"uid={site}", "org=fedloom", "config_folder=config"], environment
+    )
+
+
+class Admin:
+    """The administrator's session: who is connected, and which job runs."""
+
+    def __init__(self, kit: Path, user: str, patience: float = 60.0) -> None:
+        until = time.monotonic() + patience
+        while True:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    self._session: Session = new_secure_session(user, str(kit.resolve()), timeout=5.0)
+                return
+            except (NoConnection, InternalError, ConnectionError, TimeoutError) as error:
+                if time.monotonic() > until:
+                    raise RunFailed(f"the server did not come up within {patience:g} seconds") from error
+                time.sleep(0.5)
+
+    def connected(self) -> dict[str, float]:
+        """Site → when it was last heard of, of those that are connected now."""
+        info = self._session.get_system_info()
+        return {client.name: float(client.last_connect_time or 0.0) for client in info.client_info}
+
+    def refuse(self, site: str) -> None:
+        """A revoked site is not let in again."""
+        self._session.disable_client(site)
+
+    def submit(self, folder: Path) -> str:
+        return str(self._session.submit_job(str(folder.resolve())))
+
+    def status(self, job: str) -> str:
+        with contextlib.suppress(JobNotFound):
+            return str(self._session.get_job_status(job))
+        return f"{OVER}:GONE"
+
+    def abort(self, job: str) -> None:
+        with contextlib.suppress(Exception):
+            self._session.abort_job(job)
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._session.close()
+
+
+def write_job(folder: Path, name: str, min_sites: int) -> Path:
+    """A job without code: two class names, both in every party's allow list."""
+    meta = {
+        "name": name,
+        "resource_spec": {},
+        "deploy_map": {"app": ["@ALL"]},
+        "min_clients": min_sites,
+        "mandatory_clients": [],
+    }
+    server = {"format_version": 2, "components": [], "workflows": [{"id": "run", "path": SERVER_CLASS, "args": {}}]}
+    site = {
+        "format_version": 2,
+        "components": [],
+        "executors": [{"tasks": ["fedloom"], "executor": {"path": SITE_CLASS, "args": {}}}],
+    }
+    config = folder / "app" / "config"
+    config.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (config / "config_fed_server.json").write_text(json.dumps(server), encoding="utf-8")
+    (config / "config_fed_client.json").write_text(json.dumps(site), encoding="utf-8")
+    return folder
+
+
+def last_lines(path: Path, count: int = 400) -> list[str]:
+    """The end of a log, for a sentence about why a service ended."""
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
+    return []
+
+
+def trouble(log: Path) -> str | None:
+    """What the engine's log says over and over, as one sentence that a person can act on."""
+    text = "\n".join(last_lines(log))
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
+    return None

@@ -1,0 +1,38 @@
+"""Which versions two sides of a federation may have: one and the same fedloom, and releases of what computes that agree.
+
+fedloom itself has to be equal, since both sides read each other's messages. Of the libraries that compute, the first
+two numbers have to be equal. This file does not know how the versions travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedloom import environment
+
+#: Compared by their first two numbers; fedloom by all of them.
+COMPARED = ("torch", "transformers", "peft", "safetensors")
+
+
+def own() -> dict[str, str]:
+    """The versions that a greeting carries."""
+    found = environment.versions()
+    return {name: found[name] for name in ("fedloom", *COMPARED) if name in found}
+
+
+def mismatch(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
+    """What differs as the end of a sentence, None where the two may work together.
+
+    >>> mismatch({"fedloom": "0.1.0"}, {"fedloom": "0.2.0"})
+    'fedloom is 0.1.0 here and 0.2.0 there'
+    """
+    for name in ("fedloom", *COMPARED):
+        mine, theirs = here.get(name, "missing"), there.get(name, "missing")
+        if (mine if name == "fedloom" else _release(mine)) != (theirs if name == "fedloom" else _release(theirs)):
+            return f"{name} is {mine} here and {theirs} there"
+    return None
+
+
+def _release(version: str) -> str:
+    """The first two numbers: 2.13.0+cpu → 2.13."""
+    return ".".join(version.partition("+")[0].split(".")[:2])

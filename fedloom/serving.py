@@ -1,0 +1,273 @@
+"""A federation's server: the run inside the engine's job (`RunJob`), and around it the command that watches over it.
+
+    fedloom serve ── the engine's service ── its job: experiment.run, with sites for clients
+        │                                        │ says, events, progress: lines of a file
+        └── shows them; begins the job again from the last checkpoint when it was lost, or when a site is back
+
+The server holds no example of anybody. What it knows of a site's data is five numbers. This file does not know how a
+site works, nor what certificates are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom import environment, registry
+from fedloom.checkpoint import write_json
+from fedloom.choices import (
+    check_positions,
+    check_ranks,
+    choose_packing,
+    make_algorithm,
+    make_schedule,
+    settle_privacy,
+)
+from fedloom.config import Recipe
+from fedloom.data.federated import FederatedData
+from fedloom.data.prompts import Template
+from fedloom.data.tokenization import tokenise
+from fedloom.errors import RunFailed, UserError
+from fedloom.experiment import Setting, Watch, run
+from fedloom.models.adapters import Models
+from fedloom.models.loading import pick_device
+from fedloom.operators.channel import Chains
+from fedloom.overrides import load_yaml
+from fedloom.project import Project
+from fedloom.runfolder import RunFolder
+from fedloom.runtimes.distributed import Distributed, Patience, StartAgain
+from fedloom.runtimes.flare.controller import RunController
+from fedloom.runtimes.flare.link import FlareLink
+from fedloom.runtimes.worker import end_with_parent
+from fedloom.types import Corpus, Partition, Shard
+
+#: In a run's folder: what belongs to the federation and not to the run itself.
+FEDERATION = "federation"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command tells the job, as a file: the job is a process that the engine starts.
+
+    Attributes:
+        folder: where the files lie that the two exchange: `watch.jsonl`, `heard.json` and `outcome.json`.
+    """
+
+    recipe: dict[str, Any]
+    out: str
+    resume: bool
+    overwrite: bool
+    project: dict[str, Any]
+    folder: str
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.__dict__)
+
+    @classmethod
+    def read(cls, path: Path) -> Order:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+class Sites:
+    """`experiment.Remote`: from what the sites say of their data to a setting."""
+
+    def __init__(self, runtime: Distributed, resume: bool) -> None:
+        self.runtime = runtime
+        self._resume = resume
+
+    def prepare(self, recipe: Recipe, watch: Watch, folder: RunFolder) -> Setting:
+        """Model and algorithm as in a simulation; the data is the sites', and so is its split."""
+        threads = recipe.runtime.threads or environment.available_cores()
+        torch.set_num_threads(threads)
+        algorithm = checked(recipe)
+        everybody = Partition({c: Shard((0,), (), (0,)) for c in self.runtime.clients}, "sites", recipe.seed)
+        check_ranks(recipe, everybody)
+        schedule = make_schedule(recipe, algorithm, everybody)
+        recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
+        models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
+        model = algorithm.server_model(models)
+        check_positions(recipe, model)
+        template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
+        suite_name, note = _suite(recipe)
+        recipe = recipe.with_values(
+            {
+                "runtime.threads": threads,
+                "data.template": template.style,
+                "train.packing": choose_packing(recipe.train.packing, model, watch.say),
+                "evaluation.suite": suite_name,
+                "evaluation.answers": 0,  # texts stay where they are
+            }
+        )
+        watch.say("asking the sites about their data")
+        counts = self.runtime.greet(recipe.resolved(), run_id(folder, recipe, self._resume))
+        clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)
+        if not clients.training_clients:
+            raise RunFailed("no site with training data takes part: see the sites' own logs")
+        if recipe.privacy is not None and clients.training_clients != everybody.training_clients:
+            raise RunFailed(
+                "a private run begins with all its sites, since what it promises was computed for their number: start it "
+                "again once they are there"
+            )
+        schedule = make_schedule(recipe, algorithm, clients)
+        corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", "the sites")
+        data = FederatedData(corpus, tokenise(corpus, template, recipe.data.max_length, None), clients, {})
+        suite = registry.suites.get(suite_name) if suite_name else None
+        return Setting(
+            recipe, corpus, clients, data, models, model, algorithm, template, suite, note, schedule,
+            _split(clients),
+        )  # fmt: skip
+
+
+def checked(recipe: Recipe) -> Any:
+    """The recipe's algorithm. Raises UserError for what sites cannot do."""
+    algorithm = make_algorithm(recipe)
+    Chains.of(recipe.operators)
+    if algorithm.properties.offsite:
+        raise UserError(
+            f"algorithm {recipe.algorithm.name} makes and measures its emulator with data that a federation's server does "
+            "not have: run it in the simulator (runtime.name=simulator)"
+        )
+    if algorithm.properties.pooled:
+        raise UserError(
+            f"algorithm {recipe.algorithm.name} pools all clients' data, which no federation of sites can: run it in the "
+            "simulator (runtime.name=simulator)"
+        )
+    return algorithm
+
+
+def _suite(recipe: Recipe) -> tuple[str | None, str]:
+    """The paired evaluation by the corpus's name; the sites' own data has one only where the recipe names it."""
+    wanted = recipe.evaluation.suite
+    if wanted is None:
+        return None, "the recipe asks for no score (evaluation.suite=null)"
+    if wanted != "auto":
+        registry.suites.get(wanted)
+        return wanted, ""
+    named = registry.corpora.get(recipe.data.corpus).suite if recipe.data.corpus else None
+    return (
+        named,
+        "" if named else "the sites' data has no paired evaluation; name a suite in evaluation.suite if one fits",
+    )
+
+
+def _shard(counts: Mapping[str, int]) -> Shard:
+    """Numbers as places without examples: the site alone knows what stands there."""
+    return Shard(*(tuple(range(counts[part])) for part in ("train", "validation", "test")))
+
+
+def _split(clients: Partition) -> dict[str, Any]:
+    """split.json: sizes; a site's categories stay with it."""
+    rows = [
+        {"client": c, "train": len(s.train), "validation": len(s.validation), "test": len(s.test), "categories": {}}
+        for c, s in clients.shards.items()
+    ]
+    return {"splitter": "sites", "seed": clients.seed, "categories": [], "clients": rows}
+
+
+def run_id(folder: RunFolder, recipe: Recipe, resume: bool) -> str:
+    """What sites keep their state of this run under: made when the run begins, found again when it is resumed."""
+    path = folder / FEDERATION / "run.json"
+    if resume and path.is_file():
+        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
+    made = hashlib.sha256(f"{recipe.to_yaml()}/{time.time_ns()}/{os.getpid()}".encode()).hexdigest()[:32]
+    write_json(path, {"run": made})
+    return made
+
+
+# ---------------------------------------------------------------------------- inside the engine's job
+
+
+class RunJob(RunController):
+    """The engine's job: one run."""
+
+    def conduct(self, link: FlareLink, sites: list[str]) -> None:
+        end_with_parent()
+        order = Order.read(Path(os.environ["FEDLOOM_ORDER"]))
+        folder = Path(order.folder)
+        lines = Lines(folder / "watch.jsonl")
+        code, sentence = 1, ""
+        try:
+            conduct(order, link, sites, lines)
+            code = 0
+        except StartAgain as error:
+            code, sentence = AGAIN, str(error)
+        except UserError as error:
+            code, sentence = 2, str(error)
+        except RunFailed as error:
+            sentence = str(error)
+        except Exception as error:  # the job's own boundary: the command shows it and ends with 1
+            traceback.print_exc()
+            sentence = f"{type(error).__name__}: {error}; the traceback is in the server's service.log"
+        write_json(folder / "outcome.json", {"code": code, "sentence": sentence})
+
+
+#: The outcome of a job after which the next one goes on.
+AGAIN = -1
+
+
+def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> None:
+    """The run, as `fedloom run` has it, with sites for clients."""
+    recipe = Recipe.parse(order.recipe)
+    project = Project.model_validate(order.project)
+    runtime = Distributed(
+        link,
+        project.clients,
+        sites,
+        Patience(deadline=recipe.federation.round_deadline),
+        lines.say,
+        lambda dead: heard_again(Path(order.folder) / "heard.json", dead),
+    )
+    watch = Watch(lines.say, lines.event, lines.tick)
+    remote = Sites(runtime, order.resume)
+    run(recipe, order.out, resume=order.resume, overwrite=order.overwrite, watch=watch, remote=remote)
+
+
+def heard_again(path: Path, dead: Mapping[str, float]) -> bool:
+    """Whether the engine heard of a lost site after it was lost: its agent runs, but not in this job."""
+    try:
+        heard = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return any(float(heard.get(site, 0.0)) > since + 2.0 for site, since in dead.items())
+
+
+class Lines:
+    """What a `Watch` is told, as lines of a file that another process reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+
+    def _write(self, kind: str, value: Any) -> None:
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({kind: value}) + "\n")
+
+    def say(self, text: str) -> None:
+        self._write("say", text)
+
+    def event(self, event: dict[str, Any]) -> None:
+        self._write("event", event)
+
+    def tick(self, what: str, round: int, done: int, total: int) -> None:
+        self._write("tick", [what, round, done, total])
+
+
+def kit_file(kit: Path, role: str) -> dict[str, Any]:
+    """What a kit says of itself. Raises UserError where it is none, or another party's."""
+    try:
+        values = load_yaml((kit / "kit.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{kit} is no kit: give a folder that `fedloom provision` made") from None
+    if values["role"] != role:
+        raise UserError(f"{kit} is the kit of {values['role']}, and the {role}'s is needed here")
+    return dict(values)

@@ -1,0 +1,251 @@
+"""`fedloom serve`: starts the engine's server, begins the run's job, shows what it says, begins it again when it was lost.
+
+A finished round is on disk, so a job that died (or the whole service) is begun again with `resume`. It is not begun
+for ever: when three jobs one after another end without a further round, the run has failed. This file does not know
+what a round is made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fedloom.checkpoint import Checkpoints, write_json
+from fedloom.config import Recipe
+from fedloom.errors import RunFailed, UserError
+from fedloom.experiment import Watch
+from fedloom.project import Project
+from fedloom.runfolder import RunFolder
+from fedloom.runtimes.flare.services import OVER, Admin, Service, server_service, write_job
+from fedloom.serving import AGAIN, FEDERATION, Order, checked, kit_file
+
+#: Jobs that may end one after another without a further finished round.
+ATTEMPTS = 3
+
+
+@dataclass
+class Server:
+    """A server's kit, with the admin's beside it."""
+
+    kit: Path
+    admin: Path
+    project: Project
+    user: str
+
+    @classmethod
+    def open(cls, kit: Path, admin: Path | None) -> Server:
+        """Raises UserError for folders that are no such kits."""
+        about = kit_file(kit, "server")
+        admin = admin or kit.parent / "admin"
+        user = kit_file(admin, "admin")["admin"]
+        return cls(kit, admin, Project.model_validate(about["project"]), str(user))
+
+
+def serve(
+    server: Server,
+    recipe: Recipe,
+    out: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    watch: Watch,
+    wait: float | None,
+    during: Callable[[], None] = lambda: None,
+) -> None:
+    """Run a recipe among the project's sites.
+
+    Args:
+        wait: seconds until the run begins without the sites that are missing; None waits for all of them.
+        during: called twice a second.
+
+    Raises:
+        UserError: the recipe asks for what cannot be.
+        RunFailed: the work failed; finished rounds are kept.
+    """
+    checked(recipe)
+    folder = out / FEDERATION
+    if not resume and not overwrite and RunFolder(out).holds_a_run:
+        raise UserError(
+            f"run folder {out} already holds a run: continue it with --resume, replace it with --overwrite, "
+            "or name another folder with --out"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    exchange = server.kit / "run"
+    shutil.rmtree(exchange, ignore_errors=True)
+    exchange.mkdir()
+    order = Order(
+        recipe.resolved(),
+        str(out.resolve()),
+        resume,
+        overwrite,
+        server.project.model_dump(mode="json"),
+        str(exchange.resolve()),
+    )
+    supervisor = _Supervisor(server, order, exchange, watch, during, recipe.federation.min_clients)
+    try:
+        supervisor.run(wait)
+    finally:
+        supervisor.close()
+
+
+class _Supervisor:
+    def __init__(
+        self, server: Server, order: Order, exchange: Path, watch: Watch, during: Callable[[], None], fewest: int
+    ) -> None:
+        self._server = server
+        self._order = order
+        self._exchange = exchange
+        self._watch = watch
+        self._during = during
+        self._fewest = fewest
+        self._service: Service | None = None
+        self._admin: Admin | None = None
+        self._read = 0
+        self._connected: set[str] = set()
+        self._looked = 0.0
+
+    def run(self, wait: float | None) -> None:
+        """Jobs, one after another, until one has an outcome."""
+        idle, before = 0, self._finished()
+        while True:
+            self._begin()
+            self._await_sites(wait if idle == 0 and not self._order.resume else min(wait or 60.0, 60.0))
+            outcome = self._job()
+            if outcome is not None and outcome["code"] != AGAIN:
+                if outcome["code"] == 0:
+                    return
+                raise (UserError if outcome["code"] == 2 else RunFailed)(outcome["sentence"])
+            idle = 0 if self._finished() > before else idle + 1
+            before = self._finished()
+            if idle >= ATTEMPTS:
+                raise RunFailed(
+                    f"the server's job ended {idle} times without finishing a round: {before} finished rounds are kept, "
+                    f"see {self._server.kit / 'service.log'}"
+                )
+            why = outcome["sentence"] if outcome else "the server's job was lost"
+            self._watch.say(f"{why}: going on after round {before}")
+            run = RunFolder(Path(self._order.out))
+            if run.holds_a_run:
+                self._order = replace(self._order, recipe=run.stored_recipe().resolved(), resume=True, overwrite=False)
+
+    def _finished(self) -> int:
+        return next(iter(Checkpoints(Path(self._order.out) / "checkpoints").rounds()), 0)
+
+    def _begin(self) -> None:
+        """A service that runs, and a session with it."""
+        if self._service is None or not self._service.alive:
+            if self._service is not None:
+                self._service.close()
+            for left in ("jobs", "snapshots"):  # of services before this one: nothing there is gone on with
+                shutil.rmtree(self._server.kit / left, ignore_errors=True)
+            path = self._exchange / "order.json"
+            self._service = server_service(self._server.kit, {"FEDLOOM_ORDER": str(path.resolve())})
+            self._admin = Admin(self._server.admin, self._server.user)
+            for site in self._server.project.revoked:
+                self._admin.refuse(site)
+            self._connected = set()
+
+    def _await_sites(self, wait: float | None) -> None:
+        """Until every site is there; or, after `wait` seconds, as many as a round needs."""
+        project, began, said = self._server.project, time.monotonic(), False
+        wanted = set(project.clients.values())
+        while not wanted <= self._look(0.5):
+            if not said:
+                self._watch.say(f"waiting for {', '.join(sorted(wanted - self._connected))}")
+                said = True
+            if wait is not None and time.monotonic() > began + wait:
+                here = wanted & self._connected
+                if len(here) < self._fewest:
+                    raise RunFailed(
+                        f"{len(here)} of {len(wanted)} sites came within {wait:g} seconds and a round needs {self._fewest} "
+                        "(federation.min_clients)"
+                    )
+                self._watch.say(f"beginning without {', '.join(sorted(wanted - here))}")
+                return
+            self._pause()
+
+    def _look(self, every: float) -> set[str]:
+        """Who is connected; told to the job as well, which knows whom it has lost."""
+        if self._admin is None or time.monotonic() < self._looked + every:
+            return self._connected
+        self._looked = time.monotonic()
+        with contextlib.suppress(Exception):  # a service that is going down: seen by its process
+            heard = self._admin.connected()
+            write_json(self._exchange / "heard.json", heard)
+            now = set(heard) & set(self._server.project.clients.values())
+            for site in sorted(now - self._connected):
+                self._watch.say(f"{site} is connected")
+            self._connected = now
+        return self._connected
+
+    def _job(self) -> dict[str, Any] | None:
+        """One job from its beginning to its end; None where it was lost without an outcome."""
+        assert self._service is not None
+        assert self._admin is not None
+        path = self._exchange / "outcome.json"
+        path.unlink(missing_ok=True)
+        self._order.write(self._exchange / "order.json")
+        job = self._admin.submit(
+            write_job(self._exchange / "job", self._server.project.name, max(1, len(self._connected)))
+        )
+        asked = time.monotonic()
+        while True:
+            self._pause()
+            self._look(3.0)
+            if path.is_file():
+                self._show()
+                self._settled(job)
+                return dict(json.loads(path.read_text(encoding="utf-8")))
+            if not self._service.alive:
+                return None
+            if time.monotonic() > asked + 5.0:
+                asked = time.monotonic()
+                with contextlib.suppress(Exception):
+                    if self._admin.status(job).startswith(OVER) and not path.is_file():
+                        return None
+
+    def _settled(self, job: str) -> None:
+        """Wait until the engine too has seen the end of the job, so that the sites are free for another."""
+        assert self._admin is not None
+        until = time.monotonic() + 15.0
+        while time.monotonic() < until and self._service is not None and self._service.alive:
+            with contextlib.suppress(Exception):
+                if self._admin.status(job).startswith(OVER):
+                    return
+            self._pause()
+
+    def _pause(self) -> None:
+        self._during()
+        self._show()
+        time.sleep(0.25)
+
+    def _show(self) -> None:
+        """What the job has said since the last time."""
+        path = self._exchange / "watch.jsonl"
+        if not path.is_file():
+            return
+        with path.open("rb") as file:
+            file.seek(self._read)
+            new = file.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._read += len(whole)
+        for line in whole.splitlines():
+            for kind, value in json.loads(line).items():
+                if kind == "say":
+                    self._watch.say(value)
+                elif kind == "tick":
+                    self._watch.tick(*value)
+                elif self._watch.event is not None:
+                    self._watch.event(value)
+
+    def close(self) -> None:
+        if self._admin is not None:
+            self._admin.close()
+        if self._service is not None:
+            self._service.close()

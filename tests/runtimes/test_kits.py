@@ -1,0 +1,235 @@
+"""Kits: who may do what, what is loaded, what the preflight finds; and the engine's half-private parts that we lean on."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import threading
+from pathlib import Path
+
+import pytest
+import tiny
+
+from fedloom.errors import UserError
+from fedloom.overrides import dump_yaml, load_yaml
+from fedloom.project import Project
+
+pytest.importorskip("nvflare")
+
+from fedloom.joining import settle
+from fedloom.preflight import checks
+from fedloom.runtimes.flare.kits import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS, provision
+from fedloom.runtimes.flare.services import trouble, write_job
+from fedloom.serving import heard_again, kit_file
+from fedloom.supervision import Server
+
+
+def project(port=8002, **more):
+    return Project.model_validate({"name": "hospitals", "server": {"port": port}, "sites": ["a", "b"], **more})
+
+
+@pytest.fixture(scope="module")
+def listener():
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        made.listen(8)
+        yield made
+
+
+@pytest.fixture(scope="module")
+def kits(tmp_path_factory, listener) -> Path:
+    folder = tmp_path_factory.mktemp("kits") / "kits"
+    provision(project(listener.getsockname()[1]), folder)
+    return folder
+
+
+def resources(kit: Path) -> dict:
+    return json.loads((kit / "local" / "resources.json").read_text())
+
+
+def test_a_kit_loads_our_classes_only_and_takes_no_code(kits):
+    assert resources(kits / "server")["class_allow_list"] == [SERVER_CLASS]
+    assert resources(kits / "a")["class_allow_list"] == [SITE_CLASS]
+    for kit in ("server", "a", "b"):
+        assert resources(kits / kit)["class_list_enforcement_mode"] == "enforce"
+        rights = json.loads((kits / kit / "local" / "authorization.json").read_text())["permissions"]
+        assert list(rights) == ["project_admin"]
+        assert (rights["project_admin"]["byoc"], rights["project_admin"]["shell_commands"]) == ("none", "none")
+    launchers = [c["path"] for c in resources(kits / "a")["components"] if c["id"] == "process_launcher"]
+    assert launchers == [LAUNCHER_CLASS]
+
+
+def test_no_log_and_no_file_of_a_site_can_be_read_from_outside(kits):
+    site = resources(kits / "a")
+    assert site["allow_log_streaming"] is False
+    assert "site_log_streamer" not in {c["id"] for c in site["components"]}
+    assert "log_receiver" not in {c["id"] for c in resources(kits / "server")["components"]}
+    rights = json.loads((kits / "a" / "local" / "authorization.json").read_text())["permissions"]["project_admin"]
+    assert {name for name, who in rights.items() if who != "none"} == {"submit_job", "manage_job", "view"}
+
+
+def test_nothing_of_a_job_lies_outside_the_kit(kits):
+    text = (kits / "server" / "local" / "resources.json").read_text()
+    assert "/tmp/nvflare" not in text
+
+
+def test_a_job_carries_two_class_names_and_no_code(tmp_path):
+    folder = write_job(tmp_path / "job", "hospitals", 2)
+    assert sorted(p.name for p in folder.rglob("*") if p.is_file()) == [
+        "config_fed_client.json", "config_fed_server.json", "meta.json",
+    ]  # fmt: skip
+    config = folder / "app" / "config"
+    assert json.loads((config / "config_fed_server.json").read_text())["workflows"][0]["path"] == SERVER_CLASS
+    assert json.loads((config / "config_fed_client.json").read_text())["executors"][0]["executor"]["path"] == SITE_CLASS
+
+
+def test_the_classes_that_kits_name_are_there():
+    from importlib import import_module
+
+    for name in (SERVER_CLASS, SITE_CLASS, LAUNCHER_CLASS):
+        module, _, attribute = name.rpartition(".")
+        assert getattr(import_module(module), attribute)
+
+
+def test_the_engines_half_private_parts_are_as_the_launcher_expects():
+    """Names and shapes that another release may change: a change has to be seen here and not at a site."""
+    import inspect
+
+    from nvflare.app_common.job_launcher.process_launcher import ProcessHandle
+    from nvflare.utils.job_launcher_utils import get_credential_env
+    from nvflare.utils.process_utils import ProcessAdapter, spawn_process
+
+    assert list(inspect.signature(spawn_process).parameters) == ["cmd_args", "env"]
+    assert get_credential_env({}) == {}
+    handle = ProcessHandle(process_adapter=ProcessAdapter(pid=1))
+    assert isinstance(handle.adapter, ProcessAdapter)
+    assert {"wait", "poll", "terminate"} <= set(dir(handle.adapter))
+
+
+def test_private_keys_are_their_owners_and_the_authoritys_key_is_in_no_kit(kits):
+    for kit in ("server", "a", "b", "admin"):
+        assert (kits / kit).stat().st_mode & 0o077 == 0
+        assert "root_pri_key" not in "".join(p.name for p in (kits / kit).rglob("*"))
+    assert (kits / "authority").stat().st_mode & 0o077 == 0
+
+
+def test_again_adds_a_site_and_changes_no_certificate(kits, listener):
+    before = {k: (kits / k / "startup" / "client.crt").read_bytes() for k in ("a", "b")}
+    own = kits / "a" / "local" / "policy.yaml"
+    own.write_text("rounds: 7\n")
+    provision(project(listener.getsockname()[1], sites=["a", "b", "c"], revoked=["b"]), kits)
+    assert {k: (kits / k / "startup" / "client.crt").read_bytes() for k in ("a", "b")} == before
+    assert own.read_text() == "rounds: 7\n"
+    assert Server.open(kits / "server", None).project.revoked == ["b"]
+    assert (kits / "c" / "startup" / "client.crt").exists()
+    with pytest.raises(UserError, match="holds the kits of the project hospitals"):
+        provision(Project.model_validate({"name": "other", "sites": ["a"]}), kits)
+
+
+def test_a_folder_that_is_not_a_kit_is_said(kits, tmp_path):
+    with pytest.raises(UserError, match="is no kit"):
+        kit_file(tmp_path, "site")
+    with pytest.raises(UserError, match="is the kit of site, and the server's is needed"):
+        kit_file(kits / "a", "server")
+    (tmp_path / "x").touch()
+    with pytest.raises(UserError, match="is not empty and holds no kits"):
+        provision(project(), tmp_path)
+    with pytest.raises(UserError, match="where its data lies"):
+        settle(kits / "b", {})
+    with pytest.raises(UserError, match="does not exist on this machine"):
+        settle(kits / "b", {"data": str(tmp_path / "none")})
+
+
+def test_a_sites_settings_are_kept_and_stay_in_its_kit(kits, tmp_path):
+    rows = tiny.write_rows(tmp_path / "rows.jsonl")
+    assert settle(kits / "a", {"data": str(rows), "batch_size": 4}).batch_size == 4
+    again = settle(kits / "a", {"data": None, "device": "cpu"})
+    assert (again.data, again.batch_size, again.device) == (str(rows), 4, "cpu")
+    kept = load_yaml((kits / "a" / "local" / "site.yaml").read_text())
+    assert kept == {"data": str(rows), "batch_size": 4, "device": "cpu"}
+
+
+def found(kit: Path, rows: Path) -> dict:
+    return {check.name: check for check in checks(kit, settle(kit, {"data": str(rows)}))}
+
+
+def test_the_preflight_names_what_stands_in_the_way(kits, tmp_path, listener):
+    """A server of another authority, other versions, no such column; and then all of it mended."""
+    rows = tiny.write_rows(tmp_path / "rows.jsonl")
+    provision(project(), tmp_path / "foreign")
+    about = load_yaml((kits / "a" / "kit.yaml").read_text())
+    (kits / "a" / "kit.yaml").write_text(dump_yaml({**about, "versions": {**about["versions"], "torch": "1.0"}}))
+    with _tls(listener, tmp_path / "foreign" / "server" / "startup"):
+        bad = found(kits / "a", rows)
+    assert bad["mutual TLS"].level == "bad"
+    assert "ask for a new kit" in bad["mutual TLS"].mend
+    assert bad["versions"].level == "bad"
+    assert "torch is" in bad["versions"].found
+    (kits / "a" / "kit.yaml").write_text(dump_yaml(about))
+    with _tls(listener, kits / "server" / "startup", takes=tmp_path / "foreign" / "server" / "startup"):
+        assert found(kits / "a", rows)["mutual TLS"].level == "bad", "the server does not take ours"
+    with _tls(listener, kits / "server" / "startup"):
+        good = found(kits / "a", rows)
+    levels = {
+        name: good[name].level for name in ("address", "certificate", "authority", "mutual TLS", "versions", "data")
+    }
+    assert set(levels.values()) == {"good"}, good
+    assert "359 days left" in good["certificate"].found or "360" in good["certificate"].found
+    other = tiny.write_rows(tmp_path / "other.jsonl")
+    other.write_text(other.read_text().replace('"output"', '"reply"'))
+    assert found(kits / "a", other)["data"].level == "bad"
+
+
+class _tls:
+    """A server that asks for a certificate, for one connection after another."""
+
+    def __init__(self, listener: socket.socket, startup: Path, takes: Path | None = None) -> None:
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=(takes or startup) / "rootCA.pem")
+        self.context.load_cert_chain(startup / "server.crt", startup / "server.key")
+        self.context.verify_mode = ssl.CERT_REQUIRED
+        self.listener = listener
+        self.over = False
+
+    def __enter__(self) -> None:
+        self.listener.settimeout(0.1)
+        self.thread = threading.Thread(target=self.serve)
+        self.thread.start()
+
+    def serve(self) -> None:
+        while not self.over:
+            try:
+                raw, _ = self.listener.accept()
+                raw.settimeout(5)
+                with self.context.wrap_socket(raw, server_side=True) as line:
+                    line.recv(1)
+            except (OSError, ssl.SSLError):
+                continue
+
+    def __exit__(self, *_: object) -> None:
+        self.over = True
+        self.thread.join()
+
+
+def test_the_engines_endless_complaint_becomes_one_sentence(tmp_path):
+    log = tmp_path / "service.log"
+    assert trouble(log) is None
+    log.write_text("ssl_transport: handshake failed: CERTIFICATE_VERIFY_FAILED: self signed\n" * 50)
+    assert "ask for a new kit" in (trouble(log) or "")
+
+
+def test_a_lost_site_that_was_heard_again_ends_the_job(tmp_path):
+    path = tmp_path / "heard.json"
+    assert not heard_again(path, {"a": 100.0})
+    path.write_text('{"a": 101.0, "b": 500.0}')
+    assert not heard_again(path, {"a": 100.0}), "heard of before it was lost, or in the same moment"
+    path.write_text('{"a": 103.5}')
+    assert heard_again(path, {"a": 100.0})
+    path.write_text("{")
+    assert not heard_again(path, {"a": 100.0})
+
+
+def test_a_server_needs_its_own_kit_and_the_admins(kits, tmp_path):
+    assert Server.open(kits / "server", kits / "admin").user == "admin@fedloom.org"
+    with pytest.raises(UserError, match="is no kit"):
+        Server.open(kits / "server", tmp_path)

@@ -1,0 +1,66 @@
+"""Sites in this process: real agents, policies and audit logs, with a trainer that is a function instead of a process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedloom.policy import Audit, Policy
+from fedloom.runtimes.agent import Agent
+from fedloom.runtimes.distributed import Patience
+from fedloom.runtimes.link import Answer
+from fedloom.runtimes.worker import WorkerLost
+
+#: Short enough for a test, long enough for a slow machine.
+BRISK = Patience(answer=10.0, silence=0.4, poll=0.2, start=5.0)
+
+
+class Inline:
+    """A trainer without a process."""
+
+    def __init__(self, answer: Callable[..., tuple[dict[str, Any], bytes]]) -> None:
+        self._answer = answer
+        self.alive = True
+
+    def ask(self, header, body, deadline=None, stopped=lambda: False):
+        assert self.alive
+        try:
+            return self._answer(header["kind"], body, deadline, stopped)
+        except Exception:
+            self.alive = False
+            raise
+
+    def close(self) -> None:
+        self.alive = False
+
+
+class Sites:
+    """A `Link` to agents in this process. `silent` holds the sites that give no answer."""
+
+    def __init__(self, folder: Path, trainers: Mapping[str, Callable[..., Any]], policy: Policy | None = None) -> None:
+        self.folder = folder
+        self.silent: set[str] = set()
+        self.log: list[tuple[str, str]] = []
+        self.said: list[str] = []
+        self._policy = policy or Policy.model_validate({})
+        self._trainers = trainers
+        self.agents = {site: self.agent(site) for site in trainers}
+
+    def agent(self, site: str) -> Agent:
+        audit = Audit(self.folder / site / "audit.jsonl")
+        return Agent(lambda: Inline(self._trainers[site]), self._policy, audit, self.said.append)
+
+    def ask(self, site: str, header: Mapping[str, Any], data: bytes, timeout: float) -> Answer | None:
+        self.log.append((site, str(header["verb"])))
+        if site in self.silent or site not in self.agents:
+            return None
+        return self.agents[site].answer(header, data)
+
+    def close(self) -> None:
+        for agent in self.agents.values():
+            agent.close()
+
+
+def killed(*_: Any) -> Any:
+    raise WorkerLost("SIGKILL")
