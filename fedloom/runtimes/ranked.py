@@ -67,13 +67,15 @@ class Ranked:
             self._worker = None
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "fedloom.cluster"]
-        self._worker = Worker(command, self._log, LIMIT, self._recipe.runtime.ranks)
+        self._worker = self._started()
         orders: dict[str, Any] = {"recipe": self._recipe.resolved(), "folder": str(self._folder.resolve())}
         header, _ = self._worker.ask({"kind": "prepare"}, json.dumps(orders).encode())
         if header["state"] != "done":
             self.close()
             raise UserError(str(header["detail"]))
+
+    def _started(self) -> Worker:
+        return Worker([sys.executable, "-m", "fedloom.cluster"], self._log, LIMIT, self._recipe.runtime.ranks)
 
     def _last_lines(self) -> str:
         return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])
