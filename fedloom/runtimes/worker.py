@@ -30,8 +30,8 @@ from typing import Any
 
 MAX_HEADER = 1 << 16
 
-#: Seconds that a trainer has to import its libraries and connect.
-START = 120.0
+#: Seconds that a trainer has to import its libraries and connect; on a machine with much else to do that is minutes.
+START = 300.0
 
 
 #: Exit codes of a trainer: its machine's memory is full, and an error that nobody foresaw.

@@ -98,7 +98,11 @@ def test_two_ranks_make_one_processs_adapter(kept, tiny_recipe, tmp_path, method
     one = run(tiny_recipe(values), pair[1]).summary
     assert apart(*pair) <= 1e-5
     losses = [
-        [e["loss"] for e in map(json.loads, (p / "events.jsonl").read_text().splitlines()) if e["event"] == "client_update"]
+        [
+            e["loss"]
+            for e in map(json.loads, (p / "events.jsonl").read_text().splitlines())
+            if e["event"] == "client_update"
+        ]
         for p in pair
     ]
     assert len(losses[0]) == 6

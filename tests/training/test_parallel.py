@@ -6,7 +6,6 @@ The ranks are threads here (together.py); tests/runtimes/test_ranks.py has them 
 from __future__ import annotations
 
 import pytest
-import torch
 from algorithms.federation import Federation
 from hypothesis import given
 from hypothesis import strategies as st
@@ -149,7 +148,13 @@ def test_every_algorithm_sends_what_one_process_would_or_is_refused(tiny_recipe,
         {"adapter": {"method": "adalora", "rank": 2, "target_modules": ["q_proj"]}},
         {"adapter": {"method": "full"}},
         {"adapter": {"method": "prompt_tuning", "virtual_tokens": 3}, "train.packing": "off"},
-        {"train.optimizer": "sgd", "train.lr": 0.05, "train.clip": 0.05, "train.accumulation": 2, "train.batch_size": 2},
+        {
+            "train.optimizer": "sgd",
+            "train.lr": 0.05,
+            "train.clip": 0.05,
+            "train.accumulation": 2,
+            "train.batch_size": 2,
+        },
     ],
     ids=["adalora", "full", "padded prompt", "clipped sgd"],
 )
