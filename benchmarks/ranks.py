@@ -9,7 +9,6 @@ machines' cores, or with others at work on these, the figures are others; the CP
 
 from __future__ import annotations
 
-import fedloom  # isort: skip  (sets what torch reads when it is imported)
 import argparse
 import json
 import os
