@@ -1,7 +1,7 @@
 """What a round costs in the Ray runtime over the simulator, and what more actors give back; side by side in one process.
 
 Eight clients take one step each on a model of a few thousand weights, so that a round is all overhead; `--adapter large`
-fine-tunes 2.6 million weights, 10 MB each way for each client. The runtimes take turns, and a round's seconds are the
+fine-tunes 2.1 million weights, 8.6 MB each way for each client. The runtimes take turns, and a round's seconds are the
 median of what its events say. Adapters have to be equal, bit for bit.
 
     python benchmarks/ray_rounds.py                   both sizes, 1 and 2 actors
