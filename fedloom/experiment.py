@@ -21,9 +21,9 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
-    check_devices,
     check_positions,
     check_ranks,
+    check_runtime,
     choose_packing,
     federated_data,
     load_data,
@@ -168,10 +168,9 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     """
     threads = recipe.runtime.threads or environment.available_cores()
     torch.set_num_threads(threads)
-    registry.runtimes.get(recipe.runtime.name)
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
-    check_devices(recipe.runtime)
+    check_runtime(recipe, algorithm)
     Chains.of(recipe.operators, recipe.privacy is not None)
 
     # A corpus, split among clients.
@@ -225,6 +224,8 @@ def assemble(
     folder.write("split.json", setting.split)
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
+    if runtime is None and recipe.runtime.name in registry.openers:
+        runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
     if runtime is None:
         store = ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1)
         client = Ranked(recipe, folder.path) if recipe.runtime.ranks > 1 else Client(
