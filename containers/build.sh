@@ -113,7 +113,7 @@ build() { # TARGET IMAGE [OPTION …]: one stage of the Dockerfile as an image
         DOCKER_BUILDKIT=1 docker build --quiet -f "$here/Dockerfile" --target "$target" -t "$image" \
             "${arguments[@]}" "${handed[@]}" "$@" "$root" >/dev/null
     else # the format, since only Docker's knows health checks
-        buildah bud --quiet --isolation chroot --layers --format docker -f "$here/Dockerfile" --target "$target" \
+        buildah bud --quiet --isolation chroot --layers --force-rm --format docker -f "$here/Dockerfile" --target "$target" \
             -t "localhost/$image" "${arguments[@]}" "${handed[@]}" "$@" "$root" >/dev/null
     fi
     printf '%s  %s  %s s\n' "$image" "$(size "$image")" "$((SECONDS - began))"

@@ -1,4 +1,4 @@
-"""Looks whether built images do what they are for: `python containers/check.py [--engine docker|buildah] [--cache FOLDER]`.
+"""Looks whether built images do what they are for: `python containers/check.py [--engine NAME] [--cache FOLDER] [PART …]`.
 
 `fedloom doctor` in each image, a short run in the simulator's, an evaluation of it in the evaluation's, and the federation
 of compose.yaml. Under buildah, where no engine runs that could read compose.yaml, its services are started from here as
@@ -244,8 +244,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--engine", choices=["docker", "buildah"], default="docker" if _daemon() else "buildah")
     parser.add_argument("--cache", type=Path, help="a FEDLOOM_HOME to copy, so that no model is fetched")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="images, federation; both by default")
     chosen = parser.parse_args()
+    parts = chosen.parts or ["images", "federation"]
+    if unknown := set(parts) - {"images", "federation"}:
+        parser.error(f"there is no part {', '.join(sorted(unknown))}: take images or federation")
     engine: Engine = Docker() if chosen.engine == "docker" else Buildah()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background job would hand on that it is ignored
     work = Path(tempfile.mkdtemp(prefix="fedloom-images-"))
     work.chmod(0o755)
     try:
@@ -253,11 +260,10 @@ def main() -> None:
             shutil.copytree(chosen.cache, work / "cache")
             own(work / "cache")
         cache = str(work / "cache") if chosen.cache else folder(work / "cache")
-        images(engine, work, cache)
-        if isinstance(engine, Docker):
-            composed()
-        else:
-            federation(engine, work, cache)
+        if "images" in parts:
+            images(engine, work, cache)
+        if "federation" in parts:
+            composed() if isinstance(engine, Docker) else federation(engine, work, cache)
     except Failed as error:
         sys.exit(f"check.py: {error}")
     finally:
