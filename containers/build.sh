@@ -120,8 +120,8 @@ build() { # TARGET IMAGE [OPTION …]: one stage of the Dockerfile as an image
 }
 
 size() {
-    if [ "$engine" = docker ]; then docker images --format '{{.Size}}' "$1"
-    else buildah images --format '{{.Size}}' "localhost/$1"; fi
+    if [ "$engine" = docker ]; then docker images --format '{{.Size}}' "$1" | head -n 1
+    else buildah images --format '{{.Size}}' "localhost/$1" | head -n 1; fi
 }
 
 if [ "$engine" = buildah ]; then

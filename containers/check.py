@@ -208,7 +208,9 @@ def _well(going: dict[str, subprocess.Popen[str]], work: Path, patience: float =
                 raise Failed(f"{name} ended early: {(work / f'{name}.log').read_text()[-2000:]}")
         time.sleep(1.0)
     if going["server"].poll() != 0:
-        raise Failed(f"the server: {going['server'].poll()}\n{(work / 'server.log').read_text()[-3000:]}")
+        logs = [work / "server.log", *sorted((work / "volumes" / "kits").glob("*/home/trainer.log"))]
+        said = "\n".join(f"{path}:\n{path.read_text(encoding='utf-8')[-2000:]}" for path in logs)
+        raise Failed(f"the server: {going['server'].poll()}\n{said}")
 
 
 def _stop(process: subprocess.Popen[str]) -> int:
