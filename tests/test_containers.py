@@ -261,7 +261,21 @@ def bare(tmp_path):
     """A function: build.sh with a PATH of a few tools and stand-ins for the named engines → (exit code, words, calls)."""
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "cat", "cut", "dirname", "git", "grep", "head", "id", "mktemp", "rm", "sed", "sha256sum", "tar"):
+    for name in [
+        "bash",
+        "cat",
+        "cut",
+        "dirname",
+        "git",
+        "grep",
+        "head",
+        "id",
+        "mktemp",
+        "rm",
+        "sed",
+        "sha256sum",
+        "tar",
+    ]:
         (tools / name).symlink_to(str(shutil.which(name)))
     (tools / "python3").symlink_to(sys.executable)
     log = tmp_path / "calls.jsonl"

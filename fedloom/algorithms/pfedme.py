@@ -36,7 +36,7 @@ class PFedMe(fedavg.FedAvg):
     about: ClassVar = About("personalised", "adapter, both ways", "Dinh et al. 2020, arXiv 2006.08848", client=whole)
 
     class Options(fedavg.FedAvg.Options):
-        lam: float = Field(15.0, gt=0, description="λ: how near the personal model stays to the shared one")
+        lam: float = Field(200.0, gt=0, description="λ: how near the personal model stays to the shared one")
         inner_steps: int = Field(2, ge=1, description="K: gradient steps towards the personal model in each local step")
         beta: float = Field(1.0, gt=0, description="β: how far the server goes towards the clients' mean")
 
