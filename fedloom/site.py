@@ -24,7 +24,7 @@ import torch
 
 from fedloom import environment, registry
 from fedloom.checkpoint import ClientStore
-from fedloom.choices import check_objective
+from fedloom.choices import for_objective
 from fedloom.client import Client
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
@@ -92,6 +92,7 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     if is_shard(path):
         return read_shard(path, site.client, recipe.seed)
     corpus = load_corpus(recipe.data, by=recipe.split.by, seed=recipe.seed, say=print, splitter=recipe.split.splitter)
+    corpus = for_objective(corpus, recipe.train.objective, print)
     categories = [e.category for e in corpus.examples]
     shard = divided(range(len(categories)), categories, recipe.split, site.client, recipe.seed)
     partition = Partition({site.client: shard}, "own", recipe.seed)
@@ -111,7 +112,6 @@ def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig)
     models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), print)
     template = Template.choose(load_tokenizer(recipe.model, print), recipe.data.template, recipe.data.system)
     sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
-    check_objective(recipe, corpus)
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
     if suite is not None:
         suite.check([corpus.examples[i] for i in questions])
