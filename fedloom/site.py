@@ -9,6 +9,7 @@ leaves with nothing. This file does not know who asks; the site's agent does (ru
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from fedloom.data.shards import is_shard, read_shard
 from fedloom.data.sources import load_corpus
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
-from fedloom.errors import UserError
+from fedloom.errors import UserError, disk_trouble
 from fedloom.models.adapters import Models
 from fedloom.models.loading import load_tokenizer, pick_device
 from fedloom.policy import Policy, Refused
@@ -153,6 +154,8 @@ class Room:
             return {"state": "failed", "reason": "bad_message", "detail": str(error)}, b""
         except Exception as error:  # the boundary of the site: words may hold data, a type and a line do not
             traceback.print_exc()
+            if trouble := disk_trouble(error):
+                return {"state": "failed", "reason": "disk", "detail": self._policy.words(trouble)}, b""
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} in {Path(where.filename).stem}, line {where.lineno}"
             detail = f"{place}: {error}" if self._policy.error_text else place
@@ -181,7 +184,9 @@ def main(path: str) -> None:
     policy = Policy.load(Path(site.policy))
     room = Room(site, policy)
     for connection, header, body in worker.requests(path, policy.max_message_bytes):
-        worker.send(connection, *room.answer(str(header.get("kind")), body))
+        answer = room.answer(str(header.get("kind")), body)
+        with contextlib.suppress(ConnectionError):  # the agent is gone: there is no next question either
+            worker.send(connection, *answer)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ the trainer reads the end of the socket and ends as well. This file does not kno
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -90,7 +91,7 @@ def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) ->
 
 
 class Worker:
-    """A trainer's process, as the agent holds it.
+    """A trainer's process, as the agent holds it. Raises WorkerLost where it does not come up, OSError where it cannot.
 
     Args:
         command: what starts it; the socket's path is added. A cluster's is `torch.distributed.run` with its ranks.
@@ -100,26 +101,31 @@ class Worker:
 
     def __init__(self, command: Sequence[str], log: Path, limit: int) -> None:
         self._limit = limit
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="fedloom-")
-        )  # 0700, and a short path: a socket's may have 107 bytes
+        # 0700, and a short path: a socket's may have 107 bytes
+        self._folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
         self._connection: socket.socket | None = None
         path = str(self._folder / "trainer")
         with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
-            listener.bind(path)
-            listener.listen(1)
-            listener.settimeout(0.1)
-            with log.open("ab") as out:
-                self._process = subprocess.Popen([*command, path], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-            until = time.monotonic() + START
-            while self._connection is None:
-                try:
-                    self._connection, _ = listener.accept()
-                except TimeoutError:
-                    if self._process.poll() is not None or time.monotonic() > until:
-                        self.close()
-                        raise WorkerLost(self._how()) from None
+            try:
+                listener.bind(path)
+                listener.listen(1)
+                listener.settimeout(0.1)
+                with log.open("ab") as out:
+                    self._process = subprocess.Popen([*command, path], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+            except OSError:  # a full disk, no more processes
+                shutil.rmtree(self._folder, ignore_errors=True)
+                raise
+            self._connection = self._connected(listener)
         self._connection.settimeout(0.1)
+
+    def _connected(self, listener: socket.socket) -> socket.socket:
+        until = time.monotonic() + START
+        while True:
+            with contextlib.suppress(TimeoutError):
+                return listener.accept()[0]
+            if self._process.poll() is not None or time.monotonic() > until:
+                self.close()
+                raise WorkerLost(self._how())
 
     @property
     def pid(self) -> int:
@@ -193,6 +199,7 @@ def command(ranks: int = 1) -> list[str]:
 
 def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytes]]:
     """The trainer's end: one question after another until the agent is gone."""
+    end_with_agent()
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
         connection.connect(path)
         while True:
@@ -202,6 +209,13 @@ def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, A
                 shutil.rmtree(Path(path).parent, ignore_errors=True)  # where the agent was killed
                 return
             yield connection, header, body
+
+
+def end_with_agent() -> None:
+    """A trainer that is stopped, or deep in its work, does not see that its socket was closed: the kernel ends it."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def end_with_parent() -> None:
