@@ -314,7 +314,8 @@ class Coordinator:
 
         Personal models differ from client to client, so after the last round each is also measured on everybody's test
         data: the mean of that is what other settings are compared with. Where clients hold an emulator, what they measure
-        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data.
+        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data,
+        where it has them.
         """
         started = time.perf_counter()
         cost = Cost()
@@ -322,9 +323,10 @@ class Coordinator:
         cost += spent
         personal = self.algorithm.properties.personal
         pooled, emulator = self._final_personal(finished), None
-        if self.algorithm.properties.offsite and self.server_measure:
+        if self.algorithm.properties.offsite:
             emulator = measured.together(own)
-            found = measured.means(self.server_measure(self.algorithm.deployed()))
+            here = self.server_measure(self.algorithm.deployed()) if self.server_measure else measured.total(())
+            found = measured.means(here)
         elif pooled:
             sums, spent = self._measure(finished, "pooled")
             cost += spent

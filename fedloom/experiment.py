@@ -222,6 +222,7 @@ def assemble(
     folder.write("split.json", setting.split)
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
+    elsewhere = runtime is not None  # the data, too: nothing can be measured here
     if runtime is None:
         client = Client(
             setting.models,
@@ -241,7 +242,9 @@ def assemble(
         recipe.resolved(),
         channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
-        server_measure=server_measure(
+        server_measure=None
+        if elsewhere
+        else server_measure(
             recipe,
             setting.model,
             setting.template,
@@ -282,7 +285,7 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.runtime.close()
-    reference = _reference(setting, folder, watch)
+    reference = _reference(setting, folder, watch) if runtime is None else None  # it takes everybody's data
     load("")
     summary = summarise(
         recipe,

@@ -40,6 +40,7 @@ from fedloom.data.prompts import Template
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Setting, Watch, run
+from fedloom.models import shipping
 from fedloom.models.adapters import Models
 from fedloom.models.loading import pick_device
 from fedloom.operators.channel import Chains
@@ -114,7 +115,9 @@ class Sites:
             }
         )
         watch.say("asking the sites about their data")
-        counts = self.runtime.greet(recipe.resolved(), run_id(folder, recipe, self._resume))
+        # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
+        files = shipping.tokenizer_files(model.tokenizer) if algorithm.properties.offsite else {}
+        counts = self.runtime.greet(recipe.resolved(), run_id(folder, recipe, self._resume), files)
         clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)
         if not clients.training_clients:
             raise RunFailed("no site with training data takes part: see the sites' own logs")
@@ -148,11 +151,6 @@ def checked(recipe: Recipe) -> Any:
     """The recipe's algorithm. Raises UserError for what sites cannot do."""
     algorithm = make_algorithm(recipe)
     Chains.of(recipe.operators)
-    if algorithm.properties.offsite:
-        raise UserError(
-            f"algorithm {recipe.algorithm.name} makes and measures its emulator with data that a federation's server does "
-            "not have: run it in the simulator (runtime.name=simulator)"
-        )
     if algorithm.properties.pooled:
         raise UserError(
             f"algorithm {recipe.algorithm.name} pools all clients' data, which no federation of sites can: run it in the "

@@ -9,6 +9,7 @@ leaves with nothing. This file does not know who asks; the site's agent does (ru
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import math
@@ -35,6 +36,7 @@ from fedloom.data.sources import load_corpus
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError, disk_trouble
+from fedloom.models import shipping
 from fedloom.models.adapters import Models
 from fedloom.models.loading import load_tokenizer, pick_device
 from fedloom.policy import Policy, Refused
@@ -102,8 +104,14 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     return corpus, partition, asked[site.client]
 
 
-def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig) -> Opened:
-    """Everything that a site needs before its first assignment. Raises UserError."""
+def open_site(
+    values: Mapping[str, Any], run: str, sites: int, site: SiteConfig, files: Mapping[str, bytes] | None = None
+) -> Opened:
+    """Everything that a site needs before its first assignment. Raises UserError.
+
+    Args:
+        files: the tokenizer, from a server that does not hand out the model. The site then looks for neither.
+    """
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
     recipe = localised(Recipe.parse(values), site)
@@ -111,7 +119,8 @@ def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig)
     corpus, partition, questions = own_data(recipe, site, sites)
     home = Path(site.home)
     models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), print)
-    template = Template.choose(load_tokenizer(recipe.model, print), recipe.data.template, recipe.data.system)
+    tokenizer = shipping.tokenizer_of(shipping.as_tensors(files)) if files else load_tokenizer(recipe.model, print)
+    template = Template.choose(tokenizer, recipe.data.template, recipe.data.system)
     sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
     if suite is not None:
@@ -163,7 +172,8 @@ class Room:
 
     def _prepare(self, orders: Mapping[str, Any]) -> bytes:
         self._policy.check(orders["recipe"])
-        self._opened = open_site(orders["recipe"], str(orders["run"]), max(1, int(orders["sites"])), self._site)
+        files = {name: base64.b64decode(text) for name, text in orders.get("files", {}).items()}
+        self._opened = open_site(orders["recipe"], str(orders["run"]), max(1, int(orders["sites"])), self._site, files)
         return json.dumps(self._opened.counts).encode()
 
     def _work(self, body: bytes) -> bytes:

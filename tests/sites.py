@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from fedloom.config import Recipe
@@ -76,13 +77,14 @@ def between_sites(
     """A run whose clients are sites, each with its own trainer's code, data and state; no engine, no processes."""
     from fedloom import serving  # imports the engine
 
-    policy = Policy.model_validate({})
+    policy, turn = Policy.model_validate({}), Lock()  # trainers are processes; threads would share transformers' state
 
     def trainer(client: str, path: Path) -> Callable[..., tuple[dict[str, Any], bytes]]:
         room = Room(SiteConfig(client=client, home=str(folder / client), policy="none", data=str(path)), policy)
 
         def answer(kind, body, deadline=None, stopped=lambda: False):
-            header, message = room.answer(kind, body)
+            with turn:
+                header, message = room.answer(kind, body)
             return header, alter(client, body, message) if kind == "work" else message
 
         return answer

@@ -78,18 +78,11 @@ def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp
     assert not [w for w in words if len(w) > 10 and w in kept]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"algorithm": "global"}, "pools all clients' data"),
-        ({"algorithm": "fedot"}, "that a federation's server does not have"),
-    ],
-)
-def test_what_sites_cannot_do_is_refused_before_anything_is_sent(tiny_recipe, change, words):
+def test_pooled_data_is_refused_before_anything_is_sent(tiny_recipe):
     from fedloom.serving import checked
 
-    with pytest.raises(UserError, match=words):
-        checked(tiny_recipe(change))
+    with pytest.raises(UserError, match="pools all clients' data"):
+        checked(tiny_recipe({"algorithm": "global"}))
 
 
 # ------------------------------------------------------------------ the site's own settings

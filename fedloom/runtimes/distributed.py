@@ -15,6 +15,7 @@ whom and which round it speaks of. This file does not know the engine that carri
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import time
@@ -123,12 +124,18 @@ class Distributed:
 
     # ------------------------------------------------------------------ before the first round
 
-    def greet(self, recipe: Mapping[str, Any], run: str) -> dict[str, dict[str, int]]:
+    def greet(
+        self, recipe: Mapping[str, Any], run: str, files: Mapping[str, bytes] | None = None
+    ) -> dict[str, dict[str, int]]:
         """Give every site the recipe; client → how much data it found (train, validation, test, questions, tokens).
 
         A site that does not come up, has other versions or refuses the recipe is left out and said.
+
+        Args:
+            files: what sites cannot have themselves: name → bytes.
         """
-        orders = {"recipe": recipe, "run": run, "sites": len(self._sites)}
+        coded = {name: base64.b64encode(data).decode() for name, data in (files or {}).items()}
+        orders = {"recipe": recipe, "run": run, "sites": len(self._sites), "files": coded}
         self._orders = json.dumps(orders, allow_nan=False).encode()
         present = [site for site in self._sites.values() if site.dead_since is None]
         self._await(present)
