@@ -155,14 +155,18 @@ class _Supervisor:
         if self._service is None or not self._service.alive:
             if self._service is not None:
                 self._service.close()
-            for left in ("jobs", "snapshots"):  # of services before this one: nothing there is gone on with
-                shutil.rmtree(self._server.kit / left, ignore_errors=True)
+            self._clear()
             path = self._exchange / "order.json"
             self._service = server_service(self._server.kit, {"FEDLOOM_ORDER": str(path.resolve())})
             self._admin = Admin(self._server.admin, self._server.user)
             for site in self._server.project.revoked:
                 self._admin.refuse(site)
             self._connected = set()
+
+    def _clear(self) -> None:
+        """What a service keeps of its jobs: the next one goes on with nothing of it."""
+        for left in ("jobs", "snapshots"):
+            shutil.rmtree(self._server.kit / left, ignore_errors=True)
 
     def _await_sites(self, wait: float | None, below: float) -> None:
         """Until every site is there; or, after `wait` seconds, as many as a round needs, whom `below` seconds are given."""
@@ -262,3 +266,4 @@ class _Supervisor:
             self._admin.close()
         if self._service is not None:
             self._service.close()
+            self._clear()
