@@ -158,16 +158,19 @@ def write_job(folder: Path, name: str, min_sites: int) -> Path:
     return folder
 
 
-def last_lines(path: Path, count: int = 400) -> list[str]:
-    """The end of a log, for a sentence about why a service ended."""
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-    return []
+def last_words(path: Path, count: int = 1 << 16) -> str:
+    """The end of a log, however long that is."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - count))
+        return file.read().decode("utf-8", errors="replace")
+    return ""
 
 
 def trouble(log: Path) -> str | None:
     """What the engine's log says over and over, as one sentence that a person can act on."""
-    text = "\n".join(last_lines(log))
+    text = last_words(log)
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
+    if "target_unreachable" in text[-2000:]:
+        return "the server does not answer; it is tried again until it does (`fedloom join --check` looks why)"
     return None
