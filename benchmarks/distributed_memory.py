@@ -1,6 +1,6 @@
 """A hundred rounds of 10 MB updates between a server and three sites: whether the server's memory grows, and what is left.
 
-    python benchmarks/distributed_memory.py [--rounds 100]      4 minutes on two cores
+    python benchmarks/distributed_memory.py [--rounds 100]      6 to 14 minutes on two busy cores
 
 The real commands on loopback (`provision`, three `join`, `serve`). The model is a random Llama of 2.6 million weights that
 is trained whole, so that an update is 10 MB; a round is one step on one short example: next to nothing but messages. Memory
