@@ -10,6 +10,7 @@ not know what is asked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -60,7 +61,8 @@ def serve(place: Place, limit: int, answer: Callable[[str, bytes], tuple[dict[st
     for connection, header, body in requests(place.path, limit):
         reply = answer(str(header.get("kind")), body)
         if place.first:
-            send(connection, *reply)
+            with contextlib.suppress(ConnectionError):  # the agent is gone: there is no next question either
+                send(connection, *reply)
 
 
 def end_rank(error: Exception) -> NoReturn:

@@ -13,6 +13,7 @@ goes, a rank reads the end of its socket and ends as well. This file does not kn
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -104,6 +105,8 @@ def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) ->
 class Worker:
     """A trainer's processes, as the agent holds them.
 
+    Raises WorkerLost where they do not come up, OSError where they cannot be started.
+
     Args:
         command: what starts one; the socket's path is added, and for one of several ranks its number, their count and
             the file by which they meet.
@@ -114,25 +117,28 @@ class Worker:
 
     def __init__(self, command: Sequence[str], log: Path, limit: int, ranks: int = 1) -> None:
         self._limit = limit
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="fedloom-")
-        )  # 0700, and a short path: a socket's may have 107 bytes
+        # 0700, and a short path: a socket's may have 107 bytes
+        self._folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
         self._connections: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         with contextlib.ExitStack() as stack:
-            out = stack.enter_context(log.open("ab"))
-            listeners = []
-            for rank in range(ranks):
-                listener = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-                path = str(self._folder / f"trainer-{rank}")
-                listener.bind(path)
-                listener.listen(1)
-                listener.settimeout(0.1)
-                listeners.append(listener)
-                place = [str(rank), str(ranks), str(self._folder / "meeting")] if ranks > 1 else []
-                self._processes.append(
-                    subprocess.Popen([*command, path, *place], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-                )
+            try:
+                out = stack.enter_context(log.open("ab"))
+                listeners = []
+                for rank in range(ranks):
+                    listener = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+                    path = str(self._folder / f"trainer-{rank}")
+                    listener.bind(path)
+                    listener.listen(1)
+                    listener.settimeout(0.1)
+                    listeners.append(listener)
+                    place = [str(rank), str(ranks), str(self._folder / "meeting")] if ranks > 1 else []
+                    self._processes.append(
+                        subprocess.Popen([*command, path, *place], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                    )
+            except OSError:  # a full disk, no more processes
+                self.close()
+                raise
             until = time.monotonic() + START
             for listener in listeners:
                 self._connections.append(self._accepted(listener, until))
@@ -236,6 +242,7 @@ def command() -> list[str]:
 
 def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytes]]:
     """The trainer's end: one question after another until the agent is gone."""
+    end_with_agent()
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
         connection.connect(path)
         while True:
@@ -245,6 +252,13 @@ def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, A
                 shutil.rmtree(Path(path).parent, ignore_errors=True)  # where the agent was killed
                 return
             yield connection, header, body
+
+
+def end_with_agent() -> None:
+    """A trainer that is stopped, or deep in its work, does not see that its socket was closed: the kernel ends it."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def end_with_parent() -> None:
