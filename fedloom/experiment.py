@@ -267,9 +267,7 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
         coordinator.runtime.close()  # processes too, where clients have some
 
 
-def _results(
-    setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch, *, elsewhere: bool
-) -> Result:
+def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch, *, elsewhere: bool) -> Result:
     recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     settings = recipe.evaluation
     asker = Asker(
