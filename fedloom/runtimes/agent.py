@@ -37,7 +37,7 @@ class Work:
     deadline: float | None
     received: int = 0
     state: State = "arriving"
-    result: bytes = b""
+    result: bytes | bytearray = b""
     reason: str = ""
     detail: str = ""
     stopped: bool = False
@@ -77,7 +77,7 @@ class Agent:
         verbs = {"hello": self._hello, "put": self._put, "wait": self._wait, "fetch": self._fetch, "drop": self._drop}
         answer = verbs[verb](header, data) if verb in verbs else Answer({"state": "unknown"})
         text = json.dumps(answer.header, sort_keys=True).encode()
-        self._audit.left(f"answer to {verb if verb in verbs else 'an unknown question'}", text + answer.data)
+        self._audit.left(f"answer to {verb if verb in verbs else 'an unknown question'}", text, answer.data)
         return answer
 
     def close(self) -> None:
@@ -141,7 +141,7 @@ class Agent:
         offset, length = _whole(header.get("offset")), _whole(header.get("length"))
         if work is None or work.state != "done" or offset < 0 or length < 0:
             return Answer({"state": "unknown"})
-        return Answer({"state": "piece"}, work.result[offset : offset + min(length, PIECE)])
+        return Answer({"state": "piece"}, bytes(memoryview(work.result)[offset : offset + min(length, PIECE)]))
 
     def _drop(self, header: Mapping[str, Any], data: bytes) -> Answer:
         with self._lock:
@@ -202,7 +202,7 @@ class Agent:
             with contextlib.suppress(WorkerLost, _Erred, Refused):
                 self._prepared()
 
-    def _done(self, work: Work) -> bytes:
+    def _done(self, work: Work) -> bytes | bytearray:
         if work.stopped:
             raise Stopped
         if work.kind == "prepare":
@@ -217,17 +217,21 @@ class Agent:
             self._worker = None
             self._prepared()
             raise WorkerLost("it had ended before this round, and was started again")
-        return self._ask("work", bytes(work.data), work.deadline, lambda: work.stopped or self._closed)
+        return self._ask("work", work.data, work.deadline, lambda: work.stopped or self._closed)
 
-    def _prepared(self) -> bytes:
+    def _prepared(self) -> bytes | bytearray:
         """A trainer that knows the recipe; its account of the site's data."""
         assert self._orders is not None
         self._worker = self._start()
         return self._ask("prepare", self._orders)
 
     def _ask(
-        self, kind: str, data: bytes, deadline: float | None = None, stopped: Callable[[], bool] = lambda: False
-    ) -> bytes:
+        self,
+        kind: str,
+        data: bytes | bytearray,
+        deadline: float | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> bytes | bytearray:
         assert self._worker is not None
         header, body = self._worker.ask({"kind": kind}, data, deadline, stopped)
         if header.get("state") == "refused":

@@ -57,7 +57,7 @@ def encode_assignment(assignment: Assignment) -> bytes:
     return stream_assignment(assignment).joined()
 
 
-def decode_assignment(message: bytes, max_bytes: int | None = None) -> Assignment:
+def decode_assignment(message: bytes | bytearray, max_bytes: int | None = None) -> Assignment:
     header, payload = _unpack(message, ("assignment",), max_bytes)
     return _made(Assignment, header.get("fields"), payload=payload)
 
@@ -80,7 +80,7 @@ def encode_outcome(outcome: Outcome) -> bytes:
     return stream_outcome(outcome).joined()
 
 
-def decode_outcome(message: bytes, max_bytes: int | None = None) -> Outcome:
+def decode_outcome(message: bytes | bytearray, max_bytes: int | None = None) -> Outcome:
     header, payload = _unpack(message, ("update", "failure"), max_bytes)
     cost = _made(Cost, header.get("cost"))
     if header["message"] == "update":
@@ -140,7 +140,9 @@ def _chunks(start: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
 # ------------------------------------------------------------------ in
 
 
-def _unpack(message: bytes, kinds: tuple[str, ...], max_bytes: int | None) -> tuple[dict[str, Any], Payload]:
+def _unpack(
+    message: bytes | bytearray, kinds: tuple[str, ...], max_bytes: int | None
+) -> tuple[dict[str, Any], Payload]:
     if max_bytes is not None and len(message) > max_bytes:
         raise WireError(f"the message has {len(message)} bytes; at most {max_bytes} are taken")
     if len(message) < 8 or message[:4] != MAGIC:
