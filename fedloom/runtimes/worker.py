@@ -60,7 +60,7 @@ class Stopped(Exception):
     """The work was called off, and the trainer ended with it."""
 
 
-def send(connection: socket.socket, header: Mapping[str, Any], body: bytes = b"") -> None:
+def send(connection: socket.socket, header: Mapping[str, Any], body: bytes | bytearray = b"") -> None:
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header of a frame has {len(text)} bytes; at most {MAX_HEADER} are sent")
@@ -70,7 +70,7 @@ def send(connection: socket.socket, header: Mapping[str, Any], body: bytes = b""
 
 def receive(
     connection: socket.socket, limit: int, step: Callable[[], None] = lambda: None
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[dict[str, Any], bytearray]:
     """One frame. `step` is called while nothing comes, and may raise.
 
     Raises:
@@ -87,7 +87,7 @@ def receive(
     return header, _exactly(connection, body_length, step)
 
 
-def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) -> bytes:
+def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) -> bytearray:
     data = bytearray(count)
     view, done = memoryview(data), 0
     while done < count:
@@ -99,7 +99,7 @@ def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) ->
         if not got:
             raise EOFError("the other end of the socket is gone")
         done += got
-    return bytes(data)
+    return data
 
 
 class Worker:
@@ -171,10 +171,10 @@ class Worker:
     def ask(
         self,
         header: Mapping[str, Any],
-        body: bytes,
+        body: bytes | bytearray,
         deadline: float | None = None,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[dict[str, Any], bytes | bytearray]:
         """The trainer's answer. After an exception its processes are gone, and others have to be started.
 
         Raises:
@@ -240,7 +240,7 @@ def command() -> list[str]:
     return [sys.executable, "-m", "fedloom.site"]
 
 
-def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytes]]:
+def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytearray]]:
     """The trainer's end: one question after another until the agent is gone."""
     end_with_agent()
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
