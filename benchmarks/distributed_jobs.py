@@ -90,7 +90,7 @@ class PlainSite(SiteExecutor):
         site = load_section(SiteConfig, Path(os.environ["FEDLOOM_SITE"]), "the site's file")
         home, policy = Path(site.home), Policy.load(Path(site.policy))
         command = [sys.executable, __file__]
-        start = lambda: worker.Worker(command, home / "trainer.log", policy.max_message_bytes)  # noqa: E731
+        start = lambda recipe: worker.Worker(command, home / "trainer.log", policy.max_message_bytes)  # noqa: E731
         self._agent = Agent(start, policy, Audit(home / "audit.jsonl"))
         fl_ctx.get_engine().register_aux_message_handler(TOPIC, handler(self._agent.answer))
         fl_ctx.get_engine().register_aux_message_handler(ECHO, sent_back)

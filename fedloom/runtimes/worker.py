@@ -65,7 +65,8 @@ def send(connection: socket.socket, header: Mapping[str, Any], body: bytes | byt
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header of a frame has {len(text)} bytes; at most {MAX_HEADER} are sent")
     connection.sendall(struct.pack("<IQ", len(text), len(body)) + text)
-    connection.sendall(body)
+    if body:  # the other end may have what it wanted, and be gone
+        connection.sendall(body)
 
 
 def receive(
