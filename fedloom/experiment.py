@@ -143,7 +143,7 @@ class Remote(Protocol):
 class Setting:
     """All that a run needs before its first round.
 
-    `recipe` has every default and choice of a probe written out; `split` is for split.json; data `elsewhere` are not measured here.
+    `recipe` has every default and choice written out; `split` is for split.json; data `elsewhere` are not measured here.
     """
 
     recipe: Recipe
