@@ -132,7 +132,7 @@ class Sites:
         suite = registry.suites.get(suite_name) if suite_name else None
         return Setting(
             recipe, corpus, clients, data, models, model, algorithm, template, suite, note, schedule,
-            _split(clients),
+            _split(clients), elsewhere=True,
         )  # fmt: skip
 
 

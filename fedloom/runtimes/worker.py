@@ -104,9 +104,7 @@ def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) ->
 
 
 class Worker:
-    """A trainer's processes, as the agent holds them.
-
-    Raises WorkerLost where they do not come up, OSError where they cannot be started.
+    """A trainer's processes, as the agent holds them. Raises WorkerLost or OSError where they do not come up.
 
     Args:
         command: what starts one; the socket's path is added, and for one of several ranks its number, their count and
@@ -122,24 +120,27 @@ class Worker:
         self._folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
         self._connections: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            self._start(command, log, ranks)
+        except OSError:  # a full disk, no more processes
+            self.close()
+            raise
+
+    def _start(self, command: Sequence[str], log: Path, ranks: int) -> None:
         with contextlib.ExitStack() as stack:
-            try:
-                out = stack.enter_context(log.open("ab"))
-                listeners = []
-                for rank in range(ranks):
-                    listener = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-                    path = str(self._folder / f"trainer-{rank}")
-                    listener.bind(path)
-                    listener.listen(1)
-                    listener.settimeout(0.1)
-                    listeners.append(listener)
-                    place = [str(rank), str(ranks), str(self._folder / "meeting")] if ranks > 1 else []
-                    self._processes.append(
-                        subprocess.Popen([*command, path, *place], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-                    )
-            except OSError:  # a full disk, no more processes
-                self.close()
-                raise
+            out = stack.enter_context(log.open("ab"))
+            listeners = []
+            for rank in range(ranks):
+                listener = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+                path = str(self._folder / f"trainer-{rank}")
+                listener.bind(path)
+                listener.listen(1)
+                listener.settimeout(0.1)
+                listeners.append(listener)
+                place = [str(rank), str(ranks), str(self._folder / "meeting")] if ranks > 1 else []
+                self._processes.append(
+                    subprocess.Popen([*command, path, *place], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                )
             until = time.monotonic() + START
             for listener in listeners:
                 self._connections.append(self._accepted(listener, until))
