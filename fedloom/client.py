@@ -27,6 +27,8 @@ from fedloom.errors import ClientFailed
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
+from fedloom.hooks.attached import SECTION, Hooks
+from fedloom.hooks.base import Fit
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
@@ -104,6 +106,7 @@ class Client:
         self._channel = ClientChannel(
             Chains.of(self._recipe.operators, self._recipe.privacy is not None), self._recipe.seed
         )
+        self._hooks = Hooks.of_client(self._recipe.hooks)
         self._objective = OBJECTIVES[self._recipe.train.objective](self._recipe.train)
 
     def _prepare(self, assignment: Assignment) -> None:
@@ -130,8 +133,11 @@ class Client:
         packed = self._recipe.train.packing == "on"
         seen = [i for step in passes for p in step for i in p]
         prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
+        self._hooks.begin(client, round, self._state.get(SECTION))
+        fit = Fit(self._model, train)
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
         with forked_torch(self._recipe.seed, "dropout", round, client):
+            self._hooks.call("fit_start", fit)
             result = self._algorithm.local_training(
                 LocalRun(
                     self._model,
@@ -140,13 +146,19 @@ class Client:
                     first_step=(round - 1) * per_round,
                     total_steps=assignment.rounds * per_round,
                     optimizer_state=optimizer.tensors if optimizer else None,
+                    steps_per_epoch=per_round // train.epochs if train.epochs and not assignment.steps else None,
+                    hooks=self._hooks or None,
                 )
             )
+            fit.result = result
+            self._hooks.call("fit_end", fit)
         if not result.steps:
             raise ClientFailed("non_finite", f"all {result.skipped_steps} steps of this round were skipped")
         payload = self._channel.encoded(self._algorithm.shared_state(), client, round)
         kept = Payload(result.optimizer_state) if train.optimizer_state == "keep" else Payload()
         own = {"personal": self._algorithm.personal_state(), "optimizer": kept, "operators": self._channel.state()}
+        if self._hooks:
+            own[SECTION] = self._hooks.state()
         self._store.save(client, round, own)
         return Update(
             client,
@@ -154,7 +166,7 @@ class Client:
             payload,
             num_examples=len(data.train),
             num_tokens=data.sequences.supervised_tokens(data.train),
-            metrics={"loss": result.loss, "skipped_steps": result.skipped_steps},
+            metrics={"loss": result.loss, "skipped_steps": result.skipped_steps, **self._hooks.numbers()},
             cost=Cost(train_tokens=result.tokens, train_flops=result.flops + prepared, steps=result.steps),
         )
 

@@ -41,6 +41,7 @@ from fedloom.data.splitters import partition, split_table
 from fedloom.deployment import result_loader, save_result, server_measure
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
+from fedloom.hooks.attached import Hooks, check_hooks, for_clients
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
@@ -170,6 +171,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
     Chains.of(recipe.operators, recipe.privacy is not None)
+    Hooks.of_server(recipe.hooks)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -198,6 +200,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         watch.say(note)
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
     holders = clients.pooled() if algorithm.properties.pooled else clients
+    check_hooks(recipe, algorithm, holders)
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
@@ -238,7 +241,7 @@ def assemble(
         setting.schedule,
         checkpoints,
         events,
-        recipe.resolved(),
+        for_clients(recipe),
         channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
         server_measure=server_measure(
@@ -251,6 +254,8 @@ def assemble(
         ),
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
+        hooks=Hooks.of_server(recipe.hooks),
+        validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
     )
     if state is None:
         events.write("run_started", **_headline(setting))

@@ -39,6 +39,7 @@ from fedloom.data.prompts import Template
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Setting, Watch, run
+from fedloom.hooks.attached import Hooks, check_hooks, for_clients
 from fedloom.models.adapters import Models
 from fedloom.models.loading import pick_device
 from fedloom.operators.channel import Chains
@@ -109,7 +110,7 @@ class Sites:
             }
         )
         watch.say("asking the sites about their data")
-        counts = self.runtime.greet(recipe.resolved(), run_id(folder, recipe, self._resume))
+        counts = self.runtime.greet(for_clients(recipe), run_id(folder, recipe, self._resume))
         clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)
         if not clients.training_clients:
             raise RunFailed("no site with training data takes part: see the sites' own logs")
@@ -119,6 +120,7 @@ class Sites:
                 "again once they are there"
             )
         schedule = make_schedule(recipe, algorithm, clients)
+        check_hooks(recipe, algorithm, clients)
         corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", "the sites")
         data = FederatedData(corpus, tokenise(corpus, template, recipe.data.max_length, None), clients, {})
         suite = registry.suites.get(suite_name) if suite_name else None
@@ -132,6 +134,7 @@ def checked(recipe: Recipe) -> Any:
     """The recipe's algorithm. Raises UserError for what sites cannot do."""
     algorithm = make_algorithm(recipe)
     Chains.of(recipe.operators)
+    Hooks.of_server(recipe.hooks)
     if algorithm.properties.offsite:
         raise UserError(
             f"algorithm {recipe.algorithm.name} makes and measures its emulator with data that a federation's server does "

@@ -34,6 +34,7 @@ from fedloom.data.sources import load_corpus
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError
+from fedloom.hooks.attached import Hooks
 from fedloom.models.adapters import Models
 from fedloom.models.loading import load_tokenizer, pick_device
 from fedloom.policy import Policy, Refused
@@ -105,6 +106,7 @@ def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig)
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
     recipe = localised(Recipe.parse(values), site)
+    Hooks.of_client(recipe.hooks)
     torch.set_num_threads(recipe.runtime.threads or 1)
     corpus, partition, questions = own_data(recipe, site, sites)
     home = Path(site.home)

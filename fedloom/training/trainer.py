@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -19,6 +19,9 @@ from fedloom.data.batching import Batch
 from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
 from fedloom.training.flops import Flops
+
+if TYPE_CHECKING:
+    from fedloom.hooks.attached import FitHooks, Hooks
 
 
 class Learner(Protocol):
@@ -62,6 +65,8 @@ class LocalRun:
         steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes.
         first_step, total_steps: where the round stands in the run, for schedules.
         optimizer_state: of the client's last round, where the recipe keeps it.
+        steps_per_epoch: None where the client counts steps.
+        hooks: the recipe's, called within `fit`.
     """
 
     model: AdaptedModel
@@ -70,6 +75,8 @@ class LocalRun:
     first_step: int
     total_steps: int
     optimizer_state: Mapping[str, torch.Tensor] | None = None
+    steps_per_epoch: int | None = None
+    hooks: Hooks | None = None
 
     def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
         """Plain local training of the live adapter, or of `parameter`, with `learner`'s loss and hooks."""
@@ -82,6 +89,7 @@ class LocalRun:
             total_steps=self.total_steps,
             optimizer_state=self.optimizer_state,
             parameter=parameter,
+            hooks=self.hooks.fit(self.model, self.steps_per_epoch) if self.hooks else None,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -141,6 +149,7 @@ def fit(
     total_steps: int,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
     parameter: torch.nn.Parameter | None = None,
+    hooks: FitHooks | None = None,
 ) -> FitResult:
     """Train the live adapter over `steps`, each a list of forward passes.
 
@@ -150,6 +159,7 @@ def fit(
         optimizer_state: from an earlier `FitResult`, to go on from it.
         parameter: what the optimiser steps in place of the adapter, with a gradient of its own: `before_step` fills
             that in from `model.grad`, `after_step` puts the new values into the model.
+        hooks: what acts at the points within; None costs nothing.
 
     Raises:
         ClientFailed: ``non_finite``, naming the step and its examples, where the recipe does not skip.
@@ -168,8 +178,12 @@ def fit(
         for number, batches in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, first_step + number, total_steps)
-            loss = _accumulate(model, learner, batches, result, flops)
+            if hooks:
+                hooks.step(number, batches, learning_rate(config, first_step + number, total_steps))
+            loss = _accumulate(model, learner, batches, result, flops, hooks)
             learner.before_step(model)
+            if hooks:
+                hooks.before_step(loss)
             norm = float(gradient.norm())
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
@@ -179,9 +193,13 @@ def fit(
                 gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             optimizer.step()
             learner.after_step(model)
+            if hooks:
+                hooks.after_step()
             tokens = sum(b.units for b in batches)
             weighted, weight = weighted + loss * tokens, weight + tokens
             result.steps += 1
+        if hooks:
+            hooks.end()
     finally:
         model.module.eval()
         model.grad.zero_()
@@ -191,15 +209,26 @@ def fit(
 
 
 def _accumulate(
-    model: AdaptedModel, learner: Learner, batches: Sequence[Batch], result: FitResult, flops: Flops
+    model: AdaptedModel,
+    learner: Learner,
+    batches: Sequence[Batch],
+    result: FitResult,
+    flops: Flops,
+    hooks: FitHooks | None,
 ) -> float:
     """Forward and backward over one step's batches; the gradient stands in `model.grad`. Returns the step's loss."""
     model.grad.zero_()
     step_units = max(1, sum(b.units for b in batches))
     total = 0.0
     for batch in batches:
+        if hooks:
+            hooks.batch(batch)
         loss = learner.local_loss(model, batch, step_units)
+        if hooks:
+            loss = hooks.forward(loss)
         loss.backward()  # type: ignore[no-untyped-call]
+        if hooks:
+            hooks.backward()
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)

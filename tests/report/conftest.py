@@ -132,6 +132,7 @@ def _write_events(
                 "seconds": 4.2,
                 "staleness": 0,
                 "arrived": None,
+                "metrics": {},
             }
             events.write("client_update", round=r, client=name, **work, **sent)
         moved = {"upload_bytes": 2_441_100 * len(losses), "download_bytes": 2_441_096 * len(names)}
