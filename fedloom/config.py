@@ -362,7 +362,9 @@ class Recipe(Section):
     def without_hook(self, name: str) -> Recipe:
         """A copy without this hook. Raises UserError where it is not there."""
         if name not in [h.name for h in self.hooks]:
-            raise UserError(f"the recipe has no hook {name!r} to leave out: {suggest(name, [h.name for h in self.hooks])}")
+            raise UserError(
+                f"the recipe has no hook {name!r} to leave out: {suggest(name, [h.name for h in self.hooks])}"
+            )
         return self.with_values({"hooks": [h.model_dump(mode="json") for h in self.hooks if h.name != name]})
 
     def to_yaml(self) -> str:

@@ -361,7 +361,9 @@ class Coordinator:
         with self.hooks.deploying(self.algorithm):
             return measure(self.algorithm.deployed())
 
-    def _measure(self, finished: int, dataset: str, clients: Sequence[str] | None = None) -> tuple[dict[str, Mapping[str, float]], Cost]:
+    def _measure(
+        self, finished: int, dataset: str, clients: Sequence[str] | None = None
+    ) -> tuple[dict[str, Mapping[str, float]], Cost]:
         """Client → sums (measured.py), of those that could be measured."""
         sums: dict[str, Mapping[str, float]] = {}
         cost = Cost()

@@ -1,6 +1,7 @@
 """A hook acts at named points of a run without being an algorithm: it watches, corrects a loss or a gradient, ends a run.
 
-    client   fit_start ( epoch_start ( batch_start after_forward after_backward )… before_step after_step … epoch_end ) fit_end
+    client   fit_start ( epoch_start ( (batch_start after_forward after_backward)… before_step after_step )… epoch_end )…
+             fit_end
     server   round_start (clients train) aggregated (validation is measured, where a hook asks for it) round_end
 
 A hook overrides the points that it is for and nothing else; one at which no hook acts costs nothing. What it has to

@@ -126,7 +126,8 @@ def test_a_hooks_loss_is_what_is_trained_on(tiny_recipe, tmp_path):
     pulled = fedloom.run(tiny_recipe({**sgd, "hooks": ["pulling"]}), out=tmp_path / "pulled")
     decayed = fedloom.run(tiny_recipe({**sgd, "train.weight_decay": 1.0}), out=tmp_path / "decayed")
     vectors = [
-        torch.cat([p.detach().flatten() for n, p in r.model.named_parameters() if "lora_" in n]) for r in (pulled, decayed)
+        torch.cat([p.detach().flatten() for n, p in r.model.named_parameters() if "lora_" in n])
+        for r in (pulled, decayed)
     ]
     torch.testing.assert_close(vectors[0], vectors[1], rtol=0, atol=1e-6)
     assert float(vectors[0].norm()) < 0.9 * float(start)
@@ -137,14 +138,24 @@ def test_a_hooks_loss_is_what_is_trained_on(tiny_recipe, tmp_path):
 
 def test_numbers_of_clients_and_server_are_logged(tiny_recipe, tmp_path):
     run(tiny_recipe({"hooks": [{"name": "counting", "start": 3}]}), tmp_path / "run")
-    told = {(e["round"], e["client"]): e["metrics"]["counting/times"] for e in events(tmp_path / "run", "client_update")}
+    told = {
+        (e["round"], e["client"]): e["metrics"]["counting/times"] for e in events(tmp_path / "run", "client_update")
+    }
     assert told == {(r, c): 3 + 2 * r for r in (1, 2) for c in ("copy", "last", "upper")}  # two steps a round
-    assert [e["metrics"]["counting/times"] for e in events(tmp_path / "run", "round_finished")] == [4, 5]  # the server's
+    assert [e["metrics"]["counting/times"] for e in events(tmp_path / "run", "round_finished")] == [
+        4,
+        5,
+    ]  # the server's
 
 
 @pytest.mark.parametrize("killed_in", [1, 2, 3])
 def test_state_survives_a_kill_bit_for_bit(tiny_recipe, tmp_path, monkeypatch, killed_in):
-    hooks = ["counting", {"name": "ema", "decay": 0.7}, {"name": "gradient_noise"}, {"name": "early_stopping", "patience": 9}]
+    hooks = [
+        "counting",
+        {"name": "ema", "decay": 0.7},
+        {"name": "gradient_noise"},
+        {"name": "early_stopping", "patience": 9},
+    ]
     recipe = tiny_recipe({"hooks": hooks, "federation.rounds": 3, "train.accumulation": 2, "adapter.dropout": 0.1})
     whole = run(recipe, tmp_path / "whole")
 
@@ -184,7 +195,10 @@ def test_hooks_are_added_replaced_and_removed(tiny_recipe):
     both = recipe.with_hook("early_stopping", patience=2)
     assert [h.name for h in both.hooks] == ["ema", "early_stopping"]
     replaced = both.with_hook("ema", decay=0.5)
-    assert [(h.name, h.options) for h in replaced.hooks] == [("ema", {"decay": 0.5}), ("early_stopping", {"patience": 2})]
+    assert [(h.name, h.options) for h in replaced.hooks] == [
+        ("ema", {"decay": 0.5}),
+        ("early_stopping", {"patience": 2}),
+    ]
     assert replaced.without_hook("early_stopping").without_hook("ema").resolved() == tiny_recipe().resolved()
     assert Recipe.parse(replaced.resolved()) == replaced
     with pytest.raises(UserError, match="no hook 'emo' to leave out: did you mean ema"):
@@ -240,4 +254,7 @@ def test_summary_and_events_without_hooks_are_as_they_were(tiny_recipe, tmp_path
     summary = run(tiny_recipe(), tmp_path / "run")
     assert summary["stopped"] is None
     assert all(e["metrics"] == {} for e in events(tmp_path / "run", "client_update"))
-    assert json.loads((tmp_path / "run" / "checkpoints" / "round-0002" / "state.json").read_text())["notes"].get("hooks") is None
+    assert (
+        json.loads((tmp_path / "run" / "checkpoints" / "round-0002" / "state.json").read_text())["notes"].get("hooks")
+        is None
+    )
