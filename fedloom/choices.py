@@ -59,6 +59,16 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
     return make(recipe)
 
 
+def check_runtime(recipe: Recipe, algorithm: Algorithm) -> None:
+    """Refuse a runtime that is not there, or that an algorithm's clients cannot work in."""
+    runtime = registry.runtimes.get(recipe.runtime.name)
+    if algorithm.properties.offsite and not getattr(runtime, "offsite", True):
+        raise UserError(
+            f"algorithm {recipe.algorithm.name} sends an emulator once, which a client's process has to keep, and "
+            f"runtime.name={recipe.runtime.name} moves clients between processes: use runtime.name=simulator"
+        )
+
+
 def _taking_mixed_ranks() -> list[str]:
     return [n for n in registry.algorithms.names() if registry.algorithms.get(n).properties.mixed_ranks] or ["none yet"]
 

@@ -18,7 +18,7 @@ import torch
 
 from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.making import make
-from fedloom.checkpoint import ClientStore, Damaged, folder_name
+from fedloom.checkpoint import Damaged, Store, folder_name
 from fedloom.config import Recipe
 from fedloom.data.batching import Batch, Plan, round_indices
 from fedloom.data.federated import ClientData, FederatedData
@@ -54,7 +54,7 @@ class Client:
         models: Models,
         data: FederatedData,
         template: Template,
-        store: ClientStore,
+        store: Store,
         results: Path,
         suite: Suite | None = None,
     ) -> None:

@@ -167,8 +167,8 @@ class FederationConfig(Section):
     round_deadline: float | None = Field(
         None,
         gt=0,
-        description="seconds that a site has for one piece of work in the distributed runtime, late ones are dropped; "
-        "null waits as long as the site answers",
+        description="seconds that a site or a Ray actor has for one piece of work, late ones are dropped; null waits "
+        "as long as it lives",
     )
 
     @field_validator("clients_per_round")
@@ -226,6 +226,17 @@ class HookConfig(Section):
         return dict(self.model_extra or {})
 
 
+class RayConfig(Section):
+    actors: int = Field(2, ge=1, description="processes that clients are shared out over; each loads the base model")
+    cpus: float = Field(
+        1.0, gt=0, description="CPUs that Ray sets aside for an actor, which are its threads; may be a fraction"
+    )
+    gpus: float = Field(0.0, ge=0, description="GPUs for an actor; 0.5 puts two actors on one")
+    address: str | None = Field(
+        None, description="a cluster of one owner that is there already (host:port, or auto); null starts Ray here"
+    )
+
+
 class RuntimeConfig(Section):
     name: str = Field("simulator", description="where the clients run")
     device: str = Field("auto", description="cpu, cuda, cuda:0 …; auto takes a GPU where there is one")
@@ -236,6 +247,7 @@ class RuntimeConfig(Section):
         le=5,
         description="under an asynchronous algorithm, how unlike simulated clients' speeds are: σ of their log",
     )
+    ray: RayConfig = Field(default_factory=RayConfig, description="of the runtime ray alone")
 
 
 class EvaluationConfig(Section):

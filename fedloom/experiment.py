@@ -23,6 +23,7 @@ from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
     check_positions,
     check_ranks,
+    check_runtime,
     choose_packing,
     federated_data,
     load_data,
@@ -167,9 +168,9 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     """
     threads = recipe.runtime.threads or environment.available_cores()
     torch.set_num_threads(threads)
-    registry.runtimes.get(recipe.runtime.name)
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
+    check_runtime(recipe, algorithm)
     Chains.of(recipe.operators, recipe.privacy is not None)
     Hooks.of_server(recipe.hooks)
 
@@ -225,6 +226,8 @@ def assemble(
     folder.write("split.json", setting.split)
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
+    if runtime is None and recipe.runtime.name in registry.openers:
+        runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
     if runtime is None:
         client = Client(
             setting.models,
