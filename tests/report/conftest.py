@@ -184,7 +184,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "adaptive": False, "population": len(rows), "expected_clients": len(rows), "sampling_rate": 1.0,
             "releases": 2, "seeded": False,
         },
-        "clients": len(rows), "rounds": recipe.federation.rounds, "seed": 42, "failures": 1, "skipped_steps": 0,
+        "clients": len(rows), "rounds": recipe.federation.rounds, "stopped": None, "seed": 42, "failures": 1, "skipped_steps": 0,
         "data": {
             "examples": sum(sizes.values()), **sizes, "dropped": {"empty_answer": 3}, "truncated": 11,
             "truncated_tokens": 1904, "max_length": 512,
