@@ -21,7 +21,8 @@ from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.forward import supports_packing
+from fedloom.models.forward import supports_chunks, supports_packing
+from fedloom.models.memory import can_recompute
 from fedloom.privacy import PrivacyConfig
 from fedloom.rounds import Schedule
 from fedloom.types import Corpus, Partition
@@ -213,6 +214,18 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
         raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
     say("this model does not keep packed sequences apart: batches are padded")
     return "off"
+
+
+def check_sparing(recipe: Recipe, model: AdaptedModel) -> None:
+    """Refuse to train in less memory where the result would be another. `recipe`: with its packing chosen."""
+    train = recipe.train
+    why = can_recompute(model, train.packing == "on") if train.checkpointing else ""
+    if why:
+        raise UserError(f"train.checkpointing=true cannot be had: {why}; set train.checkpointing=false")
+    if train.loss_chunk is not None and not supports_chunks(model):
+        raise UserError(
+            f"train.loss_chunk={train.loss_chunk} cannot be had: this model changes its logits after its head; leave it out"
+        )
 
 
 def check_positions(recipe: Recipe, model: AdaptedModel) -> None:

@@ -33,6 +33,7 @@ from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
 from fedloom.training.objectives import OBJECTIVES
+from fedloom.training.precision import autocast
 from fedloom.training.trainer import LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
@@ -132,7 +133,8 @@ class Client:
         passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
         packed = self._recipe.train.packing == "on"
         seen = [i for step in passes for p in step for i in p]
-        prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
+        with autocast(self._model.device, train.precision):  # a reference is compared with what it is computed like
+            prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
         self._hooks.begin(client, round, self._state.get(SECTION))
         fit = Fit(self._model, train)
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None

@@ -136,6 +136,22 @@ class TrainConfig(Section):
         "auto", description="padding-free batches; auto tries the model once and falls back to padding"
     )
 
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "fp32",
+        description="of matrix products in training; what trains and the loss stay fp32. auto takes bf16 where the device "
+        "is faster in it",
+    )
+    checkpointing: bool = Field(
+        False,
+        description="keep each layer's input alone and compute the rest again in backward: less memory, more time",
+    )
+    loss_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="make the logits of so many supervised tokens at a time and again in backward, so that a large "
+        "vocabulary's are never all there; null makes them at once",
+    )
+
     @field_validator("packing", mode="before")
     @classmethod
     def _on_and_off(cls, value: Any) -> Any:

@@ -24,6 +24,7 @@ from fedloom.choices import (
     check_positions,
     check_ranks,
     check_runtime,
+    check_sparing,
     choose_packing,
     federated_data,
     load_data,
@@ -52,6 +53,7 @@ from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
+from fedloom.training.precision import choose_precision
 from fedloom.types import Corpus, Partition
 
 
@@ -191,9 +193,11 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         {
             "runtime.threads": threads,
             "data.template": template.style,
+            "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
             "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }
     )
+    check_sparing(recipe, model)
 
     # What each client holds of it, as tokens; what is scored, and by whom.
     suite, score_note = pick_suite(recipe, corpus)

@@ -28,6 +28,7 @@ from fedloom.checkpoint import write_json
 from fedloom.choices import (
     check_positions,
     check_ranks,
+    check_sparing,
     choose_packing,
     make_algorithm,
     make_schedule,
@@ -50,6 +51,7 @@ from fedloom.runtimes.distributed import Distributed, Patience, StartAgain
 from fedloom.runtimes.flare.controller import RunController
 from fedloom.runtimes.flare.link import FlareLink
 from fedloom.runtimes.worker import end_with_parent
+from fedloom.training.precision import choose_precision
 from fedloom.types import Corpus, Partition, Shard
 
 #: In a run's folder: what belongs to the federation and not to the run itself.
@@ -104,11 +106,13 @@ class Sites:
             {
                 "runtime.threads": threads,
                 "data.template": template.style,
+                "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
                 "train.packing": choose_packing(recipe.train.packing, model, watch.say),
                 "evaluation.suite": suite_name,
                 "evaluation.answers": 0,  # texts stay where they are
             }
         )
+        check_sparing(recipe, model)
         watch.say("asking the sites about their data")
         counts = self.runtime.greet(for_clients(recipe), run_id(folder, recipe, self._resume))
         clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)

@@ -18,7 +18,9 @@ from fedloom.config import TrainConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.memory import sparing
 from fedloom.training.flops import Flops
+from fedloom.training.precision import LossScale, autocast
 
 if TYPE_CHECKING:
     from fedloom.hooks.attached import FitHooks, Hooks
@@ -171,7 +173,7 @@ def fit(
     if optimizer_state:
         load_optimizer_tensors(optimizer, parameter, optimizer_state)
     flops = Flops(model)
-    result = FitResult()
+    result, scale = FitResult(), LossScale(config.precision)
     weighted, weight = 0.0, 0
     model.module.train()
     try:
@@ -180,7 +182,10 @@ def fit(
                 group["lr"] = learning_rate(config, first_step + number, total_steps)
             if hooks:
                 hooks.step(number, batches, learning_rate(config, first_step + number, total_steps))
-            loss = _accumulate(model, learner, batches, result, flops, hooks)
+            with sparing(model, config.checkpointing, config.loss_chunk), autocast(model.device, config.precision):
+                loss = _accumulate(model, learner, batches, result, flops, hooks, scale)
+                while scale.overflowed(model.grad):
+                    loss = _accumulate(model, learner, batches, result, flops, hooks, scale)
             learner.before_step(model)
             if hooks:
                 hooks.before_step(loss)
@@ -215,8 +220,12 @@ def _accumulate(
     result: FitResult,
     flops: Flops,
     hooks: FitHooks | None,
+    scale: LossScale,
 ) -> float:
-    """Forward and backward over one step's batches; the gradient stands in `model.grad`. Returns the step's loss."""
+    """Forward and backward over one step's batches; the gradient, times the scale, stands in `model.grad`.
+
+    Returns the step's loss.
+    """
     model.grad.zero_()
     step_units = max(1, sum(b.units for b in batches))
     total = 0.0
@@ -226,16 +235,23 @@ def _accumulate(
         loss = learner.local_loss(model, batch, step_units)
         if hooks:
             loss = hooks.forward(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        _backward(loss, scale)
         if hooks:
+            model.grad.mul_(1.0 / scale.value)  # hooks see it as it is; powers of two go out and in exactly
             hooks.backward()
+            model.grad.mul_(scale.value)
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
     penalty = model.penalty()
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
-        penalty.backward()  # type: ignore[no-untyped-call]
+        _backward(penalty, scale)
     return total
+
+
+def _backward(loss: torch.Tensor, scale: LossScale) -> None:
+    with torch.autocast(loss.device.type, enabled=False):
+        (loss * scale.value if scale.value != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
 
 
 def _skip_or_fail(config: TrainConfig, number: int, batches: Sequence[Batch], what: str) -> None:
