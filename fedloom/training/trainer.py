@@ -2,7 +2,7 @@
 
 The trainer is blind to the algorithm: it calls the three places where an algorithm may act (`local_loss`,
 `before_step`, `after_step`) and knows neither rounds' payloads nor other clients. The loss of a step is the sum of
-its token losses over its supervised tokens, all accumulation together.
+its token losses over its supervised tokens, all accumulation and all ranks (parallel.py) together.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.memory import sparing
 from fedloom.training.flops import Flops
+from fedloom.training.parallel import ALONE, Ranks
 from fedloom.training.precision import LossScale, autocast
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class FitResult:
     Attributes:
         loss: mean of the steps' losses, each weighted by its supervised tokens.
         steps: optimiser steps taken; skipped ones are not among them.
-        tokens: real tokens that went through forward and backward.
+        tokens: real tokens that went through forward and backward, on all ranks.
         flops: of those.
         optimizer_state: name → tensor, enough to carry on exactly.
     """
@@ -61,14 +62,17 @@ class LocalRun:
     """One client-round's training, as an algorithm's client half is given it.
 
     Most algorithms call `fit` once. One that trains two models calls it twice, one that trains other numbers than the
-    adapter's gives `fit` its own parameter, one that takes no gradients walks over `steps` itself.
+    adapter's gives `fit` its own parameter, one that takes no gradients walks over `steps` itself, and shares what it
+    computes with the other ranks itself.
 
     Attributes:
-        steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes.
+        steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes: all ranks' passes, of
+            which `ranks.own` has this one's.
         first_step, total_steps: where the round stands in the run, for schedules.
         optimizer_state: of the client's last round, where the recipe keeps it.
         steps_per_epoch: None where the client counts steps.
         hooks: the recipe's, called within `fit`.
+        ranks: this process's place among those that train this client.
     """
 
     model: AdaptedModel
@@ -79,6 +83,7 @@ class LocalRun:
     optimizer_state: Mapping[str, torch.Tensor] | None = None
     steps_per_epoch: int | None = None
     hooks: Hooks | None = None
+    ranks: Ranks = ALONE
 
     def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
         """Plain local training of the live adapter, or of `parameter`, with `learner`'s loss and hooks."""
@@ -92,6 +97,7 @@ class LocalRun:
             optimizer_state=self.optimizer_state,
             parameter=parameter,
             hooks=self.hooks.fit(self.model, self.steps_per_epoch) if self.hooks else None,
+            ranks=self.ranks,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -152,6 +158,7 @@ def fit(
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
     parameter: torch.nn.Parameter | None = None,
     hooks: FitHooks | None = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train the live adapter over `steps`, each a list of forward passes.
 
@@ -162,6 +169,7 @@ def fit(
         parameter: what the optimiser steps in place of the adapter, with a gradient of its own: `before_step` fills
             that in from `model.grad`, `after_step` puts the new values into the model.
         hooks: what acts at the points within; None costs nothing.
+        ranks: who takes which passes of a step; what comes after the sum of their gradients, each does alike.
 
     Raises:
         ClientFailed: ``non_finite``, naming the step and its examples, where the recipe does not skip.
@@ -183,9 +191,9 @@ def fit(
             if hooks:
                 hooks.step(number, batches, learning_rate(config, first_step + number, total_steps))
             with sparing(model, config.checkpointing, config.loss_chunk), autocast(model.device, config.precision):
-                loss = _accumulate(model, learner, batches, result, flops, hooks, scale)
+                loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
                 while scale.overflowed(model.grad):
-                    loss = _accumulate(model, learner, batches, result, flops, hooks, scale)
+                    loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
             learner.before_step(model)
             if hooks:
                 hooks.before_step(loss)
@@ -209,6 +217,7 @@ def fit(
         model.module.eval()
         model.grad.zero_()
     result.loss = weighted / weight if weight else math.nan
+    result.tokens, result.flops = ranks.counts(result.tokens, result.flops)
     result.optimizer_state = optimizer_tensors(optimizer, parameter)
     return result
 
@@ -219,17 +228,19 @@ def _accumulate(
     batches: Sequence[Batch],
     result: FitResult,
     flops: Flops,
+    ranks: Ranks,
     hooks: FitHooks | None,
     scale: LossScale,
 ) -> float:
     """Forward and backward over one step's batches; the gradient, times the scale, stands in `model.grad`.
 
-    Returns the step's loss.
+    Each rank goes over its own batches, dividing by the units of all; the sum over ranks is the step's. Returns the step's
+    loss.
     """
     model.grad.zero_()
     step_units = max(1, sum(b.units for b in batches))
     total = 0.0
-    for batch in batches:
+    for batch in ranks.own(batches):
         if hooks:
             hooks.batch(batch)
         loss = learner.local_loss(model, batch, step_units)
@@ -243,7 +254,9 @@ def _accumulate(
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
-    penalty = model.penalty()
+    ranks.sum_(model.grad)
+    total = ranks.total(total)
+    penalty = model.penalty()  # every rank has all of it
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
         _backward(penalty, scale)
     return total
