@@ -34,14 +34,14 @@ def can_recompute(model: AdaptedModel, packed: bool) -> str:
 def sparing(model: AdaptedModel, recompute: bool, chunk: int | None) -> Iterator[None]:
     """Training in this block keeps less."""
     if recompute:
-        model.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.loss_chunk = chunk
     try:
         yield
     finally:
         model.loss_chunk = None
         if recompute:
-            model.causal_lm.gradient_checkpointing_disable()
+            model.causal_lm.activation_checkpointing_disable()
 
 
 class _Hidden(torch.nn.Module):

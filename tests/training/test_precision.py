@@ -112,6 +112,11 @@ def test_auto_goes_by_what_the_device_does_and_is_written_down(tiny_recipe, monk
     assert prepare(tiny_recipe({"train.precision": "auto"}), Watch()).recipe.train.precision == chosen
 
 
+def test_an_algorithm_that_reads_gradients_on_their_way_takes_no_scale(tiny_recipe):
+    with pytest.raises(fedloom.UserError, match="slora gathers gradients before"):
+        prepare(tiny_recipe({"algorithm": "slora", "train.precision": "fp16"}), Watch())
+
+
 def test_a_slow_precision_is_told_of(tiny_recipe, monkeypatch):
     monkeypatch.setattr(precision, "slowdown", lambda device, kind: 11.0)
     said: list[str] = []
