@@ -92,8 +92,8 @@ class SLoRA(LoRAAlgorithm):
 
         if train.precision in {"fp16", "auto"}:
             raise UserError(
-                f"slora gathers gradients before a loss scale is divided out, so train.precision={train.precision} cannot be "
-                "had with it: set train.precision=fp32 or bf16"
+                f"slora gathers gradients before a loss scale is divided out, so train.precision={train.precision} cannot "
+                "be had with it: set train.precision=fp32 or bf16"
             )
 
     def _known(self, model: AdaptedModel) -> AdaptedModel:
