@@ -24,6 +24,7 @@ from fedloom.choices import (
     check_positions,
     check_ranks,
     check_runtime,
+    check_sparing,
     choose_packing,
     federated_data,
     load_data,
@@ -42,6 +43,7 @@ from fedloom.data.splitters import partition, split_table
 from fedloom.deployment import result_loader, save_result, server_measure
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
+from fedloom.hooks.attached import Hooks, check_hooks, for_clients
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
@@ -52,6 +54,7 @@ from fedloom.runfolder import RunFolder, continued, opened
 from fedloom.runtimes.ranked import Ranked
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
+from fedloom.training.precision import choose_precision
 from fedloom.types import Corpus, Partition
 
 
@@ -173,6 +176,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     algorithm = make_algorithm(recipe)
     check_runtime(recipe, algorithm)
     Chains.of(recipe.operators, recipe.privacy is not None)
+    Hooks.of_server(recipe.hooks)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -191,9 +195,11 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         {
             "runtime.threads": threads,
             "data.template": template.style,
+            "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
             "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }
     )
+    check_sparing(recipe, model)
 
     # What each client holds of it, as tokens; what is scored, and by whom.
     suite, score_note = pick_suite(recipe, corpus)
@@ -201,6 +207,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         watch.say(note)
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
     holders = clients.pooled() if algorithm.properties.pooled else clients
+    check_hooks(recipe, algorithm, holders)
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
@@ -243,12 +250,14 @@ def assemble(
         setting.schedule,
         checkpoints,
         events,
-        recipe.resolved(),
+        for_clients(recipe),
         channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
         server_measure=None if setting.elsewhere else measure,
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
+        hooks=Hooks.of_server(recipe.hooks),
+        validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
     )
     if state is None:
         events.write("run_started", **_headline(setting))

@@ -83,6 +83,7 @@ class Progress:
         evaluation_cost: the part of it that evaluation took.
         evaluations: rounds finished → what was measured then.
         failures, skipped_steps: counted over the run.
+        stopped: the round, the hook and the sentence of a run that a hook ended before its last round.
         earlier: (wall, CPU) seconds of the sessions before this one.
     """
 
@@ -92,6 +93,7 @@ class Progress:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     failures: int = 0
     skipped_steps: int = 0
+    stopped: dict[str, Any] | None = None
     earlier: tuple[float, float] = (0.0, 0.0)
     _started: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
 
@@ -107,6 +109,7 @@ class Progress:
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
             "failures": self.failures,
             "skipped_steps": self.skipped_steps,
+            "stopped": self.stopped,
             "elapsed": list(self.elapsed()),
         }
 
@@ -119,5 +122,6 @@ class Progress:
             {int(k): v for k, v in notes["evaluations"].items()},
             notes["failures"],
             notes["skipped_steps"],
+            notes.get("stopped"),
             (notes["elapsed"][0], notes["elapsed"][1]),
         )

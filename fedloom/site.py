@@ -36,6 +36,7 @@ from fedloom.data.sources import load_corpus
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError, disk_trouble
+from fedloom.hooks.attached import Hooks
 from fedloom.models import shipping
 from fedloom.models.loading import load_tokenizer, pick_device
 from fedloom.policy import Policy, Refused
@@ -126,6 +127,7 @@ def open_site(
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
     recipe = localised(Recipe.parse(values), site, place.count)
+    Hooks.of_client(recipe.hooks)
     check_parallel(recipe)
     check_devices(recipe.runtime)
     torch.set_num_threads(recipe.runtime.threads_of_a_rank)

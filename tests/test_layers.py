@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach", "limits"},
     {"types", "overrides", "section", "methods", "privacy", "config", "carriers", "project", "policy"},
     {"data", "corpora", "models", "operators", "evaluation"},
-    {"training", "algorithms"},
+    {"training", "algorithms", "hooks"},
     {
         "checkpoint",
         "arrival",

@@ -90,6 +90,12 @@ class SLoRA(LoRAAlgorithm):
                 "set model.dtype=float32"
             )
 
+        if train.precision in {"fp16", "auto"}:
+            raise UserError(
+                f"slora gathers gradients before a loss scale is divided out, so train.precision={train.precision} cannot "
+                "be had with it: set train.precision=fp32 or bf16"
+            )
+
     def _known(self, model: AdaptedModel) -> AdaptedModel:
         model = super()._known(model)
         weights = model.base_weights()

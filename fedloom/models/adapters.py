@@ -59,6 +59,7 @@ class AdaptedModel:
             under the first of their names.
         virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
         prefixed: whether those are keys and values of every layer, not embeddings.
+        loss_chunk: how many tokens' logits are made at a time (models/memory.py); None makes them at once.
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -86,6 +87,7 @@ class AdaptedModel:
         self._base_weights: dict[str, torch.Tensor] = {}
         self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._swapped = False
+        self.loss_chunk: int | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
