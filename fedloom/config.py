@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -135,12 +135,22 @@ class TrainConfig(Section):
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="padding-free batches; auto tries the model once and falls back to padding"
     )
+    cohort: Literal["off", "auto"] | Annotated[int, Field(ge=2, le=256)] = Field(
+        "off",
+        description="clients that train together in one pass over the base, in the simulator with plain LoRA: off, how many, "
+        "or auto, which measures some numbers on the recipe's own batches",
+    )
 
-    @field_validator("packing", mode="before")
+    @field_validator("packing", "cohort", mode="before")
     @classmethod
     def _on_and_off(cls, value: Any) -> Any:
         """YAML 1.1 reads on and off as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients that train together, of a resolved recipe; 1 where each trains alone."""
+        return self.cohort if isinstance(self.cohort, int) else 1
 
     @model_validator(mode="before")
     @classmethod

@@ -21,8 +21,10 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
+    check_cohort,
     check_positions,
     check_ranks,
+    choose_cohort,
     choose_packing,
     federated_data,
     load_data,
@@ -170,6 +172,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
     Chains.of(recipe.operators, recipe.privacy is not None)
+    recipe = check_cohort(recipe, algorithm, watch.say)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -199,6 +202,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
     holders = clients.pooled() if algorithm.properties.pooled else clients
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
+    recipe = choose_cohort(recipe, model, data, schedule, watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
         split_table(corpus, clients),

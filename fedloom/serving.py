@@ -26,6 +26,7 @@ import torch
 from fedloom import environment, registry
 from fedloom.checkpoint import write_json
 from fedloom.choices import (
+    check_cohort,
     check_positions,
     check_ranks,
     choose_packing,
@@ -90,6 +91,7 @@ class Sites:
         threads = recipe.runtime.threads or environment.available_cores()
         torch.set_num_threads(threads)
         algorithm = checked(recipe)
+        recipe = check_cohort(recipe, algorithm, watch.say)
         everybody = Partition({c: Shard((0,), (), (0,)) for c in self.runtime.clients}, "sites", recipe.seed)
         check_ranks(recipe, everybody)
         schedule = make_schedule(recipe, algorithm, everybody)

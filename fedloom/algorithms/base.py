@@ -75,6 +75,8 @@ class Properties:
         neutral: options under which one client's run equals plain local training.
         offsite: clients hold an emulator of the model and not the model; they measure that, the server measures the
             result in the full model.
+        cohorts: clients may train several in one pass (train.cohort): they train by gradients, on the adapter alone, and
+            whatever they do to the base, all clients of a round do alike.
     """
 
     linear_sum: bool = False
@@ -88,6 +90,7 @@ class Properties:
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
     offsite: bool = False
+    cohorts: bool = True
 
 
 class Algorithm(ABC):

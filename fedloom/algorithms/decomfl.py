@@ -37,7 +37,7 @@ def _scalars(sizes: Sizes) -> int:
 
 
 class DeComFL(Replayed):
-    properties: ClassVar = base.Properties()
+    properties: ClassVar = base.Properties(cohorts=False)
     about: ClassVar = About(
         "low-traffic",
         "scalars of missed rounds",

@@ -44,7 +44,7 @@ class FedKSeed(base.Algorithm):
     coefficients: server half: a, [K] float64.
     """
 
-    properties: ClassVar = base.Properties()
+    properties: ClassVar = base.Properties(cohorts=False)
     about: ClassVar = About(
         "low-traffic",
         "seeds with scalars",

@@ -57,7 +57,9 @@ class SLoRA(LoRAAlgorithm):
     finished: server half: rounds aggregated.
     """
 
-    properties: ClassVar = base.Properties(linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0})
+    properties: ClassVar = base.Properties(
+        linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0}, cohorts=False
+    )
     about: ClassVar = About(
         "lora",
         "entries of W; then A and B",

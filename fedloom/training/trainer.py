@@ -199,13 +199,13 @@ def _accumulate(
     total = 0.0
     for batch in batches:
         loss = learner.local_loss(model, batch, step_units)
-        loss.backward()  # type: ignore[no-untyped-call]
+        model.backward(loss)
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
     penalty = model.penalty()
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
-        penalty.backward()  # type: ignore[no-untyped-call]
+        model.backward(penalty)
     return total
 
 
