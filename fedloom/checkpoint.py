@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import torch
@@ -215,6 +215,14 @@ def _json_digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+class Store(Protocol):
+    """Where a client's own state rests, as the client sees it."""
+
+    def save(self, client: str, round: int, state: Mapping[str, Payload]) -> None: ...
+
+    def load(self, client: str, up_to: int) -> dict[str, Payload]: ...
+
+
 class ClientStore:
     """What clients keep between rounds, on their own disk: `clients/<client>/round-0003.safetensors`.
 
@@ -235,12 +243,13 @@ class ClientStore:
 
     def save(self, client: str, round: int, state: Mapping[str, Payload]) -> None:
         """Keep `state` (section → payload) as of the end of `round`; nothing is written where all are empty."""
-        if not any(p.tensors or p.meta for p in state.values()):
-            return
-        tensors = {f"{section}/{n}": t for section, p in state.items() for n, t in p.tensors.items()}
-        meta = {section: p.meta for section, p in state.items()}
-        path = self._folder(client) / f"round-{round:04d}.safetensors"
-        write_bytes(path, to_bytes(Payload(tensors, meta)))
+        data = packed(state)
+        if data is not None:
+            self.put(client, round, data)
+
+    def put(self, client: str, round: int, data: bytes) -> None:
+        """`save` of what `packed` made."""
+        write_bytes(self._folder(client) / f"round-{round:04d}.safetensors", data)
         older = [r for r in self._rounds(client) if r <= round]
         for old in older[self.keep :]:
             (self._folder(client) / f"round-{old:04d}.safetensors").unlink(missing_ok=True)
@@ -250,15 +259,32 @@ class ClientStore:
 
         Raises Damaged for a state that is there and cannot be read: starting afresh would be silently another run.
         """
+        return unpacked(self.get(client, up_to))
+
+    def get(self, client: str, up_to: int) -> bytes | None:
+        """What `load` reads, as it lies on the disk."""
         rounds = [r for r in self._rounds(client) if r <= up_to]
-        if not rounds:
-            return {}
-        payload = from_bytes((self._folder(client) / f"round-{rounds[0]:04d}.safetensors").read_bytes())
-        sections: dict[str, Payload] = {s: Payload({}, meta) for s, meta in payload.meta.items()}
-        for name, tensor in payload.tensors.items():
-            section, _, plain = name.partition("/")
-            sections[section].tensors[plain] = tensor
-        return sections
+        return (self._folder(client) / f"round-{rounds[0]:04d}.safetensors").read_bytes() if rounds else None
+
+
+def packed(state: Mapping[str, Payload]) -> bytes | None:
+    """A client's state in one file; None where all of it is empty."""
+    if not any(p.tensors or p.meta for p in state.values()):
+        return None
+    tensors = {f"{section}/{n}": t for section, p in state.items() for n, t in p.tensors.items()}
+    return to_bytes(Payload(tensors, {section: p.meta for section, p in state.items()}))
+
+
+def unpacked(data: bytes | None) -> dict[str, Payload]:
+    """The inverse of `packed`. Raises Damaged."""
+    if data is None:
+        return {}
+    payload = from_bytes(data)
+    sections: dict[str, Payload] = {s: Payload({}, meta) for s, meta in payload.meta.items()}
+    for name, tensor in payload.tensors.items():
+        section, _, plain = name.partition("/")
+        sections[section].tensors[plain] = tensor
+    return sections
 
 
 def folder_name(client: str) -> str:

@@ -4,15 +4,16 @@ batches are packed, what is scored. Each returns a value or refuses with a sente
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from fedloom import registry
 from fedloom.algorithms.base import Algorithm, parse_options
 from fedloom.algorithms.making import make, settled
-from fedloom.config import Recipe
-from fedloom.data.batching import Batch, Plan, collate, round_indices
+from fedloom.config import Recipe, RuntimeConfig
 from fedloom.data.examples import paired
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -23,15 +24,12 @@ from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import supports_packing
+from fedloom.models.loading import pick_device
 from fedloom.privacy import PrivacyConfig
 from fedloom.rounds import Schedule
-from fedloom.training.probing import refusal, speedups
 from fedloom.types import Corpus, Partition
 
 Say = Callable[[str], None]
-
-#: Sizes of a cohort that `auto` times, and how much quicker than clients alone one has to be.
-COHORTS, WORTH_IT = (2, 4, 8, 16), 1.05
 
 
 def make_algorithm(recipe: Recipe) -> Algorithm:
@@ -59,9 +57,70 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"train.objective=dpo compares with the base model, which clients of {name} do not hold: use "
             "train.objective=sft, or an algorithm whose clients do, such as fedavg_outer"
         )
+    check_parallel(recipe)
     options = parse_options(cls, name, recipe.algorithm.options)
     cls.check(options, recipe.adapter, recipe.train, recipe.model)
     return make(recipe)
+
+
+def check_parallel(recipe: Recipe) -> None:
+    """Refuse ranks that could not train this recipe's clients together. Raises UserError."""
+    runtime, adapter, name = recipe.runtime, recipe.adapter, recipe.algorithm.name
+    if runtime.ranks == 1:
+        return
+    asked, strategy = f"runtime.ranks={runtime.ranks}", runtime.parallel or "ddp"
+    cls = registry.algorithms.get(name)
+    if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
+        raise UserError(f"{asked} cannot be had with runtime.name={runtime.name}, whose clients are single processes")
+    if cls.properties.offsite:
+        raise UserError(
+            f"{asked} cannot be had with {name}: its clients are sent an emulator once, which a cluster that was started "
+            "again would not have; leave runtime.ranks out"
+        )
+    able = cls.strategies()
+    if not able:
+        raise UserError(
+            f"algorithm {name} has a training loop of its own that does not say how ranks share it, so {asked} cannot be "
+            "had with it: leave runtime.ranks out, or use another algorithm, such as fedavg"
+        )
+    if strategy not in able:
+        raise UserError(
+            f"algorithm {name} adds to base weights, which runtime.parallel={strategy} would shard: use "
+            f"runtime.parallel={' or '.join(sorted(able))}"
+        )
+    if strategy == "fsdp" and adapter.trains_base:
+        raise UserError(
+            f"runtime.parallel=fsdp shards a frozen base, but adapter.{adapter.trains_base} trains weights of it, which lie "
+            "in one buffer: use runtime.parallel=ddp"
+        )
+
+
+def check_devices(runtime: RuntimeConfig) -> None:
+    """One GPU of this machine for each rank, or none for any. Raises UserError."""
+    device = pick_device(runtime.device)
+    if runtime.ranks == 1 or not device.startswith("cuda"):
+        return
+    if device != "cuda":
+        raise UserError(
+            f"runtime.device={device} is one GPU, but runtime.ranks={runtime.ranks} takes the first {runtime.ranks}: set "
+            "runtime.device=cuda, and choose among GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if torch.cuda.device_count() < runtime.ranks:
+        raise UserError(
+            f"runtime.ranks={runtime.ranks} but torch sees {torch.cuda.device_count()} GPUs, and each rank needs one: lower "
+            "runtime.ranks, or set runtime.device=cpu"
+        )
+
+
+def check_runtime(recipe: Recipe, algorithm: Algorithm) -> None:
+    """Refuse a runtime that is not there, or that an algorithm's clients cannot work in, or that this machine cannot be."""
+    runtime = registry.runtimes.get(recipe.runtime.name)
+    if algorithm.properties.offsite and not getattr(runtime, "offsite", True):
+        raise UserError(
+            f"algorithm {recipe.algorithm.name} sends an emulator once, which a client's process has to keep, and "
+            f"runtime.name={recipe.runtime.name} moves clients between processes: use runtime.name=simulator"
+        )
+    check_devices(recipe.runtime)
 
 
 def _taking_mixed_ranks() -> list[str]:
@@ -208,68 +267,6 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
         raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
     say("this model does not keep packed sequences apart: batches are padded")
     return "off"
-
-
-def check_cohort(recipe: Recipe, algorithm: Algorithm, say: Say) -> Recipe:
-    """Refuse a cohort that the recipe's own settings rule out; under auto it is off then, and said to be."""
-    adapter, properties = recipe.adapter, algorithm.properties
-    reasons = {
-        f"runtime.name={recipe.runtime.name} has its clients in processes of their own": not getattr(
-            registry.runtimes.get(recipe.runtime.name), "takes_cohorts", False
-        ),
-        f"clients of {recipe.algorithm.name} each need the base for themselves": not properties.cohorts,
-        "all data is in one place": properties.pooled,
-        f"adapter.method={adapter.method} is not lora": adapter.method != "lora",
-        "adapter.dora=true needs each weight's norm for each client": adapter.dora,
-        f"adapter.bias={adapter.bias} trains the base, which is everybody's": adapter.bias != "none",
-        f"adapter.dropout={adapter.dropout:g} draws masks for one client at a time": adapter.dropout > 0,
-        "train.packing=off pads batches": recipe.train.packing == "off",
-    }
-    return _without_cohort(recipe, next((why for why, holds in reasons.items() if holds), ""), say)
-
-
-def _without_cohort(recipe: Recipe, why: str, say: Say) -> Recipe:
-    """The recipe as it is without a reason; with one it is refused, or under auto has no cohort."""
-    if not why or recipe.train.cohort == "off":
-        return recipe
-    if recipe.train.cohort != "auto":
-        raise UserError(
-            f"train.cohort={recipe.train.cohort} cannot be had: {why}; set train.cohort=off (docs/cohort.md)"
-        )
-    say(f"every client trains alone: {why}")
-    return recipe.with_values({"train.cohort": "off"})
-
-
-def choose_cohort(recipe: Recipe, model: AdaptedModel, data: FederatedData, schedule: Schedule, say: Say) -> Recipe:
-    """The recipe with `train.cohort` as off or a number, once model and data are there. Under auto sizes are timed."""
-    if recipe.train.cohort == "off":
-        return recipe
-    why = "this model's batches are padded" if recipe.train.packing == "off" else refusal(model)
-    if not why and schedule.sampled() < COHORTS[0]:
-        why = f"a round has {schedule.sampled()} client"
-    recipe = _without_cohort(recipe, why, say)
-    if recipe.train.cohort != "auto":
-        return recipe
-    say("timing clients that train together")
-    batches = _first_batches(recipe, data, schedule.training[: min(COHORTS[-1], schedule.sampled())])
-    found = speedups(model, batches, [size for size in COHORTS if size <= len(batches)])
-    best = max(found, key=lambda size: found[size])
-    chosen = best if found[best] >= WORTH_IT else "off"
-    listed = ", ".join(f"{size} clients {ratio:.2f}x" for size, ratio in found.items())
-    say(f"together against alone: {listed}; train.cohort={chosen}")
-    return recipe.with_values({"train.cohort": chosen})
-
-
-def _first_batches(recipe: Recipe, data: FederatedData, clients: Sequence[str]) -> list[Batch]:
-    """Each client's first forward pass of round 1."""
-    plan = Plan(recipe.train.batch_size, steps=1)
-    batches = []
-    for client in clients:
-        own = data.client(client)
-        ((indices,),) = round_indices(own.train, plan, 1, recipe.seed, client)
-        pairs = [s for i in indices for s in (own.sequences.pair(i) if recipe.train.objective == "dpo" else ())]
-        batches.append(collate(pairs or [own.sequences[i] for i in indices], packed=True, pad=0))
-    return batches
 
 
 def check_positions(recipe: Recipe, model: AdaptedModel) -> None:

@@ -75,7 +75,8 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
     runtime: Annotated[
-        str | None, typer.Option("--runtime", help="where the clients run: simulator, or distributed on this machine")
+        str | None,
+        typer.Option("--runtime", help="where the clients run: simulator, ray, or distributed on this machine"),
     ] = None,
 ) -> None:
     """Run a recipe: fine-tune, evaluate, report."""

@@ -137,7 +137,7 @@ class TrainConfig(Section):
     )
     cohort: Literal["off", "auto"] | Annotated[int, Field(ge=2, le=256)] = Field(
         "off",
-        description="clients that train together in one pass over the base, in the simulator with plain LoRA: off, how many, "
+        description="clients that train together in one pass over the base, in the simulator with LoRA: off, how many, "
         "or auto, which measures some numbers on the recipe's own batches",
     )
 
@@ -177,8 +177,8 @@ class FederationConfig(Section):
     round_deadline: float | None = Field(
         None,
         gt=0,
-        description="seconds that a site has for one piece of work in the distributed runtime, late ones are dropped; "
-        "null waits as long as the site answers",
+        description="seconds that a site or a Ray actor has for one piece of work, late ones are dropped; null waits "
+        "as long as it lives",
     )
 
     @field_validator("clients_per_round")
@@ -220,16 +220,49 @@ class OperatorsConfig(Section):
         return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
 
 
+class RayConfig(Section):
+    actors: int = Field(2, ge=1, description="processes that clients are shared out over; each loads the base model")
+    cpus: float = Field(
+        1.0, gt=0, description="CPUs that Ray sets aside for an actor, which are its threads; may be a fraction"
+    )
+    gpus: float = Field(0.0, ge=0, description="GPUs for an actor; 0.5 puts two actors on one")
+    address: str | None = Field(
+        None, description="a cluster of one owner that is there already (host:port, or auto); null starts Ray here"
+    )
+
+
 class RuntimeConfig(Section):
     name: str = Field("simulator", description="where the clients run")
     device: str = Field("auto", description="cpu, cuda, cuda:0 …; auto takes a GPU where there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads; null takes the cores really available")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads, shared out among ranks; null takes the cores really available"
+    )
+    ranks: int = Field(1, ge=1, le=64, description="processes that train each client together, one for each GPU")
+    parallel: Literal["ddp", "fsdp"] | None = Field(
+        None,
+        description="how: ddp shares out each step's examples; fsdp shards the frozen base besides; null is ddp",
+    )
     speed_spread: float = Field(
         0.5,
         ge=0,
         le=5,
         description="under an asynchronous algorithm, how unlike simulated clients' speeds are: σ of their log",
     )
+    ray: RayConfig = Field(default_factory=RayConfig, description="of the runtime ray alone")
+
+    @model_validator(mode="after")
+    def _parallel_needs_ranks(self) -> RuntimeConfig:
+        if self.parallel is not None and self.ranks == 1:
+            raise ValueError(
+                f"runtime.parallel={self.parallel} says how ranks work together, but runtime.ranks=1: set runtime.ranks=2 "
+                "or more, or leave it out"
+            )
+        return self
+
+    @property
+    def threads_of_a_rank(self) -> int:
+        """Of a resolved recipe."""
+        return max(1, (self.threads or 1) // self.ranks)
 
 
 class EvaluationConfig(Section):

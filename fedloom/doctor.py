@@ -18,6 +18,7 @@ EXTRAS = {
     "skills": ("reasoning_gym", "the corpora fed-skills and fed-gsm-symbolic"),
     "report": ("matplotlib", "PNG pictures of `fedloom split`"),
     "distributed": ("nvflare", "the distributed runtime: provision, serve, join"),
+    "ray": ("ray", "the runtime ray: a simulation over several GPUs or machines"),
     "zstd": ("zstandard", "the operator zstd"),
     "lz4": ("lz4", "the operator lz4"),
 }

@@ -21,10 +21,9 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
-    check_cohort,
     check_positions,
     check_ranks,
-    choose_cohort,
+    check_runtime,
     choose_packing,
     federated_data,
     load_data,
@@ -35,6 +34,7 @@ from fedloom.choices import (
 )
 from fedloom.client import Client
 from fedloom.clock import Speeds
+from fedloom.cohorts import check_cohort, choose_cohort
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, Runtime, Tick
 from fedloom.data.federated import FederatedData
@@ -50,6 +50,7 @@ from fedloom.operators.channel import Chains, ServerChannel
 from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
+from fedloom.runtimes.ranked import Ranked
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.types import Corpus, Partition
@@ -168,9 +169,9 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     """
     threads = recipe.runtime.threads or environment.available_cores()
     torch.set_num_threads(threads)
-    registry.runtimes.get(recipe.runtime.name)
     find_trackers(recipe.tracking.trackers)
     algorithm = make_algorithm(recipe)
+    check_runtime(recipe, algorithm)
     Chains.of(recipe.operators, recipe.privacy is not None)
     recipe = check_cohort(recipe, algorithm, watch.say)
 
@@ -226,16 +227,18 @@ def assemble(
     folder.write("split.json", setting.split)
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
+    if runtime is None and recipe.runtime.name in registry.openers:
+        runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
     if runtime is None:
-        client = Client(
-            setting.models,
-            setting.data,
-            setting.template,
-            ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1),
-            folder / "adapters",
-            setting.suite,
-        )
+        store = ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1)
+        client = Ranked(recipe, folder.path) if recipe.runtime.ranks > 1 else Client(
+            setting.models, setting.data, setting.template, store, folder / "adapters", setting.suite
+        )  # fmt: skip
         runtime = registry.runtimes.get(recipe.runtime.name)(client, setting.data.partition.clients)
+    measure = server_measure(
+        recipe, setting.model, setting.template, setting.suite, setting.data,
+        offsite=setting.algorithm.properties.offsite,
+    )  # fmt: skip
     coordinator = Coordinator(
         setting.algorithm,
         runtime,
@@ -245,14 +248,7 @@ def assemble(
         recipe.resolved(),
         channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
-        server_measure=server_measure(
-            recipe,
-            setting.model,
-            setting.template,
-            setting.suite,
-            setting.data,
-            offsite=setting.algorithm.properties.offsite,
-        ),
+        server_measure=measure,
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
     )
@@ -266,8 +262,15 @@ def assemble(
 
 def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
     """Rounds, then results."""
-    recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     coordinator = assemble(setting, folder, resume, watch, runtime)
+    try:
+        return _results(setting, folder, coordinator, watch)
+    finally:
+        coordinator.runtime.close()  # processes too, where clients have some
+
+
+def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch) -> Result:
+    recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     settings = recipe.evaluation
     asker = Asker(
         setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens

@@ -41,6 +41,7 @@ class Policy(Section):
     operators: list[str] | None = Field(None, description="operators that may encode messages; null: every one")
     methods: list[str] | None = Field(None, description="PEFT methods that may be trained here; null: every one")
     rounds: int | None = Field(None, ge=1, description="the most rounds that a recipe may have")
+    ranks: int = Field(8, ge=1, description="the most processes that a recipe may have train together here")
     largest_epsilon: float | None = Field(
         None, gt=0, description="a recipe has to be private with an epsilon of at most this; null asks for no privacy"
     )
@@ -78,6 +79,13 @@ class Policy(Section):
                 )
         if recipe["model"].get("trust_remote_code"):
             raise Refused("the recipe asks for model.trust_remote_code, which no site grants")
+
+    def ranks_of(self, recipe: Mapping[str, Any]) -> int:
+        """How many processes a resolved recipe has train together here. Raises Refused where that is too many."""
+        wanted = recipe["runtime"].get("ranks", 1)
+        if not isinstance(wanted, int) or not 1 <= wanted <= self.ranks:
+            raise Refused(f"the recipe asks for {wanted} ranks and this site's policy allows {self.ranks} (ranks)")
+        return wanted
 
     def _among(self, key: str, allowed: list[str] | None, wanted: list[str]) -> None:
         for name in wanted:

@@ -140,7 +140,7 @@ _SAID: set[str] = set()
 
 
 #: A library that is not installed → the extra that brings it.
-_EXTRAS = {"nvflare": "distributed"}
+_EXTRAS = {"nvflare": "distributed", "ray": "ray"}
 
 
 def _imported(target: str) -> Any:
@@ -266,8 +266,12 @@ runtimes = Registry(
     {
         "simulator": "fedloom.runtimes.simulator:Simulator",
         "distributed": "fedloom.runtimes.distributed:Distributed",
+        "ray": "fedloom.runtimes.ray:Ray",
     },
 )
+
+#: Runtimes that make their clients in other processes: called with recipe, data, run folder and who is told.
+openers = Registry("runtime", "openers", {"ray": "fedloom.runtimes.ray:opened"})
 
 #: Runtimes whose clients are not in this process: what runs a whole recipe under them, with `experiment.run`'s arguments.
 drivers = Registry("runtime", "drivers", {"distributed": "fedloom.federation:run_here"})

@@ -26,7 +26,6 @@ import torch
 from fedloom import environment, registry
 from fedloom.checkpoint import write_json
 from fedloom.choices import (
-    check_cohort,
     check_positions,
     check_ranks,
     choose_packing,
@@ -34,6 +33,7 @@ from fedloom.choices import (
     make_schedule,
     settle_privacy,
 )
+from fedloom.cohorts import check_cohort
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template

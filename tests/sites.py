@@ -49,7 +49,7 @@ class Sites:
 
     def agent(self, site: str) -> Agent:
         audit = Audit(self.folder / site / "audit.jsonl")
-        return Agent(lambda: Inline(self._trainers[site]), self._policy, audit, self.said.append)
+        return Agent(lambda recipe: Inline(self._trainers[site]), self._policy, audit, self.said.append)
 
     def ask(self, site: str, header: Mapping[str, Any], data: bytes, timeout: float) -> Answer | None:
         self.log.append((site, str(header["verb"])))

@@ -147,6 +147,39 @@ def test_a_site_puts_its_own_settings_into_the_recipe(tiny_recipe, tmp_path):
         localised(recipe, site(tmp_path, batch_size=5))
 
 
+def test_a_site_has_as_many_ranks_as_it_says(tiny_recipe, tmp_path):
+    """Its own number and strategy count, whatever the recipe says; without one the recipe's, within the policy."""
+    recipe = tiny_recipe({"runtime.ranks": 4, "runtime.parallel": "fsdp"})
+    for own_site, started, expected in (
+        (site(tmp_path), 4, (4, "fsdp")),
+        (site(tmp_path, parallel="ddp"), 4, (4, "ddp")),
+        (site(tmp_path, ranks=2), 2, (2, "fsdp")),
+        (site(tmp_path, ranks=1), 1, (1, None)),
+    ):
+        runtime = localised(recipe, own_site, started).runtime
+        assert (runtime.ranks, runtime.parallel) == expected
+    assert localised(tiny_recipe(), site(tmp_path, threads=5), 2).runtime.threads_of_a_rank == 2
+    policy = Policy.model_validate({"ranks": 3})
+    assert policy.ranks_of(tiny_recipe({"runtime.ranks": 3}).resolved()) == 3
+    for wanted in (4, 0, "2", 10**9):
+        with pytest.raises(Refused, match=r"allows 3 \(ranks\)"):
+            policy.ranks_of({"runtime": {"ranks": wanted}})
+
+
+def test_a_sites_trainer_is_started_with_its_ranks(tiny_recipe, tmp_path, monkeypatch):
+    from fedloom.runtimes.flare import executor
+
+    started = []
+    monkeypatch.setattr(executor, "Worker", lambda command, log, limit, ranks: started.append(ranks))
+    monkeypatch.setattr(executor, "Agent", lambda start, *rest: start)
+    recipe = tiny_recipe({"runtime.ranks": 2}).resolved()
+    executor.open_agent(site(tmp_path))(recipe)
+    executor.open_agent(site(tmp_path, ranks=16))(recipe)
+    assert started == [2, 16]
+    with pytest.raises(Refused, match="asks for 9 ranks"):
+        executor.open_agent(site(tmp_path))(tiny_recipe({"runtime.ranks": 9}).resolved())
+
+
 def test_a_site_splits_its_own_data(tiny_recipe, tiny_data, tmp_path):
     corpus, parts, asked = own_data(tiny_recipe(), site(tmp_path, data=str(tiny_data)), 3)
     shard = parts.shards["a"]

@@ -58,6 +58,10 @@ class Deployed:
         return digest.hexdigest()
 
 
+#: Strategies of training/parallel.py.
+ANY_PARALLEL = frozenset({"ddp", "fsdp"})
+
+
 @dataclass(frozen=True)
 class Properties:
     """What an algorithm declares of itself; the contract suite tests each.
@@ -77,6 +81,9 @@ class Properties:
             result in the full model.
         cohorts: clients may train several in one pass (train.cohort): they train by gradients, on the adapter alone, and
             whatever they do to the base, all clients of a round do alike.
+        parallel: how several ranks may train one client (training/parallel.py). None: in every way where `local_training`
+            is the default, in none where it is not. An algorithm that computes losses or gradients of its own declares it
+            once it takes `LocalRun.ranks` into account; one that writes into base weights cannot have them sharded.
     """
 
     linear_sum: bool = False
@@ -91,6 +98,7 @@ class Properties:
     neutral: Mapping[str, Any] | None = None
     offsite: bool = False
     cohorts: bool = True
+    parallel: frozenset[str] | None = None
 
 
 class Algorithm(ABC):
@@ -121,6 +129,13 @@ class Algorithm(ABC):
         self.client = ""
         self.round = 0
         self.evaluating = False
+
+    @classmethod
+    def strategies(cls) -> frozenset[str]:
+        """How several ranks may train one client: what is declared, and where nothing is, what is sure."""
+        if cls.properties.parallel is not None:
+            return cls.properties.parallel
+        return ANY_PARALLEL if cls.local_training is Algorithm.local_training else frozenset()
 
     @classmethod
     def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:

@@ -56,9 +56,7 @@ class Adapter:
         views: name → window into `flat`.
     """
 
-    def __init__(
-        self, layout: Layout, device: torch.device | str = "cpu", flat: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu", flat: torch.Tensor | None = None) -> None:
         self.layout = layout
         self.flat = torch.zeros(layout.numel, dtype=torch.float32, device=device) if flat is None else flat
         self.views = layout.views(self.flat)

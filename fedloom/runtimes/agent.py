@@ -49,13 +49,17 @@ class Agent:
     """Answers the server's questions.
 
     Args:
-        start: starts a trainer.
+        start: starts a trainer for a resolved recipe, which says how many processes that is.
         policy, audit: the site's.
         say: told what happens, for the site's own terminal and log.
     """
 
     def __init__(
-        self, start: Callable[[], Worker], policy: Policy, audit: Audit, say: Callable[[str], None] = lambda text: None
+        self,
+        start: Callable[[Mapping[str, Any]], Worker],
+        policy: Policy,
+        audit: Audit,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._start = start
         self._policy = policy
@@ -222,7 +226,7 @@ class Agent:
     def _prepared(self) -> bytes:
         """A trainer that knows the recipe; its account of the site's data."""
         assert self._orders is not None
-        self._worker = self._start()
+        self._worker = self._start(json.loads(self._orders)["recipe"])
         return self._ask("prepare", self._orders)
 
     def _ask(

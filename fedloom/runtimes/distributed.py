@@ -88,6 +88,7 @@ class Distributed:
 
     virtual = False
     pooled_tests = False
+    takes_ranks = True
 
     def __init__(
         self,

@@ -3,7 +3,8 @@
 The base model and one adapter buffer are in memory once; a client's turn begins by copying its payload into the
 buffer. Under `train.cohort` so many clients train in one pass over the base, each in a seat with a buffer of its own
 (training/cohort.py). Messages are really encoded and decoded, so bytes are measured and a payload that could not travel
-fails here too. The simulator knows no algorithm: one `Client` plays all clients, or one `Client` a seat does.
+fails here too. The simulator knows no algorithm: one `Client` plays all clients, or one a seat does, or one trainer of
+several ranks (ranked.py).
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ import torch
 from fedloom.client import Client
 from fedloom.config import Recipe
 from fedloom.runtimes import wire
+from fedloom.runtimes.ranked import Ranked
 from fedloom.training.cohort import Cohort
-from fedloom.types import Assignment, Cost, Outcome
+from fedloom.types import Assignment, Outcome
 
 
 class Simulator:
     pooled_tests = True
     virtual = True
     takes_cohorts = True
+    takes_ranks = True
 
-    def __init__(self, client: Client, clients: tuple[str, ...]) -> None:
+    def __init__(self, client: Client | Ranked, clients: tuple[str, ...]) -> None:
         self._client = client
         self._clients = clients
         self._recipe: Mapping[str, Any] | None = None
@@ -73,6 +76,7 @@ class Simulator:
     def _together(self, assignments: Sequence[Assignment]) -> Iterable[Outcome]:
         """Outcomes of several clients' training in one cohort; where memory is too small for it, one after another."""
         assert self._recipe is not None
+        assert isinstance(self._client, Client), "cohorts are refused with several ranks"
         if self._cohort is None or len(self._cohort.seats) != self._size:
             self._cohort = Cohort(self._client.live, self._size)
             self._seated = [self._client.beside(self._recipe, seat) for seat in self._cohort.seats]

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -48,6 +48,29 @@ class Stream:
         return b"".join(self.chunks)
 
 
+class Split(NamedTuple):
+    """A message in three pieces: `body` is what equal payloads have in common, and may lie in memory that is shared."""
+
+    start: bytes
+    body: memoryview
+    digest: bytes
+
+    @property
+    def total(self) -> int:
+        return len(self.start) + len(self.body) + len(self.digest)
+
+
+def split(message: bytes) -> Split:
+    """The pieces of a message, the body a window into it. Raises WireError where its header's length cannot be."""
+    if len(message) < 8 or message[:4] != MAGIC:
+        raise WireError("this is no fedloom message, or one of another version")
+    (length,) = struct.unpack("<I", message[4:8])
+    if length > limits.HEADER_BYTES or 8 + length + DIGEST_BYTES > len(message):
+        raise WireError(f"the header claims {length} bytes, more than there are or may be")
+    body = memoryview(message)[8 + length : -DIGEST_BYTES]
+    return Split(message[: 8 + length], body, message[-DIGEST_BYTES:])
+
+
 def stream_assignment(assignment: Assignment) -> Stream:
     fields = {f.name: getattr(assignment, f.name) for f in dataclasses.fields(assignment) if f.name != "payload"}
     return _stream({"message": "assignment", "fields": fields}, assignment.payload)
@@ -57,7 +80,7 @@ def encode_assignment(assignment: Assignment) -> bytes:
     return stream_assignment(assignment).joined()
 
 
-def decode_assignment(message: bytes, max_bytes: int | None = None) -> Assignment:
+def decode_assignment(message: bytes | Split, max_bytes: int | None = None) -> Assignment:
     header, payload = _unpack(message, ("assignment",), max_bytes)
     return _made(Assignment, header.get("fields"), payload=payload)
 
@@ -80,7 +103,7 @@ def encode_outcome(outcome: Outcome) -> bytes:
     return stream_outcome(outcome).joined()
 
 
-def decode_outcome(message: bytes, max_bytes: int | None = None) -> Outcome:
+def decode_outcome(message: bytes | Split, max_bytes: int | None = None) -> Outcome:
     header, payload = _unpack(message, ("update", "failure"), max_bytes)
     cost = _made(Cost, header.get("cost"))
     if header["message"] == "update":
@@ -140,20 +163,17 @@ def _chunks(start: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
 # ------------------------------------------------------------------ in
 
 
-def _unpack(message: bytes, kinds: tuple[str, ...], max_bytes: int | None) -> tuple[dict[str, Any], Payload]:
-    if max_bytes is not None and len(message) > max_bytes:
-        raise WireError(f"the message has {len(message)} bytes; at most {max_bytes} are taken")
-    if len(message) < 8 or message[:4] != MAGIC:
-        raise WireError("this is no fedloom message, or one of another version")
-    (length,) = struct.unpack("<I", message[4:8])
-    if length > limits.HEADER_BYTES or 8 + length + DIGEST_BYTES > len(message):
-        raise WireError(f"the header claims {length} bytes, more than there are or may be")
-    whole = memoryview(message)
-    if hashlib.sha256(whole[:-DIGEST_BYTES]).digest() != whole[-DIGEST_BYTES:]:
+def _unpack(message: bytes | Split, kinds: tuple[str, ...], max_bytes: int | None) -> tuple[dict[str, Any], Payload]:
+    total = message.total if isinstance(message, Split) else len(message)
+    if max_bytes is not None and total > max_bytes:
+        raise WireError(f"the message has {total} bytes; at most {max_bytes} are taken")
+    start, body, digest = message if isinstance(message, Split) else split(message)
+    told = hashlib.sha256(start)
+    told.update(body)
+    if told.digest() != digest:
         raise WireError("the message is not what its digest says: truncated or altered on its way")
     try:
-        header = json.loads(message[8 : 8 + length], parse_constant=_refused)
-        body = whole[8 + length : -DIGEST_BYTES]
+        header = json.loads(start[8:], parse_constant=_refused)
         if header["version"] != VERSION:
             raise WireError(f"the message has version {header['version']!r}; this is version {VERSION}")
         if header["message"] not in kinds:

@@ -42,7 +42,9 @@ ALIGNED = 16
 class Seat(AdaptedModel):
     """One client's live adapter on the common base. What stands outside of adapter and gradient belongs to all seats."""
 
-    def __init__(self, model: AdaptedModel, cohort: Cohort, number: int, flat: torch.Tensor, grad: torch.Tensor) -> None:
+    def __init__(
+        self, model: AdaptedModel, cohort: Cohort, number: int, flat: torch.Tensor, grad: torch.Tensor
+    ) -> None:
         self.__dict__.update(model.__dict__)
         self.module = _Place(model.module, cohort, number)
         self.adapter = Adapter(model.adapter.layout, flat=flat)

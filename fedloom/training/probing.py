@@ -43,7 +43,9 @@ def _agrees(model: AdaptedModel) -> bool:
     """Whether two seats with different adapters get the losses and gradients that each gets alone."""
     size = model.causal_lm.config.get_text_config().vocab_size
     rng, draw = np.random.default_rng(0), torch.Generator().manual_seed(0)
-    batches = [collate([TokenSequence(rng.integers(3, size, n).astype(np.int32), 1)], packed=True, pad=3) for n in (9, 6)]
+    batches = [
+        collate([TokenSequence(rng.integers(3, size, n).astype(np.int32), 1)], packed=True, pad=3) for n in (9, 6)
+    ]
     cohort, kept = Cohort(model, 2), model.adapter.flat.clone()
     found = []
     try:
@@ -60,7 +62,8 @@ def _agrees(model: AdaptedModel) -> bool:
         model.adapter.copy_(kept)
         model.grad.zero_()
     return all(
-        abs(loss - alone) <= TOLERANCE * abs(alone) and float((seat.grad - grad).norm()) <= TOLERANCE * float(grad.norm())
+        abs(loss - alone) <= TOLERANCE * abs(alone)
+        and float((seat.grad - grad).norm()) <= TOLERANCE * float(grad.norm())
         for loss, seat, (alone, grad) in zip(together, cohort.seats, found, strict=True)
     )
 

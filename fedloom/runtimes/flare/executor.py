@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
@@ -50,8 +52,9 @@ def open_agent(site: SiteConfig) -> Agent:
     home, policy = Path(site.home), Policy.load(Path(site.policy))
     home.mkdir(parents=True, exist_ok=True)
 
-    def start() -> Worker:
-        return Worker(command(), home / "trainer.log", policy.max_message_bytes)
+    def start(recipe: Mapping[str, Any]) -> Worker:
+        ranks = site.ranks or policy.ranks_of(recipe)  # what the site itself says needs nobody's leave
+        return Worker(command(), home / "trainer.log", policy.max_message_bytes, ranks)
 
     def say(text: str) -> None:
         log.info(text)

@@ -1,0 +1,328 @@
+"""Every client in a simulation, over several GPUs or machines of one owner: Ray's actors, each with the base loaded once.
+
+    this process   assignments ─ as messages ─▶ object store: a round's payload once ─▶ actor 1 … actor N: Host (host.py)
+                   outcomes    ◀────────────────────────── as messages, as they come ◀──┘
+
+An assignment is pulled when an actor is free. Clients' state rests in the run folder, as the simulator has it, and goes
+with the work; so it does not matter which actor does what, and the result is the simulator's, bit for bit.
+
+    crashed  the actor ended; another is started and the client is back in the next round
+    late     not done within federation.round_deadline; the actor is ended, and another started
+
+Ray pickles what it moves and runs what it is sent, by design: it is for the machines of one owner (docs/architecture.md).
+This file does not know an algorithm. What it takes from Ray's insides stands in `_start`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: it would report to its makers
+
+import numpy as np
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
+
+from fedloom.checkpoint import ClientStore, folder_name, write_bytes
+from fedloom.config import RayConfig, Recipe
+from fedloom.data.federated import FederatedData
+from fedloom.errors import RunFailed, UserError
+from fedloom.runtimes import versions, wire
+from fedloom.runtimes.host import Done, Host, Opened, Orders
+from fedloom.types import Assignment, Failure, Outcome
+
+#: Seconds that an actor has to come up and load the base.
+START = 600.0
+
+#: How often an actor is started that ends before it is open.
+TRIES = 3
+
+#: An actor that is gone, or what it made.
+GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError)
+
+Say = Callable[[str], None]
+
+
+@dataclass
+class Actor:
+    """One process. `opening` is there until it is open; `tries` counts how often it ended before that."""
+
+    number: int
+    handle: Any
+    opening: Any
+    since: float
+    tries: int = 1
+    busy: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Work under way: whose it is, what was sent, and where its outcome goes."""
+
+    actor: Actor
+    assignment: Assignment
+    sent: int
+    since: float
+    outbox: deque[Outcome]
+
+
+class Ray:
+    """The runtime. Attributes:
+
+    puts: how many payloads went into the object store.
+    """
+
+    pooled_tests = True
+    virtual = True
+    offsite = False
+
+    def __init__(
+        self, orders: Orders, settings: RayConfig, folder: Path, keep: int, deadline: float | None, say: Say, own: Own
+    ) -> None:
+        self.puts = 0
+        self._settings, self._deadline, self._say, self._own = settings, deadline, say, own
+        self._clients = orders.data.partition.clients
+        self._store = ClientStore(folder / "clients", keep)
+        self._results = folder / "adapters"
+        self._orders = ray.put(orders)
+        self._last: tuple[np.ndarray, Any] | None = None
+        self._jobs: dict[Any, Job] = {}
+        self._actors = [self._started(number) for number in range(settings.actors)]
+        while any(actor.opening is not None for actor in self._actors):
+            self._wait()
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        return self._clients
+
+    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
+        """One outcome for each assignment, as they arrive; at most one piece of work for each actor is under way."""
+        source, exhausted, under_way = iter(assignments), False, 0
+        outbox: deque[Outcome] = deque()
+        while True:
+            none_yet = False
+            while not (exhausted or none_yet) and (actor := self._idle()):
+                assignment = next(source, _END)
+                if isinstance(assignment, Assignment):
+                    self._send(actor, assignment, outbox)
+                    under_way += 1
+                exhausted, none_yet = assignment is _END, assignment is None
+            if not outbox:
+                if not under_way and (exhausted or none_yet):
+                    return
+                self._wait()
+            while outbox:
+                under_way -= 1
+                yield outbox.popleft()
+
+    def close(self) -> None:
+        for actor in self._actors:
+            self._let_go(actor)
+        self._actors, self._jobs, self._last = [], {}, None
+        self._own.close()
+
+    # ------------------------------------------------------------------ work
+
+    def _idle(self) -> Actor | None:
+        return next((actor for actor in self._actors if actor.opening is None and not actor.busy), None)
+
+    def _send(self, actor: Actor, assignment: Assignment, outbox: deque[Outcome]) -> None:
+        message = wire.split(wire.encode_assignment(assignment))
+        up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
+        state = self._store.get(assignment.client, up_to)
+        actor.busy = True
+        ref = actor.handle.work.remote(message.start, self._shared(message.body), message.digest, state)
+        self._jobs[ref] = Job(actor, assignment, message.total, time.monotonic(), outbox)
+
+    def _shared(self, body: memoryview) -> Any:
+        """The body in the object store, where it lies once while one client after another is sent the same."""
+        array = np.frombuffer(body, np.uint8)
+        if self._last is None or not np.array_equal(self._last[0], array):
+            self._last = array, ray.put(array)
+            self.puts += 1
+        return self._last[1]
+
+    def _wait(self) -> None:
+        """Until something came back, an actor is open, or somebody is late."""
+        openings = {actor.opening: actor for actor in self._actors if actor.opening is not None}
+        if not openings and not self._actors:
+            raise RunFailed(f"no Ray actor could be started again ({TRIES} tries each): finished rounds are kept")
+        until = [actor.since + START for actor in openings.values()]
+        if self._deadline is not None:
+            until += [job.since + self._deadline for job in self._jobs.values()]
+        timeout = max(0.0, min(until) - time.monotonic()) if until else None
+        done, _ = ray.wait([*self._jobs, *openings], num_returns=1, timeout=timeout)
+        for ref in done:
+            if ref in openings:
+                self._open(openings[ref])
+            else:
+                self._finish(ref)
+        if not done:
+            self._call_off(time.monotonic())
+
+    def _finish(self, ref: Any) -> None:
+        job = self._jobs.pop(ref)
+        try:
+            done: Done = ray.get(ref)
+        except GONE as error:
+            self._give_up(
+                job, "crashed", f"actor {job.actor.number} ended ({type(error).__name__}); another is started"
+            )
+            return
+        job.actor.busy = False
+        client, message = job.assignment.client, done.message()
+        outcome = wire.decode_outcome(message)
+        if done.state is not None:
+            self._store.put(client, outcome.round, done.state)
+        for name, data in done.files.items():
+            write_bytes(self._results / folder_name(client) / name, data)
+        cost = replace(outcome.cost, upload_bytes=message.total, download_bytes=job.sent)
+        job.outbox.append(replace(outcome, cost=cost))
+
+    def _call_off(self, now: float) -> None:
+        """End the actors whose work is late, and those that do not come up."""
+        for ref, job in [*self._jobs.items()]:
+            if self._deadline is not None and now >= job.since + self._deadline:
+                del self._jobs[ref]
+                self._give_up(job, "late", f"not done within {self._deadline:g} seconds (federation.round_deadline)")
+        for actor in [a for a in self._actors if a.opening is not None and now >= a.since + START]:
+            self._again(actor, f"is not there after {START:g} seconds")
+
+    def _give_up(self, job: Job, reason: str, detail: str) -> None:
+        job.outbox.append(Failure(job.assignment.client, job.assignment.round, reason, detail))
+        self._replace(job.actor, tries=1)
+
+    # ------------------------------------------------------------------ actors
+
+    def _process(self) -> Any:
+        options: dict[str, Any] = {"num_cpus": self._settings.cpus, "num_gpus": self._settings.gpus}
+        return ray.remote(Host).options(max_restarts=0, scheduling_strategy="SPREAD", **options).remote()
+
+    def _let_go(self, actor: Actor) -> None:
+        if actor.opening is None and not actor.busy:
+            with contextlib.suppress(GetTimeoutError, *GONE):
+                ray.get(actor.handle.close.remote(), timeout=5.0)
+        ray.kill(actor.handle)
+
+    def _started(self, number: int, tries: int = 1) -> Actor:
+        handle = self._process()
+        return Actor(number, handle, handle.open.remote(self._orders), time.monotonic(), tries)
+
+    def _replace(self, actor: Actor, tries: int) -> None:
+        ray.kill(actor.handle)
+        self._actors[self._actors.index(actor)] = self._started(actor.number, tries)
+
+    def _open(self, actor: Actor) -> None:
+        try:
+            opened: Opened = ray.get(actor.opening)
+        except GONE as error:
+            last = str(error).strip().splitlines()[-1].strip()
+            self._again(actor, f"ended while it started ({type(error).__name__}: {last})")
+            return
+        differs = versions.mismatch(versions.own(), opened.versions)
+        trouble = opened.trouble or (differs and f"{differs}: install the same versions on all machines")
+        if trouble:
+            raise UserError(f"a Ray actor cannot work: {trouble}")
+        if opened.late_settings:
+            self._say(f"a Ray actor imported torch too early for {', '.join(opened.late_settings)}: bits may differ")
+        actor.opening, actor.tries = None, 1
+
+    def _again(self, actor: Actor, what: str) -> None:
+        self._say(f"Ray actor {actor.number} {what}")
+        if actor.tries < TRIES:
+            self._replace(actor, actor.tries + 1)
+            return
+        ray.kill(actor.handle)
+        self._actors.remove(actor)
+
+
+_END = object()
+
+
+@dataclass
+class Own:
+    """What this process started of Ray and has to end: `folder` is where it keeps its files; None: nothing."""
+
+    folder: Path | None = None
+
+    def close(self) -> None:
+        if self.folder is not None:
+            ray.shutdown()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = None
+
+
+def opened(recipe: Recipe, data: FederatedData, folder: Path, say: Say) -> Ray:
+    """The runtime with its actors open. Raises UserError where there is not enough of a machine for them."""
+    settings = recipe.runtime.ray
+    if recipe.runtime.device.startswith("cuda:"):
+        raise UserError(
+            f"runtime.device={recipe.runtime.device} under runtime.name=ray, which gives each actor GPUs of its own: use "
+            "runtime.device=cuda with runtime.ray.gpus"
+        )
+    own = _start(settings)
+    try:
+        _check(settings)
+        say(f"starting {settings.actors} Ray actors, each of which loads the base model")
+        orders = Orders(recipe.resolved(), data, max(1, int(settings.cpus)))
+        keep = recipe.tracking.keep_checkpoints + 1
+        return Ray(orders, settings, folder, keep, recipe.federation.round_deadline, say, own)
+    except BaseException:
+        own.close()
+        raise
+
+
+def _start(settings: RayConfig) -> Own:
+    """Connect to Ray where there is one, else start it for this process: on loopback, without words or a web page."""
+    from ray._private import ray_constants, ray_logging
+
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
+    folder = None
+    if ray.is_initialized():
+        return Own()
+    if settings.address is not None:
+        try:
+            ray.init(address=settings.address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"runtime.ray.address={settings.address}: no Ray answers there ({first}): check it, or leave it out"
+            ) from error
+        folder = Path(tempfile.mkdtemp(prefix="fedloom-ray-"))
+    else:
+        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch that makes it listen on loopback alone
+        folder = Path(tempfile.mkdtemp(prefix="fedloom-ray-"))  # a short path: its sockets lie there
+        ray.init(
+            num_cpus=math.ceil(settings.actors * settings.cpus),
+            num_gpus=torch.cuda.device_count(),
+            include_dashboard=False,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+            **quiet,
+        )
+    ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")  # a dead actor is our own event
+    return Own(folder)
+
+
+def _check(settings: RayConfig) -> None:
+    """Raises UserError where the actors can never all be placed."""
+    there = ray.cluster_resources()
+    for key, name, each in (("CPU", "cpus", settings.cpus), ("GPU", "gpus", settings.gpus)):
+        found = there.get(key, 0.0)
+        if settings.actors * each > found + 1e-9:
+            wanted = settings.actors * each
+            raise UserError(
+                f"runtime.ray.actors={settings.actors} with runtime.ray.{name}={each:g} want {wanted:g} {key}s together and "
+                f"Ray has {found:g}: ask for fewer actors or fewer {name}"
+            )
