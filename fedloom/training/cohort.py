@@ -247,17 +247,16 @@ def lora_layers(model: AdaptedModel) -> list[_Found]:
 class _Layer:
     """y_k = x_k·Wᵀ + s·(x_k·A_kᵀ)·B_kᵀ for the tokens x_k of each seat.
 
-    Equal parts go through one batched product of stacked factors, others through a loop over the parts; benchmarks/cohort.py
-    measures both. Padding unequal parts to one length would copy x for every layer.
-
     Attributes:
-        a, b: [seats, rank, in] and [seats, out, rank], windows into the seats' buffers, with gradients likewise.
+        a, b: [seats, rank, in] and [seats, out, rank], windows into the seats' buffers.
+        a_grad, b_grad: windows into their gradients.
         parts: whose tokens are which, in the pass that is under way.
     """
 
     def __init__(self, found: _Found, bank: torch.Tensor, gradients: torch.Tensor) -> None:
         self.module, self.scale = found.module, found.scale
-        self.a, self.b = (_stacked(bank, gradients, *place) for place in (found.a, found.b))
+        self.a, self.b = _stacked(bank, found.a), _stacked(bank, found.b)
+        self.a_grad, self.b_grad = _stacked(gradients, found.a), _stacked(gradients, found.b)
         self.parts: list[_Part] = []
         self._plain = found.module.forward
         self._anchor = torch.zeros((), device=bank.device, requires_grad=True)
@@ -270,36 +269,40 @@ class _Layer:
         y: torch.Tensor = self.module.base_layer(x, *args, **kwargs)
         if x.numel() != self.parts[-1].end * x.shape[-1]:
             raise ValueError(f"an adapted layer sees {tuple(x.shape)} of a pass of {self.parts[-1].end} tokens")
-        tokens, base = x.view(-1, x.shape[-1]).float(), y.view(-1, y.shape[-1]).float()
-        lengths = {p.end - p.start for p in self.parts}
-        if len(self.parts) == len(self.a) and len(lengths) == 1:
-            stack = len(self.a), lengths.pop(), -1
-            low = torch.bmm(tokens.view(stack), self.a.transpose(1, 2))
-            sum_ = torch.baddbmm(base.view(stack), low, self.b.transpose(1, 2), alpha=self.scale)
-        else:
-            sum_ = _Loop.apply(base, tokens, self._anchor, self)  # type: ignore[no-untyped-call]
+        base, tokens = y.view(-1, y.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
+        sum_: torch.Tensor = _Grouped.apply(base, tokens, self._anchor, self)  # type: ignore[no-untyped-call]
         return sum_.view(y.shape).to(y.dtype)
 
-
-def _stacked(bank: torch.Tensor, gradients: torch.Tensor, offset: int, shape: torch.Size) -> torch.nn.Parameter:
-    """One tensor of every seat, [seats, *shape], sharing the memory of both buffers."""
-    values, grad = (x[:, offset : offset + shape.numel()].view(len(x), *shape) for x in (bank, gradients))
-    parameter = torch.nn.Parameter(values)
-    parameter.grad = grad
-    return parameter
+    def equal_parts(self) -> int:
+        """The length of every seat's part where all seats take part and all are alike; 0 elsewhere."""
+        lengths = {p.end - p.start for p in self.parts}
+        return lengths.pop() if len(self.parts) == len(self.a) and len(lengths) == 1 else 0
 
 
-class _Loop(torch.autograd.Function):
-    """base + s·(x_k·A_kᵀ)·B_kᵀ, part by part: base [T, out], x [T, in].
+def _stacked(bank: torch.Tensor, place: tuple[int, torch.Size]) -> torch.Tensor:
+    """One tensor of every seat, [seats, *shape], in the memory of the seats' common buffer."""
+    offset, shape = place
+    return bank[:, offset : offset + shape.numel()].view(len(bank), *shape)
 
-    The gradients of A_k and B_k go straight into the seats' buffers. `anchor` makes the output ask for a gradient in
-    the first layer, whose x needs none.
+
+class _Grouped(torch.autograd.Function):
+    """base + s·(x_k·A_kᵀ)·B_kᵀ, part by part: base [T, out], x [T, in], low = x_k·A_kᵀ [T, rank].
+
+    Equal parts go through batched products, others through a loop over the parts; benchmarks/cohort.py measures both.
+    (Padding unequal parts to one length would copy x in every layer.) The gradients of A_k and B_k go straight into the
+    seats' buffers. `anchor` makes the output ask for a gradient in the first layer, whose x needs none.
     """
 
     @staticmethod
     def forward(ctx: Any, base: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, layer: _Layer) -> torch.Tensor:
+        ctx.layer, ctx.parts, ctx.equal = layer, layer.parts, layer.equal_parts()
+        if ctx.equal:
+            stack = len(layer.a), ctx.equal, -1
+            low = torch.bmm(x.view(stack), layer.a.transpose(1, 2))
+            ctx.save_for_backward(x, low)
+            out = torch.baddbmm(base.view(stack), low, layer.b.transpose(1, 2), alpha=layer.scale)
+            return out.view(base.shape)
         out, low = base.clone(), x.new_empty(len(x), layer.a.shape[1])
-        ctx.layer, ctx.parts = layer, layer.parts
         for p in layer.parts:
             at = slice(p.start, p.end)
             torch.mm(x[at], layer.a[p.seat].t(), out=low[at])
@@ -310,11 +313,18 @@ class _Loop(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, low), layer = gradients, ctx.saved_tensors, ctx.layer
+        if ctx.equal:
+            stack = len(layer.a), ctx.equal, -1
+            g_k, x_k = g.reshape(stack), x.view(stack)
+            g_low = torch.bmm(g_k, layer.b).mul_(layer.scale)
+            layer.b_grad.add_(torch.bmm(g_k.transpose(1, 2), low), alpha=layer.scale)
+            layer.a_grad.add_(torch.bmm(g_low.transpose(1, 2), x_k))
+            return g, torch.bmm(g_low, layer.a).view(x.shape), None, None
         g_x = torch.empty_like(x)
         for p in ctx.parts:
-            at, a, b = slice(p.start, p.end), layer.a.detach()[p.seat], layer.b.detach()[p.seat]
-            g_low = g[at].mm(b).mul_(layer.scale)
-            layer.b.grad[p.seat].addmm_(g[at].t(), low[at], alpha=layer.scale)
-            layer.a.grad[p.seat].addmm_(g_low.t(), x[at])
-            torch.mm(g_low, a, out=g_x[at])
+            at = slice(p.start, p.end)
+            g_low = g[at].mm(layer.b[p.seat]).mul_(layer.scale)
+            layer.b_grad[p.seat].addmm_(g[at].t(), low[at], alpha=layer.scale)
+            layer.a_grad[p.seat].addmm_(g_low.t(), x[at])
+            torch.mm(g_low, layer.a[p.seat], out=g_x[at])
         return g, g_x, None, None
