@@ -10,7 +10,8 @@
     auto_kK_tT=         with K clients and train.cohort=auto, over one by one; 1 where the probe chose off
     largest_difference= between the adapters of both ways after a round, over the distance moved
 
-LoRA of rank 8 on all linear layers, AdamW, 8 steps of 32 tokens in a round, 2 of 128, 1 of 512. Pairs are interleaved and change their order; medians of
+LoRA of rank 8 on all linear layers, AdamW, 8 steps of 32 tokens in a round, 2 of 128, 1 of 512. Pairs are interleaved and
+change their order; medians of
 the pairs' ratios. One thread unless OMP_NUM_THREADS says otherwise. The exit code is 1 where speedup_k4_t32 < 1.6 or
 speedup_k8_t32 < 1.9 on S, or an auto_ line is under 0.95.
 """

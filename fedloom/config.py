@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -135,17 +135,26 @@ class TrainConfig(Section):
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="padding-free batches; auto tries the model once and falls back to padding"
     )
-    cohort: Literal["off", "auto"] | Annotated[int, Field(ge=2, le=256)] = Field(
+    cohort: Literal["off", "auto"] | int = Field(
         "off",
         description="clients that train together in one pass over the base, in the simulator with LoRA: off, how many, "
         "or auto, which measures some numbers on the recipe's own batches",
     )
 
-    @field_validator("packing", "cohort", mode="before")
+    @field_validator("packing", mode="before")
     @classmethod
     def _on_and_off(cls, value: Any) -> Any:
         """YAML 1.1 reads on and off as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("cohort", mode="before")
+    @classmethod
+    def _off_auto_or_some(cls, value: Any) -> Any:
+        """YAML 1.1 reads off as a boolean."""
+        value = "off" if value is False else value
+        if value in {"off", "auto"} or (isinstance(value, int) and not isinstance(value, bool) and value >= 2):
+            return value
+        raise ValueError(f"train.cohort={value!r} is not valid: it is off, auto, or a number of clients from 2 on")
 
     @property
     def cohort_size(self) -> int:

@@ -81,7 +81,7 @@ def test_each_seat_gets_the_loss_and_the_gradient_that_its_client_gets_alone(len
         model.grad.zero_()
         loss = token_losses(model, own).mean()
         model.backward(loss)
-        found.append((float(loss), model.grad.clone()))
+        found.append((float(loss.detach()), model.grad.clone()))
 
     cohort = Cohort(model, 3)
 
@@ -90,7 +90,7 @@ def test_each_seat_gets_the_loss_and_the_gradient_that_its_client_gets_alone(len
         start(seat, number)
         loss = token_losses(seat, batches[number]).mean()
         seat.backward(loss)
-        return float(loss)
+        return float(loss.detach())
 
     losses = cohort.run([partial(one, number) for number in range(3)])
     for seat, loss, (expected, gradient) in zip(cohort.seats, losses, found, strict=True):
