@@ -140,10 +140,11 @@ class Cohort:
                     for number in [n for n in self._running if n not in self._asked and n not in self._settled]:
                         self._running[number].go_on()
                         if self._running[number].done:
+                            self._check_joined(number)
                             del self._running[number]
                     if self._asked:
                         self._forward()
-                    elif self._open:
+                    else:
                         self._backward()
         finally:
             stop_all(runners)
@@ -155,6 +156,7 @@ class Cohort:
 
     def forward(self, number: int, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Logits of this seat's batch: [S, vocabulary], a leaf, from a pass that all others take part in."""
+        self._check_joined(number)
         self._asked[number] = dict(inputs)
         self._running[number].pause()
         return self._given.pop(number)
@@ -168,6 +170,14 @@ class Cohort:
         """A pass of this seat only, at once and without gradients."""
         self._set_parts([_Part(number, 0, inputs["input_ids"].shape[1])])
         return self._model.module(**inputs)
+
+    def _check_joined(self, number: int) -> None:
+        """Raise RuntimeError where a loss went backward and stopped at the seat's own logits."""
+        passes = [p.own[number] for p in self._open if number in p.own]
+        if any(logits.grad is not None for logits in passes):
+            raise RuntimeError(
+                "a loss ran backward by itself in a cohort, where the base is shared: use model.backward(loss)"
+            )
 
     # ------------------------------------------------------------------ done for all of them
 

@@ -225,3 +225,23 @@ def test_sizes_are_timed_until_one_is_slower_and_the_model_is_left_as_it_was():
     assert all(ratio > 0 for ratio in found.values())
     assert torch.equal(model.adapter.flat, before)
     assert not model.grad.any()
+
+
+def test_a_loss_that_runs_backward_by_itself_is_noticed_and_one_of_the_adapter_alone_is_added():
+    model = made()
+    cohort = Cohort(model, 2)
+
+    def by_itself(number):
+        token_losses(cohort.seats[number], batch(4)).mean().backward()
+
+    with pytest.raises(RuntimeError, match="in a cohort, where the base is shared"):
+        cohort.run([partial(by_itself, number) for number in range(2)])
+
+    def norm_only(number):
+        seat = cohort.seats[number]
+        start(seat, number)
+        seat.grad.zero_()
+        seat.backward(seat.parameter.square().sum() / 2)
+
+    cohort.run([partial(norm_only, number) for number in range(2)])
+    assert all(torch.allclose(seat.grad, seat.adapter.flat) for seat in cohort.seats)
