@@ -53,11 +53,15 @@ def small() -> Base:
     """About 9M weights, of which the embeddings are nearly half."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 8, "vocab_size": 16_384}
-    model = LlamaForCausalLM(LlamaConfig(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, **shape))
+    model = LlamaForCausalLM(
+        LlamaConfig(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, **shape)
+    )
     return Base(model.requires_grad_(False).eval(), None, "")  # type: ignore[arg-type]
 
 
-def once(model: AdaptedModel, batch: Batch, operator: tuple[bool, int | None, str]) -> tuple[float, float, torch.Tensor, int]:
+def once(
+    model: AdaptedModel, batch: Batch, operator: tuple[bool, int | None, str]
+) -> tuple[float, float, torch.Tensor, int]:
     """(seconds, loss, gradient, bytes kept) of one forward and backward."""
     recompute, chunk, precision = operator
     weights = {p.data_ptr() for p in model.module.parameters()}

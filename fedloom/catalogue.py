@@ -121,6 +121,7 @@ MARKS = {
     "p": ("personal", "each client ends with a model of its own"),
     "o": ("order_independent", "the order of the clients changes nothing"),
     "a": ("asynchronous", "rounds wait for nobody (docs/architecture.md)"),
+    "c": ("cohorts", "clients may train several in one pass (docs/cohort.md)"),
 }
 
 

@@ -6,6 +6,7 @@ shares, and its own state for later. The recipe comes with the first assignment.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -97,6 +98,20 @@ class Client:
             )
         spent = Cost(wall_seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
         return replace(outcome, cost=outcome.cost + spent)
+
+    def beside(self, recipe: Mapping[str, Any], live: AdaptedModel) -> Client:
+        """A second client on the same data and store, under `recipe`, with a live model of its own on the same base."""
+        self._configure(recipe)
+        other = copy.copy(self)
+        other._models, other._model = self._models.holding(live), None
+        other._algorithm = make(self._recipe)
+        other._channel = ClientChannel(self._channel.chains, self._recipe.seed)
+        return other
+
+    @property
+    def live(self) -> AdaptedModel:
+        """The base with the adapter that this client trains."""
+        return self._models.adapted()
 
     def close(self) -> None:
         """Let go of the model, which the algorithm's client half holds too."""

@@ -135,6 +135,11 @@ class TrainConfig(Section):
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="padding-free batches; auto tries the model once and falls back to padding"
     )
+    cohort: Literal["off", "auto"] | int = Field(
+        "off",
+        description="clients that train together in one pass over the base, in the simulator with LoRA: off, how many, "
+        "or auto, which measures some numbers on the recipe's own batches",
+    )
 
     precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
         "fp32",
@@ -157,6 +162,20 @@ class TrainConfig(Section):
     def _on_and_off(cls, value: Any) -> Any:
         """YAML 1.1 reads on and off as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("cohort", mode="before")
+    @classmethod
+    def _off_auto_or_some(cls, value: Any) -> Any:
+        """YAML 1.1 reads off as a boolean."""
+        value = "off" if value is False else value
+        if value in {"off", "auto"} or (isinstance(value, int) and not isinstance(value, bool) and value >= 2):
+            return value
+        raise ValueError(f"train.cohort={value!r} is not valid: it is off, auto, or a number of clients from 2 on")
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients that train together, of a resolved recipe; 1 where each trains alone."""
+        return self.cohort if isinstance(self.cohort, int) else 1
 
     @model_validator(mode="before")
     @classmethod

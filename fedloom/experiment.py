@@ -35,6 +35,7 @@ from fedloom.choices import (
 )
 from fedloom.client import Client
 from fedloom.clock import Speeds
+from fedloom.cohorts import check_cohort, choose_cohort
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, Runtime, Tick
 from fedloom.data.federated import FederatedData
@@ -177,6 +178,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     check_runtime(recipe, algorithm)
     Chains.of(recipe.operators, recipe.privacy is not None)
     Hooks.of_server(recipe.hooks)
+    recipe = check_cohort(recipe, algorithm, watch.say)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -209,6 +211,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     holders = clients.pooled() if algorithm.properties.pooled else clients
     check_hooks(recipe, algorithm, holders)
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
+    recipe = choose_cohort(recipe, model, data, schedule, watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
         split_table(corpus, clients),

@@ -35,6 +35,7 @@ from fedloom.choices import (
     make_schedule,
     settle_privacy,
 )
+from fedloom.cohorts import check_cohort
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -99,6 +100,7 @@ class Sites:
         threads = recipe.runtime.threads or environment.available_cores()
         torch.set_num_threads(threads)
         algorithm = checked(recipe)
+        recipe = check_cohort(recipe, algorithm, watch.say)
         everybody = Partition({c: Shard((0,), (), (0,)) for c in self.runtime.clients}, "sites", recipe.seed)
         check_ranks(recipe, everybody)
         schedule = make_schedule(recipe, algorithm, everybody)

@@ -32,7 +32,7 @@ LAYERS = [
         "runfolder",
     },
     {"runtimes", "summary", "answers", "report"},
-    {"choices", "deployment", "catalogue"},
+    {"choices", "cohorts", "deployment", "catalogue"},
     {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},
     {"console", "cli", "cli_federation", "__main__"},

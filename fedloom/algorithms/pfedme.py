@@ -72,13 +72,13 @@ class PFedMe(fedavg.FedAvg):
             live.copy_(w - model.grad / self.options.lam)
             model.grad.zero_()
             for batch, step_units in self._seen:
-                super().local_loss(model, batch, step_units).backward()  # type: ignore[no-untyped-call]
+                model.backward(super().local_loss(model, batch, step_units))
                 self._extra.tokens += batch.tokens
                 self._extra.flops += self._flops.of(batch)
             self._ranks.sum_(model.grad)
             penalty = model.penalty()
             if penalty is not None:
-                penalty.backward()  # type: ignore[no-untyped-call]
+                model.backward(penalty)
         self._seen.clear()
         self._candidate = w - model.grad / self.options.lam
         live.copy_(w)

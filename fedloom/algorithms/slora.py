@@ -58,7 +58,7 @@ class SLoRA(LoRAAlgorithm):
     """
 
     properties: ClassVar = base.Properties(
-        linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0}, parallel=frozenset({"ddp"})
+        linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0}, parallel=frozenset({"ddp"}), cohorts=False
     )
     about: ClassVar = About(
         "lora",

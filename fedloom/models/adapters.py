@@ -11,7 +11,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,10 @@ class AdaptedModel:
         adapter = Adapter(self.adapter.layout)
         adapter.flat.copy_(self.initial)
         return adapter
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to `grad`. All backward passes come through here."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def penalty(self) -> torch.Tensor | None:
         """AdaLoRA's γ · mean over its factors of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, as peft has it; None elsewhere.
@@ -329,3 +333,7 @@ class Models:
             made = attach(self.base(), config or self.adapter, self.seed, within)
             self._adapted = self.finish(made) if self.finish else made
         return self._adapted
+
+    def holding(self, adapted: AdaptedModel) -> Models:
+        """The same base, with another live adapter in it."""
+        return replace(self, _base=self.base(), _adapted=adapted)

@@ -246,7 +246,7 @@ def _accumulate(
         loss = learner.local_loss(model, batch, step_units)
         if hooks:
             loss = hooks.forward(loss)
-        _backward(loss, scale)
+        _backward(model, loss, scale)
         if hooks:
             model.grad.mul_(1.0 / scale.value)  # hooks see it as it is; powers of two go out and in exactly
             hooks.backward()
@@ -258,13 +258,13 @@ def _accumulate(
     total = ranks.total(total)
     penalty = model.penalty()  # every rank has all of it
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
-        _backward(penalty, scale)
+        _backward(model, penalty, scale)
     return total
 
 
-def _backward(loss: torch.Tensor, scale: LossScale) -> None:
+def _backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale) -> None:
     with torch.autocast(loss.device.type, enabled=False):
-        (loss * scale.value if scale.value != 1.0 else loss).backward()  # type: ignore[no-untyped-call]
+        model.backward(loss * scale.value if scale.value != 1.0 else loss)
 
 
 def _skip_or_fail(config: TrainConfig, number: int, batches: Sequence[Batch], what: str) -> None:
