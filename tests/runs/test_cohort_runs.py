@@ -50,7 +50,7 @@ def kill_in_round_2(what, round, done, total):
         ({"train.precision": "bf16"}, "train.precision=bf16 is one client's"),
         ({"train.checkpointing": True}, "train.checkpointing=true computes layers again"),
         ({"train.loss_chunk": 8}, "train.loss_chunk=8 makes logits again"),
-        ({"hooks": [{"name": "gradient_noise"}]}, "hooks look into one client's steps"),
+        ({"hooks": [{"name": "gradient_noise"}], "train.accumulation": 2}, "hooks look into one client's steps"),
         ({"algorithm": "global"}, "all data is in one place"),
         ({"federation.clients_per_round": 1}, "a round has 1 client"),
         ({"runtime.ranks": 2, "runtime.threads": 2}, "runtime.ranks=2 trains each client in several processes"),
