@@ -10,10 +10,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 export OMP_WAIT_POLICY := PASSIVE
 export MKL_CBWR := AVX2
 
-.PHONY: quickstart test test-slow test-faults check docs wheel containers wheelhouse clean
+.PHONY: quickstart demo-distributed test test-slow test-faults check docs wheel containers wheelhouse clean
 
 quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
+
+demo-distributed: $(VENV)/.demo  ## a server and three sites on this machine, mutual TLS, and the simulator's adapter
+	$(BIN)/python benchmarks/demo_distributed.py
 
 test: $(VENV)/.dev  ## all tests but those that take minutes, with coverage
 	rm -f .coverage .coverage.*
@@ -53,7 +56,12 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	$(PIP) -e ".[skills]"
 	touch $@
 
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[skills,distributed]"
+	touch $@ $(VENV)/.run
+
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[dev]"
-	touch $@ $(VENV)/.run
+	touch $@ $(VENV)/.run $(VENV)/.demo
