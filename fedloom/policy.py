@@ -128,13 +128,17 @@ class Audit:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def left(self, what: str, data: bytes, **about: str | int) -> None:
+    def left(self, what: str, *data: bytes, **about: str | int) -> None:
+        """A message that left; `data` are its parts in their order."""
+        digest = hashlib.sha256()
+        for part in data:
+            digest.update(part)
         line = {
             "time": round(time.time(), 3),
             "what": what,
             **about,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": sum(map(len, data)),
+            "sha256": digest.hexdigest(),
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -132,7 +132,7 @@ class Sites:
         suite = registry.suites.get(suite_name) if suite_name else None
         return Setting(
             recipe, corpus, clients, data, models, model, algorithm, template, suite, note, schedule,
-            _split(clients), elsewhere=True,
+            _split(clients),
         )  # fmt: skip
 
 
@@ -240,6 +240,7 @@ def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> No
         patience(recipe.federation.round_deadline),
         lines.say,
         lambda dead: heard_again(Path(order.folder) / "heard.json", dead),
+        Path(order.out) / FEDERATION,
     )
     watch = Watch(lines.say, lines.event, lines.tick)
     remote = Sites(runtime, order.resume)

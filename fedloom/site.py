@@ -120,6 +120,7 @@ def open_site(
     """Everything that a site needs before its first assignment. Raises UserError.
 
     Args:
+        place: which of the site's ranks this process is.
         files: the tokenizer, from a server that does not hand out the model. The site then looks for neither.
     """
     if not RUN.fullmatch(run):
@@ -162,7 +163,7 @@ class Room:
         self._place = place
         self._opened: Opened | None = None
 
-    def answer(self, kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    def answer(self, kind: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
         """A frame's header and body. Whatever goes wrong is a code, and what more there is to say is in the log."""
         try:
             if kind == "prepare":
@@ -193,7 +194,7 @@ class Room:
         self._opened = open_site(orders["recipe"], str(orders["run"]), sites, self._site, self._place, files)
         return json.dumps(self._opened.counts).encode()
 
-    def _work(self, body: bytes) -> bytes:
+    def _work(self, body: bytes | bytearray) -> bytes:
         if self._opened is None:
             raise Refused("this site was given work before a recipe")
         assignment = wire.decode_assignment(body, self._policy.max_message_bytes)
