@@ -182,7 +182,12 @@ class FederationConfig(Section):
     clients_per_round: int | float | None = Field(
         None, gt=0, description="clients sampled in a round: a number, or a fraction below 1.0; null takes all"
     )
-    min_clients: int = Field(1, ge=1, description="the fewest updates a round needs; with fewer the run ends")
+    min_clients: int = Field(
+        1,
+        ge=1,
+        description="the fewest updates a round needs; with fewer it waits for lost clients until round_deadline, then the "
+        "run ends",
+    )
     round_deadline: float | None = Field(
         None,
         gt=0,

@@ -227,6 +227,7 @@ def assemble(
     folder.write("split.json", setting.split)
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
+    elsewhere = runtime is not None  # the data, too: nothing can be measured here
     if runtime is None and recipe.runtime.name in registry.openers:
         runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
     if runtime is None:
@@ -248,7 +249,7 @@ def assemble(
         recipe.resolved(),
         channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
-        server_measure=measure,
+        server_measure=None if elsewhere else measure,
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
     )
@@ -264,12 +265,12 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
     """Rounds, then results."""
     coordinator = assemble(setting, folder, resume, watch, runtime)
     try:
-        return _results(setting, folder, coordinator, watch)
+        return _results(setting, folder, coordinator, watch, elsewhere=runtime is not None)
     finally:
         coordinator.runtime.close()  # processes too, where clients have some
 
 
-def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch) -> Result:
+def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch, *, elsewhere: bool) -> Result:
     recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     settings = recipe.evaluation
     asker = Asker(
@@ -289,7 +290,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.runtime.close()
-    reference = _reference(setting, folder, watch)
+    reference = _reference(setting, folder, watch) if not elsewhere else None  # it takes everybody's data
     load("")
     summary = summarise(
         recipe,

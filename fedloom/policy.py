@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from fedloom.errors import UserError
 from fedloom.overrides import load_yaml
 from fedloom.section import Section
-from fedloom.types import Failure, Outcome, Payload
+from fedloom.types import Failure, Outcome
 
 CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
@@ -100,7 +100,7 @@ class Policy(Section):
         for name, value in outcome.metrics.items():
             if not WORD.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int | float):
                 raise Refused("an update's metrics hold something that is no number")
-        _only_words(outcome.payload)
+        _only_words([*outcome.payload.tensors, outcome.payload.meta, outcome.payload.coding])
         return outcome
 
     def words(self, text: str) -> str:
@@ -108,19 +108,17 @@ class Policy(Section):
         return text if self.error_text else "the site's log says more"
 
 
-def _only_words(payload: Payload) -> None:
-    def walk(value: Any) -> None:
-        if isinstance(value, str) and not WORD.fullmatch(value):
-            raise Refused("an update's metadata holds a text")
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(key)
-                walk(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                walk(item)
-
-    walk(payload.meta)
+def _only_words(value: Any) -> None:
+    """Names of tensors, metadata, and what operators noted: raise Refused for a string that is no name."""
+    if isinstance(value, str) and not WORD.fullmatch(value):
+        raise Refused("an update holds a text where names and numbers belong")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _only_words(key)
+            _only_words(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _only_words(item)
 
 
 class Audit:
@@ -130,13 +128,17 @@ class Audit:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def left(self, what: str, data: bytes, **about: str | int) -> None:
+    def left(self, what: str, *data: bytes, **about: str | int) -> None:
+        """A message that left; `data` are its parts in their order."""
+        digest = hashlib.sha256()
+        for part in data:
+            digest.update(part)
         line = {
             "time": round(time.time(), 3),
             "what": what,
             **about,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": sum(map(len, data)),
+            "sha256": digest.hexdigest(),
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

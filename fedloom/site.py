@@ -9,6 +9,7 @@ leaves with nothing. This file does not know who asks; the site's agent does (ru
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -34,7 +35,8 @@ from fedloom.data.shards import is_shard, read_shard
 from fedloom.data.sources import load_corpus
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
-from fedloom.errors import UserError
+from fedloom.errors import UserError, disk_trouble
+from fedloom.models import shipping
 from fedloom.models.loading import load_tokenizer, pick_device
 from fedloom.policy import Policy, Refused
 from fedloom.project import SiteConfig, load_section
@@ -107,8 +109,20 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     return corpus, partition, asked[site.client]
 
 
-def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig, place: Place = BY_ITSELF) -> Opened:
-    """Everything that a site needs before its first assignment. Raises UserError."""
+def open_site(
+    values: Mapping[str, Any],
+    run: str,
+    sites: int,
+    site: SiteConfig,
+    place: Place = BY_ITSELF,
+    files: Mapping[str, bytes] | None = None,
+) -> Opened:
+    """Everything that a site needs before its first assignment. Raises UserError.
+
+    Args:
+        place: which of the site's ranks this process is.
+        files: the tokenizer, from a server that does not hand out the model. The site then looks for neither.
+    """
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
     recipe = localised(Recipe.parse(values), site, place.count)
@@ -119,7 +133,8 @@ def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig,
     home = Path(site.home)
     with ranks.in_turn():
         corpus, partition, questions = own_data(recipe, site, sites)
-        template = Template.choose(load_tokenizer(recipe.model, print), recipe.data.template, recipe.data.system)
+        tokenizer = shipping.tokenizer_of(shipping.as_tensors(files)) if files else load_tokenizer(recipe.model, print)
+        template = Template.choose(tokenizer, recipe.data.template, recipe.data.system)
         sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
     if suite is not None:
@@ -148,7 +163,7 @@ class Room:
         self._place = place
         self._opened: Opened | None = None
 
-    def answer(self, kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    def answer(self, kind: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
         """A frame's header and body. Whatever goes wrong is a code, and what more there is to say is in the log."""
         try:
             if kind == "prepare":
@@ -165,6 +180,8 @@ class Room:
             if self._place.count > 1:
                 end_rank(error)
             traceback.print_exc()
+            if trouble := disk_trouble(error):
+                return {"state": "failed", "reason": "disk", "detail": self._policy.words(trouble)}, b""
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} in {Path(where.filename).stem}, line {where.lineno}"
             detail = f"{place}: {error}" if self._policy.error_text else place
@@ -173,10 +190,11 @@ class Room:
     def _prepare(self, orders: Mapping[str, Any]) -> bytes:
         self._policy.check(orders["recipe"])
         sites = max(1, int(orders["sites"]))
-        self._opened = open_site(orders["recipe"], str(orders["run"]), sites, self._site, self._place)
+        files = {name: base64.b64decode(text) for name, text in orders.get("files", {}).items()}
+        self._opened = open_site(orders["recipe"], str(orders["run"]), sites, self._site, self._place, files)
         return json.dumps(self._opened.counts).encode()
 
-    def _work(self, body: bytes) -> bytes:
+    def _work(self, body: bytes | bytearray) -> bytes:
         if self._opened is None:
             raise Refused("this site was given work before a recipe")
         assignment = wire.decode_assignment(body, self._policy.max_message_bytes)

@@ -6,7 +6,7 @@ died is noticed within seconds although its work may take hours, and a slow one 
 
     lost     it answers no more, or its process was started again in the middle of the work
     crashed  its trainer died; the site has started it again
-    late     not done within federation.round_deadline; the site stops the work
+    late     not done within federation.round_deadline (or never begun); the site stops the work
     absent   it was lost before and does not answer yet: it is not waited for
 
 Whatever a site answers is checked before it is believed: sizes before anything is allocated, then the message, then
@@ -15,18 +15,21 @@ whom and which round it speaks of. This file does not know the engine that carri
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fedloom.errors import RunFailed
 from fedloom.runtimes import versions, wire
 from fedloom.runtimes.link import CODE, PIECE, Answer, Link
-from fedloom.types import Assignment, Failure, Outcome
+from fedloom.runtimes.outgoing import Message, Outgoing
+from fedloom.types import STARTED_ANEW, Assignment, Failure, Outcome
 
 #: A client's answer may be this large, and four times what it was sent on top of that.
 SPARE_BYTES = 64 << 20
@@ -44,6 +47,7 @@ class Patience:
         silence: until a site that answers nothing is given up.
         poll: how long one `wait` stays at the site.
         start: for a site's process to come up.
+        prepare: for a site to load model and data; and for work to wait there behind other work.
         deadline: for one piece of work (federation.round_deadline); None waits as long as the site answers.
     """
 
@@ -51,6 +55,7 @@ class Patience:
     silence: float = 30.0
     poll: float = 5.0
     start: float = 90.0
+    prepare: float = 3600.0
     deadline: float | None = None
 
 
@@ -65,11 +70,17 @@ class GaveUp(Exception):
 
 @dataclass
 class Site:
-    """What is known of one site."""
+    """What is known of one site.
+
+    Attributes:
+        prepared: it has the recipe.
+        counted: its data are part of this job's run.
+    """
 
     name: str
     client: str
     prepared: bool = False
+    counted: bool = False
     dead_since: float | None = None
     sent_most: int = 0
 
@@ -84,6 +95,7 @@ class Distributed:
         say: told when a site is lost, comes back or is refused.
         leave: told which sites are lost, and since when (seconds since the epoch), before work is sent; true means that
             one of them is there again and out of this job's reach, so that the run goes on in another job.
+        scratch: the folder for messages that wait on disk.
     """
 
     virtual = False
@@ -98,6 +110,7 @@ class Distributed:
         patience: Patience,
         say: Callable[[str], None] = lambda text: None,
         leave: Callable[[Mapping[str, float]], bool] = lambda dead: False,
+        scratch: Path | None = None,
     ) -> None:
         self._link = link
         now = time.time()
@@ -105,6 +118,7 @@ class Distributed:
         self._patience = patience
         self._say = say
         self._leave = leave
+        self._outgoing = Outgoing(scratch)
         self._pool = ThreadPoolExecutor(max_workers=2 * max(1, len(sites)), thread_name_prefix="site")
         self._session = f"{time.time_ns():x}"
         self._numbers = itertools.count()  # one step of it is atomic
@@ -116,25 +130,41 @@ class Distributed:
 
     # ------------------------------------------------------------------ before the first round
 
-    def greet(self, recipe: Mapping[str, Any], run: str) -> dict[str, dict[str, int]]:
+    def greet(
+        self, recipe: Mapping[str, Any], run: str, files: Mapping[str, bytes] | None = None
+    ) -> dict[str, dict[str, int]]:
         """Give every site the recipe; client → how much data it found (train, validation, test, questions, tokens).
 
         A site that does not come up, has other versions or refuses the recipe is left out and said.
+
+        Args:
+            files: what sites cannot have themselves: name → bytes.
         """
-        orders = {"recipe": recipe, "run": run, "sites": len(self._sites)}
+        coded = {name: base64.b64encode(data).decode() for name, data in (files or {}).items()}
+        orders = {"recipe": recipe, "run": run, "sites": len(self._sites), "files": coded}
         self._orders = json.dumps(orders, allow_nan=False).encode()
         present = [site for site in self._sites.values() if site.dead_since is None]
         self._await(present)
-        futures = {self._pool.submit(self._prepare, site): site for site in present}
+        futures = {self._pool.submit(self._prepare_twice, site): site for site in present}
         counts: dict[str, dict[str, int]] = {}
         for future, site in futures.items():
             try:
                 counts[site.client] = future.result()
+                site.counted = True
             except GaveUp as error:
                 if error.reason in LOST:
                     site.dead_since = time.time()
                 self._say(f"{site.name} takes no part for now ({error.reason}): {error.detail}")
         return counts
+
+    def _prepare_twice(self, site: Site) -> dict[str, int]:
+        """A trainer that died while it loaded is started again, as between rounds."""
+        try:
+            return self._prepare(site)
+        except GaveUp as error:
+            if error.reason not in STARTED_ANEW - {"absent"}:
+                raise
+            return self._prepare(site)
 
     def _await(self, waiting: list[Site]) -> None:
         """Sites' processes come up one after another."""
@@ -158,7 +188,7 @@ class Distributed:
         differs = versions.mismatch(versions.own(), told if isinstance(told, dict) else {})
         if differs:
             raise GaveUp("version", f"{differs}: install the same versions at the site")
-        reply = self._exchange(site, "prepare", self._orders, limit=1 << 20)
+        reply = self._exchange(site, "prepare", Message(self._orders), limit=1 << 20)
         try:
             counts = json.loads(reply)
             found = {key: int(counts[key]) for key in ("train", "validation", "test", "questions", "tokens")}
@@ -186,7 +216,7 @@ class Distributed:
                     break
                 else:
                     assert isinstance(assignment, Assignment)
-                    message = wire.encode_assignment(replace(assignment, recipe=None))
+                    message = self._outgoing.take(wire.stream_assignment(replace(assignment, recipe=None)))
                     pending.add(self._pool.submit(self._carry, assignment, message))
             if not pending:
                 return
@@ -201,6 +231,8 @@ class Distributed:
         for site in lost:
             if answers[site.name].result():
                 self._mark(site, dead=False)
+                if not site.counted:
+                    raise StartAgain(f"{site.name} is there now")
         dead = {site.name: site.dead_since for site in self._sites.values() if site.dead_since is not None}
         if dead and self._leave(dead):
             raise StartAgain("a site is back that this job does not reach")
@@ -208,8 +240,14 @@ class Distributed:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _carry(self, assignment: Assignment, message: bytes) -> Outcome:
+    def _carry(self, assignment: Assignment, message: Message) -> Outcome:
         """One assignment to its site and its outcome back; a site that fails is a value."""
+        try:
+            return self._carried(assignment, message)
+        finally:
+            message.close()
+
+    def _carried(self, assignment: Assignment, message: Message) -> Outcome:
         site = self._sites[assignment.client]
         site.sent_most = max(site.sent_most, len(message))
         limit = SPARE_BYTES + 4 * site.sent_most
@@ -239,12 +277,11 @@ class Distributed:
         self._say(f"{site.name} is {'lost: it is asked again in the next round' if dead else 'back'}")
         site.dead_since = time.time() if dead else None
 
-    def _exchange(self, site: Site, kind: str, data: bytes, limit: int) -> bytes:
+    def _exchange(self, site: Site, kind: str, data: Message, limit: int) -> bytearray:
         """Hand `data` over, wait for the work, fetch what came of it. Raises GaveUp."""
         work = f"{self._session}-{next(self._numbers)}"
-        deadline = self._patience.deadline if kind == "work" else None
+        deadline = self._patience.deadline if kind == "work" else self._patience.prepare
         for offset in range(0, max(1, len(data)), PIECE):
-            piece = data[offset : offset + PIECE]
             header = {
                 "verb": "put",
                 "work": work,
@@ -253,7 +290,7 @@ class Distributed:
                 "size": len(data),
                 "deadline": deadline,
             }
-            answer = self._asked(site, header, piece)
+            answer = self._asked(site, header, data.piece(offset))
             if answer.header.get("state") == "unprepared":
                 self._prepare(site)
                 raise GaveUp("lost", f"{site.name} was started again and knows nothing of the rounds before")
@@ -270,11 +307,12 @@ class Distributed:
                 raise GaveUp("bad_message", f"{site.name} sent a piece of another size than was asked for")
             result += answer.data
         self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
-        return bytes(result)
+        return result
 
     def _done(self, site: Site, work: str, deadline: float | None) -> int:
         """Wait until the work is done; the size of its result."""
         since = time.monotonic()
+        begin_by = since + self._patience.prepare
         while True:
             patience = self._patience.poll
             if deadline is not None:
@@ -284,13 +322,16 @@ class Distributed:
             state = answer.header.get("state")
             if state == "done" and isinstance(answer.header.get("size"), int) and answer.header["size"] >= 0:
                 return int(answer.header["size"])
-            if state == "queued":  # behind an earlier piece of work: its time has not begun
+            if state == "queued" and time.monotonic() < begin_by:  # its time begins when the trainer is free
                 since = time.monotonic()
-            elif state == "working" and deadline is not None and time.monotonic() >= since + deadline:
+            elif state == "queued":
                 self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
                 raise GaveUp(
-                    "late", f"{site.name} was not done within {deadline:g} seconds (federation.round_deadline)"
+                    "late", f"{site.name} has been busy with other work for {self._patience.prepare:g} seconds"
                 )
+            elif state == "working" and deadline is not None and time.monotonic() >= since + deadline:
+                self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
+                raise GaveUp("late", f"{site.name} was not done within its {deadline:g} seconds")
             elif state == "unknown":
                 raise GaveUp("lost", f"{site.name} was started again in the middle of its work")
             elif state not in {"working", "queued"}:

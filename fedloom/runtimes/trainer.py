@@ -10,6 +10,7 @@ not know what is asked.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -53,14 +54,15 @@ class Place:
 BY_ITSELF = Place("")
 
 
-def serve(place: Place, limit: int, answer: Callable[[str, bytes], tuple[dict[str, Any], bytes]]) -> None:
+def serve(place: Place, limit: int, answer: Callable[[str, bytes | bytearray], tuple[dict[str, Any], bytes]]) -> None:
     """Every rank does what is asked, and the first one says what came of it."""
     if place.count > 1:
         end_with_parent()
     for connection, header, body in requests(place.path, limit):
         reply = answer(str(header.get("kind")), body)
         if place.first:
-            send(connection, *reply)
+            with contextlib.suppress(ConnectionError):  # the agent is gone: there is no next question either
+                send(connection, *reply)
 
 
 def end_rank(error: Exception) -> NoReturn:

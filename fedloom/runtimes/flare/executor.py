@@ -6,6 +6,7 @@ job. This file does not know what the trainer does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -58,7 +59,7 @@ def open_agent(site: SiteConfig) -> Agent:
 
     def say(text: str) -> None:
         log.info(text)
-        with (home / "agent.log").open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (home / "agent.log").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     return Agent(start, policy, Audit(home / "audit.jsonl"), say)
