@@ -77,3 +77,6 @@ class LossScale:
             return False
         self.value /= 2.0
         return True
+
+
+UNSCALED = LossScale("fp32")

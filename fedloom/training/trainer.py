@@ -21,7 +21,7 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.models.memory import sparing
 from fedloom.training.flops import Flops
 from fedloom.training.parallel import ALONE, Ranks
-from fedloom.training.precision import LossScale, autocast
+from fedloom.training.precision import UNSCALED, LossScale, autocast
 
 if TYPE_CHECKING:
     from fedloom.hooks.attached import FitHooks, Hooks
@@ -228,9 +228,9 @@ def _accumulate(
     batches: Sequence[Batch],
     result: FitResult,
     flops: Flops,
-    ranks: Ranks,
-    hooks: FitHooks | None,
-    scale: LossScale,
+    ranks: Ranks = ALONE,
+    hooks: FitHooks | None = None,
+    scale: LossScale = UNSCALED,
 ) -> float:
     """Forward and backward over one step's batches; the gradient, times the scale, stands in `model.grad`.
 
