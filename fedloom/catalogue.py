@@ -138,7 +138,7 @@ LEGEND = (
 )
 
 _HEAD = ("name", "travels", "up", "down", "server", "client", "marks", "PEFT", "arXiv")
-_WIDTHS = (16, 26, 8, 8, 6, 6, 7, 4, 10)
+_WIDTHS = (16, 26, 7, 7, 7, 6, 8, 4, 10)
 
 
 def _line(cells: tuple[str, ...]) -> str:

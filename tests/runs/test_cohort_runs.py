@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import preferences
 import pytest
 import torch
 
@@ -146,3 +147,16 @@ def test_where_memory_is_too_small_clients_train_one_after_another(tiny_recipe, 
     monkeypatch.setattr(cohorts, "refusal", lambda model: "")
     result = fedloom.run(recipe, out=tmp_path / "run")
     assert result.summary["adapter_sha256"] == alone.summary["adapter_sha256"]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "flora"])  # flora: the reference takes a base delta out, for one seat alone
+def test_preferences_are_learned_together_with_each_pairs_reference_known_once(name, tiny_recipe, tmp_path):
+    pairs = preferences.write_pairs(tmp_path / "pairs.jsonl")
+    recipe = tiny_recipe({"algorithm": name, "train.objective": "dpo", "data.path": str(pairs), **VALUES})
+    alone = fedloom.run(recipe.with_values({"train.cohort": "off"}), out=tmp_path / "alone")
+    whole = fedloom.run(recipe, out=tmp_path / "whole")
+    for one, other in zip(updates(alone.folder), updates(whole.folder), strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+        assert one["loss"] != pytest.approx(0.6931472, abs=1e-6) or one["round"] == 1
+    assert whole.summary["loss"]["after"] == pytest.approx(alone.summary["loss"]["after"], abs=1e-5)
+    assert whole.summary["cost"]["train_flops"] == alone.summary["cost"]["train_flops"]  # the references' included
