@@ -126,15 +126,15 @@ def images(engine: Engine, work: Path, cache: str) -> None:
     if not (Path(cache) / "models").is_dir():
         run(engine, "model", "simulator", ["fetch", "smollm2-135m"], {cache: "/cache", **handed(work / "handed")})
     place = folder(work / "simulator")
-    mounts = {cache: "/cache", place: "/work"}
-    run(engine, "simulator", "simulator", ["run", "quickstart", *SHORT, "--out", "/work/short", "--quiet"], mounts)
+    mounts = {cache: "/cache", place: "/workspace"}
+    run(engine, "simulator", "simulator", ["run", "quickstart", *SHORT, "--out", "/workspace/short", "--quiet"], mounts)
     summary = json.loads((work / "simulator" / "short" / "summary.json").read_text(encoding="utf-8"))
     loss = summary["loss"]
     print(f"    loss {loss['before']:.4f} → {loss['after']:.4f}")
     if not loss["after"] < loss["before"]:
         raise Failed("the short run did not lower the held-out loss")
-    asked = ["--suite", "skills", "--set", "evaluation.limit=2", "--out", "/work/scores.json"]
-    print(run(engine, "evaluation", "evaluation", ["evaluate", "/work/short", *asked], mounts))
+    asked = ["--suite", "skills", "--set", "evaluation.limit=2", "--out", "/workspace/scores.json"]
+    print(run(engine, "evaluation", "evaluation", ["evaluate", "/workspace/short", *asked], mounts))
 
 
 def handed(place: Path) -> dict[str, str]:

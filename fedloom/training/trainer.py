@@ -190,10 +190,7 @@ def fit(
                 group["lr"] = learning_rate(config, first_step + number, total_steps)
             if hooks:
                 hooks.step(number, batches, learning_rate(config, first_step + number, total_steps))
-            with sparing(model, config.checkpointing, config.loss_chunk), autocast(model.device, config.precision):
-                loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
-                while scale.overflowed(model.grad):
-                    loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
+            loss = _gradient(model, learner, batches, config, result, flops, ranks, hooks, scale)
             learner.before_step(model)
             if hooks:
                 hooks.before_step(loss)
@@ -220,6 +217,28 @@ def fit(
     result.tokens, result.flops = ranks.counts(result.tokens, result.flops)
     result.optimizer_state = optimizer_tensors(optimizer, parameter)
     return result
+
+
+def _gradient(
+    model: AdaptedModel,
+    learner: Learner,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    result: FitResult,
+    flops: Flops,
+    ranks: Ranks,
+    hooks: FitHooks | None,
+    scale: LossScale,
+) -> float:
+    """One step's gradient in `model.grad`, in the recipe's precision, computed again where the scale was too large.
+
+    Returns the step's loss.
+    """
+    with sparing(model, config.checkpointing, config.loss_chunk), autocast(model.device, config.precision):
+        loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
+        while scale.overflowed(model.grad):
+            loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
+    return loss
 
 
 def _accumulate(
