@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedloom.data.heterogeneity import difference
+
 if TYPE_CHECKING:
     from fedloom.experiment import Watch
 
@@ -175,6 +177,7 @@ def split_rows(described: Mapping[str, Any]) -> Table:
         table.add_row(f"{len(rest)} more clients", *sums, "")
     total = [str(sum(row[k] for row in clients)) for k in ("train", "validation", "test")]
     table.add_row("all", *total, f"{len(described['categories'])} categories, splitter {described['splitter']}")
+    table.caption = difference(described.get("heterogeneity"))
     return table
 
 

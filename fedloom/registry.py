@@ -245,6 +245,9 @@ splitters = Registry(
         "uniform": "fedloom.data.splitters:uniform",
         "dirichlet": "fedloom.data.splitters:dirichlet",
         "meta": "fedloom.data.splitters:meta",
+        "natural": "fedloom.data.skewed:natural",
+        "quantity": "fedloom.data.skewed:quantity",
+        "shards": "fedloom.data.skewed:shards",
     },
 )
 

@@ -34,11 +34,11 @@ def source_of(data: DataConfig) -> Source:
 
 
 def resolve_split(split: SplitConfig, source: Source) -> SplitConfig:
-    """`split` with its open fields filled in from the corpus's default. A `by` of the user's own means `meta`."""
+    """`split` with its open fields filled in from the corpus's default. A `by` of the user's own, or groups, mean `meta`."""
     default = source.default_split
-    splitter = split.splitter or ("meta" if split.by != "category" else default["splitter"])
+    splitter = split.splitter or ("meta" if split.by != "category" or split.clusters else default["splitter"])
     values: dict[str, Any] = {"splitter": splitter}
-    if split.num_clients is None and splitter != "meta":
+    if split.num_clients is None and splitter not in {"meta", "natural"}:
         own = default.get("num_clients") if splitter == default["splitter"] else None
         values["num_clients"] = own or DEFAULT_CLIENTS
     return split.model_copy(update=values)

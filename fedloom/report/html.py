@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
+from fedloom.data.heterogeneity import difference
 from fedloom.errors import UserError
 from fedloom.report import charts, formats, matrix, svg
 from fedloom.report.folder import FILES, RunFolder, read_run
@@ -75,6 +76,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "bytes": _figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
         "seconds": _figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
         "split": split and {"caption": split.caption(), **_matrix(split)},
+        "different": difference(run.split.get("heterogeneity")),
         "split_rows": _split_rows(run.split) if split and not split.thin else [],
         "pooled": any(e["pooled"] for e in run.of("evaluation")),
         "failures": run.of("client_failed"),
