@@ -178,6 +178,8 @@ def split_rows(described: Mapping[str, Any]) -> Table:
     total = [str(sum(row[k] for row in clients)) for k in ("train", "validation", "test")]
     table.add_row("all", *total, f"{len(described['categories'])} categories, splitter {described['splitter']}")
     table.caption = difference(described.get("heterogeneity"))
+    if repeated := described.get("test_questions_trained_on"):
+        table.caption += f"\n{repeated:,} test questions stand in a training set too: the corpus repeats itself"
     return table
 
 

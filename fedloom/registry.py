@@ -232,6 +232,8 @@ corpora = Registry(
         "fed-gsm8k": "fedloom.corpora.gsm8k:SOURCE",
         "fed-gsm8k-3": "fedloom.corpora.gsm8k:SOURCE",
         "fed-codealpaca": "fedloom.corpora.codealpaca:SOURCE",
+        "fed-alpaca": "fedloom.corpora.alpaca:SOURCE",
+        "fed-codesearchnet": "fedloom.corpora.codesearchnet:SOURCE",
         "fed-preferences": "fedloom.corpora.preferences:SOURCE",
     },
     "fedloom.data.declaration:Source",

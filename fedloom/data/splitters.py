@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import SplitConfig
+from fedloom.data.examples import question_of
 from fedloom.data.heterogeneity import heterogeneity
 from fedloom.errors import UserError
 from fedloom.randomness import numpy_generator
@@ -205,11 +206,14 @@ def split_table(corpus: Corpus, parts: Partition) -> dict[str, Any]:
                 "categories": dict(sorted(counts.items())),
             }
         )
+    trained = {question_of(corpus.examples[i]) for shard in parts.shards.values() for i in shard.train}
+    asked = [question_of(corpus.examples[i]) for shard in parts.shards.values() for i in shard.test]
     return {
         "splitter": parts.splitter,
         "seed": parts.seed,
         "categories": list(corpus.categories()),
         "heterogeneity": heterogeneity(held),
+        "test_questions_trained_on": sum(question in trained for question in asked),
         "clients": rows,
     }
 

@@ -225,6 +225,7 @@ def test_split_table_counts_what_each_client_holds():
         "splitter": "meta",
         "seed": 4,
         "categories": ["a", "b"],
+        "test_questions_trained_on": 0,
         "heterogeneity": heterogeneity([{"a": 20}, {"b": 10}]),
         "clients": [
             {"client": "a", "train": 14, "validation": 2, "test": 4, "categories": {"a": 20}},
