@@ -320,6 +320,7 @@ hooks = Registry(
         "early_stopping": "fedloom.hooks.early_stopping:EarlyStopping",
         "ema": "fedloom.hooks.ema:Ema",
         "gradient_noise": "fedloom.hooks.gradient_noise:GradientNoise",
+        "validation_loss": "fedloom.hooks.validation_loss:ValidationLoss",
     },
     "fedloom.hooks.base:Hook",
 )
