@@ -227,11 +227,11 @@ def benchmark(
 ) -> None:
     """Run a matrix of recipes and write its table; what is finished in the folder is not run again."""
     from fedloom.benchmarking.declaration import Benchmark
+    from fedloom.benchmarking.page import write_benchmark
     from fedloom.benchmarking.runner import run_benchmark
     from fedloom.benchmarking.table import rows, to_csv, to_latex
     from fedloom.checkpoint import write_bytes
     from fedloom.console import benchmark_table, plan_table
-    from fedloom.report.benchmark import write_benchmark
 
     chosen = Benchmark.load(name, size)
     size = size or next(iter(chosen.sizes), None)

@@ -239,7 +239,11 @@ def benchmark_table(rows: Sequence[Row]) -> Table:
         "cpu_seconds",
     )
     columns = [c for c in COLUMNS if c.key in wanted and any(row.means[c.key] is not None for row in rows)]
-    table = Table(*(rows[0].place if rows else ()), *(c.title for c in columns), box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for axis in rows[0].place if rows else ():
+        table.add_column(axis, no_wrap=True, overflow="ignore")
+    for column in columns:
+        table.add_column(column.title, justify="right")
     for row in rows:
         table.add_row(*row.place.values(), *(row.text(c) for c in columns))
     missing = [row for row in rows if row.trouble == NOT_RUN]

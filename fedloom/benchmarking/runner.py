@@ -11,6 +11,7 @@ nothing. This file does not know what a cell is about.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -95,7 +96,8 @@ def _run_cell(benchmark: Benchmark, cell: Cell, out: Path) -> Iterator[str]:
         choices = cell.choices()
         if len(choices) > 1:
             for number, choice in enumerate(choices):
-                _finish(_pilot(benchmark, cell, choice), _pilot_folder(out, cell, number))
+                with contextlib.suppress(RunFailed):  # as with a rate that is far too high: it is not taken
+                    _finish(_pilot(benchmark, cell, choice), _pilot_folder(out, cell, number))
             chosen = choose(cell, out)
             yield "chosen " + ", ".join(f"{key}={value:g}" for key, value in chosen.items())
         else:

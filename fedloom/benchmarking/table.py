@@ -1,8 +1,8 @@
 """A benchmark's table: a row for each cell, means and spreads over seeds; as CSV, LaTeX and a page.
 
 What a run measured and what it cost stand side by side. Columns of `MEASURED` follow from the recipe alone, so that a
-benchmark that was killed and carried on gives them again; those of `SPENT` are this machine's. This file does not run
-anything.
+benchmark that was killed and carried on gives them again; `TRAFFIC` does but for a few bytes; `SPENT` is this machine's.
+This file does not run anything.
 """
 
 from __future__ import annotations
@@ -76,6 +76,10 @@ MEASURED = (
     Column("parameters", "parameters", lambda s: s["adapter"]["parameters"], _count),
     Column("train_tokens", "tokens", lambda s: s["cost"]["train_tokens"], _count),
     Column("train_flops", "FLOPs", lambda s: s["cost"]["train_flops"], _count, "less"),
+    Column("failures", "failures", lambda s: s["failures"], "{:.0f}".format),
+)
+#: A message says how long its work took, so its length differs by a few bytes from run to run.
+TRAFFIC = (
     Column(
         "upload_bytes", "up", lambda s: s["cost"]["upload_bytes"] - s["cost"]["evaluation_upload_bytes"], _size, "less"
     ),
@@ -86,14 +90,13 @@ MEASURED = (
         _size,
         "less",
     ),
-    Column("failures", "failures", lambda s: s["failures"], "{:.0f}".format),
 )
 SPENT = (
     Column("cpu_seconds", "CPU time", lambda s: s["cost"]["cpu_seconds"], "{:.0f} s".format),
     Column("wall_seconds", "time", lambda s: s["cost"]["wall_seconds"], "{:.0f} s".format),
     Column("peak_memory_bytes", "memory", lambda s: s["cost"]["peak_memory_bytes"], _size),
 )
-COLUMNS = (*MEASURED, *SPENT)
+COLUMNS = (*MEASURED, *TRAFFIC, *SPENT)
 
 
 @dataclass(frozen=True)
@@ -168,9 +171,7 @@ def to_latex(found: Sequence[Row], caption: str) -> str:
     """A tabular with booktabs' rules, the best of each measured column in bold."""
     axes = list(found[0].place) if found else []
     columns = [c for c in shown(found) if c.key not in {"loss_before", "failures"}]
-    finest = {
-        c.key: best(found, c) for c in columns if c in MEASURED and c.key not in {"upload_bytes", "download_bytes"}
-    }
+    finest = {c.key: best(found, c) for c in columns if c in MEASURED}
     lines = [
         r"\begin{table}", r"\centering", rf"\caption{{{_escaped(caption)}}}",
         rf"\begin{{tabular}}{{{'l' * len(axes)}{'r' * len(columns)}}}", r"\toprule",
