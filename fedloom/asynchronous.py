@@ -20,6 +20,7 @@ what was in flight when the server died is asked anew. This file knows no algori
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -66,7 +67,8 @@ class InFlight:
         self.now = 0.0
         self._run, self._assign, self._schedule, self._clock, self._folder = run, assign, schedule, clock, folder
         self._round = 0
-        self._queue: list[str] = []  # who may still be asked to start from this version, in the order of asking
+        self._queue: deque[str] = deque()  # who may still be asked to start from this version, in the order of asking
+        self._position = {client: i for i, client in enumerate(schedule.training)}
         self._working: dict[str, int] = {}  # client → round of what was sent and is not back
         self._waiting: dict[str, Waiting] = {}
         self._stream: Iterator[Outcome] | None = None
@@ -77,9 +79,11 @@ class InFlight:
     def begin(self, round: int) -> list[str]:
         """A new version is there, and everybody may start from it. Returns those in flight once free slots are given."""
         self._round = round
-        self._queue = list(self._schedule.queue(round))
-        asked = self._next_clients(self._schedule.sampled() - len(self._busy()))
-        return sorted({*self._busy(), *asked}, key=self._schedule.training.index)
+        self._queue = deque(self._schedule.queue(round))
+        busy = self._busy()
+        idle = (client for client in self._queue if client not in busy)
+        asked = islice(idle, max(0, self._schedule.sampled() - len(busy)))
+        return sorted({*busy, *asked}, key=self._position.__getitem__)
 
     def gather(
         self, accepted: Callable[[Iterator[Outcome]], Iterator[Update]], tick: Callable[[int, int], None]
@@ -114,13 +118,12 @@ class InFlight:
     def _busy(self) -> set[str]:
         return self._working.keys() | self._waiting.keys()
 
-    def _next_clients(self, slots: int) -> list[str]:
-        busy = self._busy()
-        return [client for client in self._queue if client not in busy][: max(0, slots)]
-
     def _free(self) -> str | None:
         """Who is asked next; None where every slot is taken or nobody idle is left."""
-        return next(iter(self._next_clients(min(1, self._schedule.sampled() - len(self._busy())))), None)
+        busy = self._busy()
+        if len(busy) >= self._schedule.sampled():
+            return None
+        return next((client for client in self._queue if client not in busy), None)
 
     def _assignments(self) -> Iterator[Assignment | None]:
         """What the runtime pulls while it is waited for: work for each free slot, then None."""

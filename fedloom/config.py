@@ -158,6 +158,20 @@ class TrainConfig(Section):
         return self
 
 
+def number_or_fraction(value: int | float | None, key: str) -> int | float | None:
+    """A whole number as an int, a fraction below 1 as it is. Raises ValueError for anything between."""
+    if isinstance(value, float) and value >= 1 and not value.is_integer():
+        raise ValueError(f"{key}={value:g} is neither a whole number nor a fraction below 1")
+    return int(value) if isinstance(value, float) and value >= 1 else value
+
+
+def part_of(wanted: int | float | None, clients: int) -> int:
+    """How many of so many clients a `number_or_fraction` means; null all of them, a fraction at least one."""
+    if wanted is None:
+        return clients
+    return max(1, round(wanted * clients)) if isinstance(wanted, float) else wanted
+
+
 class FederationConfig(Section):
     rounds: int = Field(6, ge=1, description="number of rounds")
     clients_per_round: int | float | None = Field(
@@ -174,16 +188,11 @@ class FederationConfig(Section):
     @field_validator("clients_per_round")
     @classmethod
     def _number_or_fraction(cls, value: int | float | None) -> int | float | None:
-        if isinstance(value, float) and value >= 1 and not value.is_integer():
-            raise ValueError(f"clients_per_round={value:g} is neither a whole number nor a fraction below 1")
-        return int(value) if isinstance(value, float) and value >= 1 else value
+        return number_or_fraction(value, "clients_per_round")
 
     def sampled(self, clients: int) -> int:
         """Clients in a round, of so many that hold training data."""
-        wanted = self.clients_per_round
-        if wanted is None:
-            return clients
-        return max(1, round(wanted * clients)) if isinstance(wanted, float) else wanted
+        return part_of(self.clients_per_round, clients)
 
 
 class OperatorConfig(Section):
@@ -239,10 +248,21 @@ class EvaluationConfig(Section):
     suite: str | None = Field(
         "auto", description="the paired evaluation; auto is the corpus's own, null scores nothing"
     )
+    clients: int | float | None = Field(
+        None,
+        gt=0,
+        description="clients that are measured, the same ones every time, drawn with the seed: a number, or a fraction "
+        "below 1.0; null measures all that hold test data",
+    )
     limit: int | None = Field(20, ge=1, description="questions scored for each task, over all clients; null: all")
     batch_size: int = Field(24, ge=1, description="sequences in one forward pass of evaluation and generation")
     max_new_tokens: int | None = Field(None, ge=1, description="longest generated answer; null: the suite's own")
     answers: int = Field(5, ge=0, description="test questions whose answers before and after stand in the report")
+
+    @field_validator("clients")
+    @classmethod
+    def _number_or_fraction(cls, value: int | float | None) -> int | float | None:
+        return number_or_fraction(value, "evaluation.clients")
 
 
 class TrackingConfig(Section):

@@ -27,6 +27,7 @@ from fedloom.clock import Clock
 from fedloom.errors import RunFailed
 from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
+from fedloom.tables import Tables
 from fedloom.tracking import Events
 from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Update, pooled_mean
 
@@ -85,6 +86,7 @@ class Coordinator:
         self.schedule = schedule
         self.checkpoints = checkpoints
         self.events = events
+        self.tables = Tables(events.path.parent / "evaluations")
         self.recipe = recipe
         self.channel = channel
         self.score = score
@@ -227,6 +229,7 @@ class Coordinator:
                 **(self.in_flight.about(outcome) if self.in_flight else {"staleness": 0, "arrived": None}),
             )
             yield outcome
+            del outcome
         if tally.updates < self.schedule.federation.min_clients:
             raise RunFailed(
                 f"round {number} got {tally.updates} usable updates and needs {self.schedule.federation.min_clients} "
@@ -260,9 +263,12 @@ class Coordinator:
         outcomes = self.runtime.run(self._assign(client, kind, round, dataset) for client in clients)
         if kind == "train":
             outcomes = self.channel.opening(outcomes)
-        for done, outcome in enumerate(outcomes, 1):
+        done = 0
+        for outcome in outcomes:
+            done += 1  # noqa: SIM113  (its tuple would hold on to the outcome)
             self.tick(kind, round, done, len(clients))
             yield outcome
+            del outcome  # as everywhere on an update's way: two of them in memory would be one too many
 
     def _assign(self, client: str, kind: Any, round: int, dataset: Any = "test") -> Assignment:
         """One assignment; the first one to a client carries the recipe and the initial broadcast."""
@@ -310,7 +316,7 @@ class Coordinator:
         result = {
             **{key: found[key] for key in ("loss", "score", "questions")},
             "tokens": int(sum(m["tokens"] for m in own.values())),
-            "clients": {name: measured.means(m) for name, m in own.items()},
+            **self.tables.told(finished, {name: measured.means(m) for name, m in own.items()}),
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
             "emulator": emulator,
@@ -325,14 +331,14 @@ class Coordinator:
         """Client → sums (measured.py), of those that could be measured."""
         sums: dict[str, Mapping[str, float]] = {}
         cost = Cost()
-        for outcome in self._counted("evaluate", finished, self.schedule.testing, dataset):
+        for outcome in self._counted("evaluate", finished, self.schedule.measuring, dataset):
             cost += outcome.cost
             if isinstance(outcome, Failure):
                 self._failed(outcome, "evaluate")
                 self.progress.failures += 1
             else:
                 sums[outcome.client] = outcome.metrics
-        return {c: sums[c] for c in self.schedule.testing if c in sums}, cost
+        return {c: sums[c] for c in self.schedule.measuring if c in sums}, cost
 
     # ------------------------------------------------------------------ checkpoints
 

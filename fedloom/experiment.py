@@ -220,7 +220,7 @@ def assemble(
             f"federation.rounds={recipe.federation.rounds} but {state.round} rounds are finished: ask for more, not fewer"
         )
     folder.write_recipe(recipe)
-    folder.write("split.json", setting.split)
+    folder.write("split.json", setting.split, rows="clients")
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
     if runtime is None and recipe.runtime.name in registry.openers:
@@ -292,6 +292,7 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
         setting.data,
         setting.clients,
         progress,
+        coordinator.tables,
         algorithm.deployed().adapter,
         digest,
         setting.suite.name if setting.suite else None,

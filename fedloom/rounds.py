@@ -29,6 +29,7 @@ class Schedule:
         independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
             sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
         secret: the sample comes from the operating system's entropy and not from the seed.
+        measured: those of `testing` that evaluations measure, in order; None is all of them.
     """
 
     training: tuple[str, ...]
@@ -39,6 +40,12 @@ class Schedule:
     seed: int
     independent: bool = False
     secret: bool = False
+    measured: tuple[str, ...] | None = None
+
+    @property
+    def measuring(self) -> tuple[str, ...]:
+        """The clients of an evaluation."""
+        return self.testing if self.measured is None else self.measured
 
     def sampled(self) -> int:
         """Clients in a round, on average where they are sampled independently."""

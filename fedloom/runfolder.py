@@ -24,7 +24,7 @@ from fedloom.overrides import load_yaml
 #: What a run writes, and all that `--overwrite` deletes.
 CONTENTS = (
     "events.jsonl", "summary.json", "split.json", "answers.json", "report.html",
-    "checkpoints", "clients", "adapter", "adapters", "trackers", "reference",
+    "evaluations", "checkpoints", "clients", "adapter", "adapters", "trackers", "reference",
     "recipe.yaml",  # last: what is deleted by half can still be overwritten
 )  # fmt: skip
 
@@ -57,8 +57,9 @@ class RunFolder:
     def write_recipe(self, recipe: Recipe) -> None:
         write_bytes(self.path / "recipe.yaml", recipe.to_yaml().encode())
 
-    def write(self, name: str, values: Mapping[str, Any]) -> None:
-        write_json(self.path / name, values)
+    def write(self, name: str, values: Mapping[str, Any], rows: str | None = None) -> None:
+        """A JSON file of the run; the list under the key `rows` has a line for each item."""
+        write_json(self.path / name, values, rows)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, None where it is not there or cannot be read."""

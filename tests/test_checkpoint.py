@@ -166,6 +166,20 @@ def test_client_state_of_the_right_round(tmp_path):
     assert store.load("b", 9) == {}
 
 
+def test_a_client_that_comes_rarely_keeps_two_states(tmp_path):
+    """At round 900 the checkpoints of 898 and 899 may be gone back to, whose newest state is that of round 50."""
+    store = ClientStore(tmp_path, keep=3)
+    for round in (1, 50, 900):
+        store.save("a", round, {"personal": Payload({}, {"r": round})})
+    assert [store.load("a", up_to).get("personal", Payload()).meta for up_to in (49, 898, 899, 900)] == [
+        {}, {"r": 50}, {"r": 50}, {"r": 900},
+    ]  # fmt: skip
+    for round in (901, 902):
+        store.save("a", round, {"personal": Payload({}, {"r": round})})
+    assert store.load("a", 899) == {}  # round 902's server goes back to 900 at most
+    assert [store.load("a", up_to)["personal"].meta["r"] for up_to in (900, 901, 902)] == [900, 901, 902]
+
+
 def test_clients_without_state_have_no_file(tmp_path):
     ClientStore(tmp_path / "clients").save("a", 1, {"personal": Payload(), "optimizer": Payload()})
     assert not (tmp_path / "clients").exists()

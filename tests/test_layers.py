@@ -26,6 +26,7 @@ LAYERS = [
         "asynchronous",
         "rounds",
         "measured",
+        "tables",
         "tracking",
         "client",
         "coordinator",

@@ -7,6 +7,7 @@ know what made the names (LoRA, prefix tuning, a whole model) or what the number
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from math import prod
 
@@ -123,6 +124,11 @@ def block_sum(values: torch.Tensor) -> torch.Tensor:
     return values.sum()
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element is. A sum tells in one pass; where it is not finite it may be the sum's own overflow."""
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
+
+
 @torch.no_grad()
 def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
     """Swap the contents of two tensors of one shape, each contiguous."""
@@ -151,11 +157,11 @@ class WeightedMean:
             raise ValueError(f"weight is {weight}; an update counts at least one example")
         check_names(self.layout, tensors)
         for name, view in self._views.items():
-            view.add_(tensors[name].detach().to("cpu", torch.float64), alpha=weight * scale)
+            view.add_(tensors[name].detach().cpu(), alpha=weight * scale)  # in fp64, without a copy of it in fp64
         self.total += weight
 
     def result(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The mean, [numel]. Raises ValueError where nothing was added."""
         if not self.total:
             raise ValueError("the mean of no updates does not exist")
-        return (self._sum / self.total).to(dtype)
+        return torch.div(self._sum, self.total, out=torch.empty(self.layout.numel, dtype=dtype))

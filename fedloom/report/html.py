@@ -77,7 +77,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "updates": len(run.of("client_update")),
         "ages": _ages(run),
         "clients": clients[:MOST_ROWS],
-        "clients_left_out": max(0, len(clients) - MOST_ROWS),
+        "clients_left_out": max(0, (run.headline.get("clients") or len(clients)) - len(clients[:MOST_ROWS])),
         "answers": run.answers.get("answers", []),
         "strip": _strip(run) if split and len(clients) <= charts.COLOURED else [],
     }

@@ -35,7 +35,10 @@ class Simulator:
             reply = wire.encode_outcome(self._client.handle(wire.decode_assignment(message)))
             outcome = wire.decode_outcome(reply)
             cost = replace(outcome.cost, upload_bytes=len(reply), download_bytes=len(message))
-            yield replace(outcome, cost=cost)
+            del message, reply
+            outcome = replace(outcome, cost=cost)
+            yield outcome
+            del outcome
 
     def close(self) -> None:
         self._client.close()

@@ -28,6 +28,11 @@ MAGIC = b"FLM2"
 VERSION = 2
 DIGEST_BYTES = 32
 
+#: Bytes at whose multiples torch lets a tensor's memory begin.
+ALIGNMENT = 64
+
+Rows = tuple[tuple[str, tuple[int, ...]], ...]
+
 
 class WireError(ValueError):
     """A message that cannot be read: truncated, altered, too large or of another version."""
@@ -242,10 +247,9 @@ def _payload(header: dict[str, Any], parts: dict[str, tuple[torch.dtype, int, me
         return Payload(flat, header["meta"], coding)
     check({n: torch.empty(count, dtype=dtype, device="meta") for n, (dtype, count, _) in parts.items()}, table.spec())
     tensors: dict[str, torch.Tensor] = {}
-    for part, name, start, shape in table.places():
+    for part, rows in table.rows.items():
         dtype, _, data = parts[part]
-        size = prod(shape) * dtype.itemsize
-        tensors[name] = _copied(data[start * dtype.itemsize :][:size], dtype, shape)
+        tensors |= _aligned(data, dtype, rows)
     return Payload(dict(sorted(tensors.items())), header["meta"])
 
 
@@ -256,6 +260,23 @@ def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> tor
         window: Any = made.reshape(-1).view(torch.uint8).numpy()
         memoryview(window)[:] = data
     return made
+
+
+def _aligned(data: memoryview, dtype: torch.dtype, rows: Rows) -> dict[str, torch.Tensor]:
+    """All tensors of a part in one buffer, each from an aligned place on: as `_copied` of each, and far fewer steps."""
+    room = ALIGNMENT // dtype.itemsize
+    counts = [prod(shape) for _, shape in rows]
+    made = torch.empty(sum(-(-count // room) * room for count in counts), dtype=dtype)
+    window: Any = made.view(torch.uint8).numpy()
+    into = memoryview(window)
+    tensors: dict[str, torch.Tensor] = {}
+    at, read = 0, 0
+    for (name, shape), count in zip(rows, counts, strict=True):
+        size = count * dtype.itemsize
+        into[at * dtype.itemsize :][:size] = data[read : read + size]
+        tensors[name] = made[at : at + count].view(shape)
+        at, read = at + -(-count // room) * room, read + size
+    return tensors
 
 
 def _refused(word: str) -> Any:
