@@ -10,10 +10,13 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 export OMP_WAIT_POLICY := PASSIVE
 export MKL_CBWR := AVX2
 
-.PHONY: quickstart test test-slow test-faults check docs wheel clean
+.PHONY: quickstart demo-distributed test test-slow test-faults check docs wheel containers wheelhouse clean
 
 quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
+
+demo-distributed: $(VENV)/.demo  ## a server and three sites on this machine, mutual TLS, and the simulator's adapter
+	$(BIN)/python benchmarks/demo_distributed.py
 
 test: $(VENV)/.dev  ## all tests but those that take minutes, with coverage
 	rm -f .coverage .coverage.*
@@ -26,8 +29,8 @@ test-faults: $(VENV)/.dev  ## whatever can be killed, full, torn or foreign, and
 	$(BIN)/python -m pytest -q tests/faults
 
 check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
-	$(BIN)/ruff format --check fedloom tests
-	$(BIN)/ruff check fedloom tests
+	$(BIN)/ruff format --check fedloom tests containers
+	$(BIN)/ruff check fedloom tests containers
 	$(BIN)/mypy
 	$(MAKE) test
 
@@ -37,6 +40,14 @@ docs: $(VENV)/.dev  ## write the generated pages again
 wheel: $(VENV)/.dev  ## dist/fedloom-*.whl
 	$(BIN)/python -m build --quiet --wheel
 
+containers: $(VENV)/.dev  ## build the images with Docker, or with buildah, and run each of them
+	containers/build.sh
+	$(BIN)/python containers/check.py
+
+wheelhouse:  ## dist/wheelhouse: all that a site without internet installs from; looks that it can
+	rm -rf dist/wheelhouse
+	PYTHON=$(PYTHON) containers/wheelhouse.sh --check dist/wheelhouse
+
 clean:  ## everything that these targets made, runs excepted
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.*
 
@@ -45,7 +56,12 @@ $(VENV)/.run: pyproject.toml constraints.txt
 	$(PIP) -e ".[skills]"
 	touch $@
 
+$(VENV)/.demo: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -e ".[skills,distributed]"
+	touch $@ $(VENV)/.run
+
 $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[dev]"
-	touch $@ $(VENV)/.run
+	touch $@ $(VENV)/.run $(VENV)/.demo

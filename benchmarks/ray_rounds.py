@@ -7,8 +7,8 @@ median of what its events say. Adapters have to be equal, bit for bit.
     python benchmarks/ray_rounds.py                   both sizes, 1 and 2 actors
     python benchmarks/ray_rounds.py --adapter large --rounds 8 --actors 1 2 4
 
-Prints NAME.RUNTIME_round_seconds=, NAME.RUNTIME_over_simulator= (the ratio) and NAME.RUNTIME_start_seconds= (from the first line
-of code to the first round, Ray's own start in the first of them). Exits with 1 where an adapter differs.
+Prints NAME.RUNTIME_round_seconds=, NAME.RUNTIME_over_simulator= (the ratio) and NAME.RUNTIME_start_seconds= (from the first
+line of code to the first round, Ray's own start in the first of them). Exits with 1 where an adapter differs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import fedloom  # noqa: F401  sets what torch reads when it is imported
+import fedloom  # sets what torch reads when it is imported
 from fedloom import Recipe, run
 from fedloom.models.loading import quiet_transformers
 from fedloom.tracking import read_events

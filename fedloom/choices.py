@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from fedloom import registry
 from fedloom.algorithms.base import Algorithm, parse_options
 from fedloom.algorithms.making import make, settled
-from fedloom.config import Recipe, part_of
+from fedloom.config import Recipe, RuntimeConfig, part_of
 from fedloom.data.examples import paired
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -22,6 +24,7 @@ from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import supports_packing
+from fedloom.models.loading import pick_device
 from fedloom.privacy import PrivacyConfig
 from fedloom.randomness import numpy_generator
 from fedloom.rounds import Schedule
@@ -55,19 +58,70 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"train.objective=dpo compares with the base model, which clients of {name} do not hold: use "
             "train.objective=sft, or an algorithm whose clients do, such as fedavg_outer"
         )
+    check_parallel(recipe)
     options = parse_options(cls, name, recipe.algorithm.options)
     cls.check(options, recipe.adapter, recipe.train, recipe.model)
     return make(recipe)
 
 
+def check_parallel(recipe: Recipe) -> None:
+    """Refuse ranks that could not train this recipe's clients together. Raises UserError."""
+    runtime, adapter, name = recipe.runtime, recipe.adapter, recipe.algorithm.name
+    if runtime.ranks == 1:
+        return
+    asked, strategy = f"runtime.ranks={runtime.ranks}", runtime.parallel or "ddp"
+    cls = registry.algorithms.get(name)
+    if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
+        raise UserError(f"{asked} cannot be had with runtime.name={runtime.name}, whose clients are single processes")
+    if cls.properties.offsite:
+        raise UserError(
+            f"{asked} cannot be had with {name}: its clients are sent an emulator once, which a cluster that was started "
+            "again would not have; leave runtime.ranks out"
+        )
+    able = cls.strategies()
+    if not able:
+        raise UserError(
+            f"algorithm {name} has a training loop of its own that does not say how ranks share it, so {asked} cannot be "
+            "had with it: leave runtime.ranks out, or use another algorithm, such as fedavg"
+        )
+    if strategy not in able:
+        raise UserError(
+            f"algorithm {name} adds to base weights, which runtime.parallel={strategy} would shard: use "
+            f"runtime.parallel={' or '.join(sorted(able))}"
+        )
+    if strategy == "fsdp" and adapter.trains_base:
+        raise UserError(
+            f"runtime.parallel=fsdp shards a frozen base, but adapter.{adapter.trains_base} trains weights of it, which lie "
+            "in one buffer: use runtime.parallel=ddp"
+        )
+
+
+def check_devices(runtime: RuntimeConfig) -> None:
+    """One GPU of this machine for each rank, or none for any. Raises UserError."""
+    device = pick_device(runtime.device)
+    if runtime.ranks == 1 or not device.startswith("cuda"):
+        return
+    if device != "cuda":
+        raise UserError(
+            f"runtime.device={device} is one GPU, but runtime.ranks={runtime.ranks} takes the first {runtime.ranks}: set "
+            "runtime.device=cuda, and choose among GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if torch.cuda.device_count() < runtime.ranks:
+        raise UserError(
+            f"runtime.ranks={runtime.ranks} but torch sees {torch.cuda.device_count()} GPUs, and each rank needs one: lower "
+            "runtime.ranks, or set runtime.device=cpu"
+        )
+
+
 def check_runtime(recipe: Recipe, algorithm: Algorithm) -> None:
-    """Refuse a runtime that is not there, or that an algorithm's clients cannot work in."""
+    """Refuse a runtime that is not there, or that an algorithm's clients cannot work in, or that this machine cannot be."""
     runtime = registry.runtimes.get(recipe.runtime.name)
     if algorithm.properties.offsite and not getattr(runtime, "offsite", True):
         raise UserError(
             f"algorithm {recipe.algorithm.name} sends an emulator once, which a client's process has to keep, and "
             f"runtime.name={recipe.runtime.name} moves clients between processes: use runtime.name=simulator"
         )
+    check_devices(recipe.runtime)
 
 
 def _taking_mixed_ranks() -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fedloom.errors import RunFailed, UserError, disk_trouble
@@ -275,7 +276,7 @@ def show_checks(found: Iterable[Check]) -> None:
     for check in found:
         bad += check.level == "bad"
         mark = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}[check.level]
-        table.add_row(mark, check.name, check.found, check.mend)
+        table.add_row(mark, *(escape(text) for text in (check.name, check.found, check.mend)))
     out.print(table)
     if bad:
         raise RunFailed(f"{bad} check{'s' * (bad != 1)} failed: see the last column for the mend")

@@ -77,7 +77,9 @@ def join(
     model: Annotated[str | None, typer.Option("--model", help="where the base model lies here")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="examples in one forward pass here")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:0 …")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads, shared out among ranks")] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", help="processes that train together here")] = None,
+    parallel: Annotated[str | None, typer.Option("--parallel", help="how they do: ddp or fsdp")] = None,
     check: Annotated[
         bool, typer.Option("--check", help="look whether everything is in place, and do not join")
     ] = False,
@@ -87,7 +89,7 @@ def join(
 
     settings = {
         "data": data, "columns": parse_overrides(column) if column else None, "model": model,
-        "batch_size": batch_size, "device": device, "threads": threads,
+        "batch_size": batch_size, "device": device, "threads": threads, "ranks": ranks, "parallel": parallel,
     }  # fmt: skip
     site = federation.get("settle")(kit, settings)
     if check:

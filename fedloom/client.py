@@ -31,7 +31,8 @@ from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
 from fedloom.training.objectives import OBJECTIVES
-from fedloom.training.trainer import LocalRun
+from fedloom.training.parallel import ALONE, Ranks, bystander, deal
+from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
 
@@ -45,6 +46,8 @@ class Client:
         store: where a client's own state rests.
         results: the folder that `save` writes personal adapters under.
         suite: the paired evaluation, or None.
+        ranks: this process's place among those that train each client together. All are asked the same; the first one's
+            outcome is the client's, and it alone writes files.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Client:
         store: Store,
         results: Path,
         suite: Suite | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._models = models
         self._data = data
@@ -62,6 +66,7 @@ class Client:
         self._store = store
         self._results = results
         self._suite = suite
+        self._ranks = ranks
         self._recipe: Recipe
         self._algorithm: Algorithm
         self._channel: ClientChannel
@@ -82,6 +87,8 @@ class Client:
         except Damaged as damage:
             outcome = Failure(assignment.client, assignment.round, "damaged_state", str(damage))
         except torch.OutOfMemoryError:
+            if self._ranks.count > 1:  # the others wait for this one in the middle of a step: all have to start again
+                raise
             outcome = Failure(
                 assignment.client, assignment.round, "out_of_memory", "out of memory: lower train.batch_size"
             )
@@ -119,33 +126,18 @@ class Client:
         self._algorithm.receive(payload)
 
     def _train(self, assignment: Assignment) -> Update:
-        assert self._model is not None
-        train, client, round = self._recipe.train, assignment.client, assignment.round
+        client, round = assignment.client, assignment.round
         data = self._data.client(client)
         if not data.train:
             raise ClientFailed("no_data", "this client has no training examples")
-        plan = Plan(train.batch_size, train.accumulation, assignment.steps, None if assignment.steps else train.epochs)
-        per_round = plan.steps_per_round(len(data.train))
-        passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
-        packed = self._recipe.train.packing == "on"
-        seen = [i for step in passes for p in step for i in p]
-        prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
-        optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
-        with forked_torch(self._recipe.seed, "dropout", round, client):
-            result = self._algorithm.local_training(
-                LocalRun(
-                    self._model,
-                    partial(self._steps, data, passes),
-                    train,
-                    first_step=(round - 1) * per_round,
-                    total_steps=assignment.rounds * per_round,
-                    optimizer_state=optimizer.tensors if optimizer else None,
-                )
-            )
+        result, others = self._trained(assignment, data)
         if not result.steps:
             raise ClientFailed("non_finite", f"all {result.skipped_steps} steps of this round were skipped")
-        payload = self._channel.encoded(self._algorithm.shared_state(), client, round)
-        kept = Payload(result.optimizer_state) if train.optimizer_state == "keep" else Payload()
+        shared = self._algorithm.shared_state()
+        if not self._ranks.first:
+            return Update(client, round, Payload())
+        payload = self._channel.encoded(shared, client, round)
+        kept = Payload(result.optimizer_state) if self._recipe.train.optimizer_state == "keep" else Payload()
         own = {"personal": self._algorithm.personal_state(), "optimizer": kept, "operators": self._channel.state()}
         self._store.save(client, round, own)
         return Update(
@@ -155,17 +147,60 @@ class Client:
             num_examples=len(data.train),
             num_tokens=data.sequences.supervised_tokens(data.train),
             metrics={"loss": result.loss, "skipped_steps": result.skipped_steps},
-            cost=Cost(train_tokens=result.tokens, train_flops=result.flops + prepared, steps=result.steps),
+            cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps, cpu_seconds=others),
         )
 
+    def _trained(self, assignment: Assignment, data: ClientData) -> tuple[FitResult, float]:
+        """This round's training of the live model, and the CPU seconds that other ranks spent on it."""
+        assert self._model is not None
+        train, client, round, ranks = self._recipe.train, assignment.client, assignment.round, self._ranks
+        plan = Plan(train.batch_size, train.accumulation, assignment.steps, None if assignment.steps else train.epochs)
+        per_round = plan.steps_per_round(len(data.train))
+        passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
+        packed = self._recipe.train.packing == "on"
+        seen = [i for step in passes for p in step for i in p]
+        prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
+        optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
+        began = time.process_time()
+        with forked_torch(self._recipe.seed, "dropout", round, ranks.stream(client)):
+            result = self._algorithm.local_training(
+                LocalRun(
+                    self._model,
+                    partial(self._steps, data, passes),
+                    train,
+                    first_step=(round - 1) * per_round,
+                    total_steps=assignment.rounds * per_round,
+                    optimizer_state=optimizer.tensors if optimizer else None,
+                    ranks=ranks,
+                )
+            )
+        ranks.check_alike(self._model.adapter.flat)
+        result.flops += prepared
+        spent = time.process_time() - began
+        return result, ranks.total(spent) - spent
+
     def _steps(self, data: ClientData, steps: list[list[list[int]]]) -> Iterator[list[Batch]]:
+        """Each step's passes, of all ranks."""
         pad = self._template.tokenizer.pad_token_id or 0
         packed = self._recipe.train.packing == "on"
         for passes in steps:
-            yield [self._objective.batch(data.sequences, indices, packed=packed, pad=pad) for indices in passes]
+            if self._ranks.count > 1:
+                examples = [i for p in passes for i in p]
+                hands = deal(
+                    [len(data.sequences[i]) for i in examples], self._ranks.count, self._recipe.train.batch_size
+                )
+                passes = [[examples[at] for at in hand] for hand in hands]
+            yield [
+                self._objective.batch(data.sequences, indices, packed=packed, pad=pad)
+                if indices
+                else bystander(data.sequences[data.train[0]], packed=packed, pad=pad)
+                for indices in passes
+            ]
 
     def _evaluate(self, assignment: Assignment) -> Update:
         assert self._model is not None
+        if not (self._ranks.first or self._ranks.sharded):  # with a sharded base all ranks have to go along
+            return Update(assignment.client, assignment.round, Payload())
         settings = self._recipe.evaluation
         packed = self._recipe.train.packing == "on"
         pooled = assignment.dataset == "pooled"
@@ -194,6 +229,8 @@ class Client:
 
     def _save(self, assignment: Assignment) -> Update:
         assert self._model is not None
+        if not self._ranks.first:
+            return Update(assignment.client, assignment.round, Payload())
         deployed = self._algorithm.deployed(assignment.client)
         folder = self._results / folder_name(assignment.client)
         self._model.save(folder, self._recipe.model.name)

@@ -177,7 +177,12 @@ class FederationConfig(Section):
     clients_per_round: int | float | None = Field(
         None, gt=0, description="clients sampled in a round: a number, or a fraction below 1.0; null takes all"
     )
-    min_clients: int = Field(1, ge=1, description="the fewest updates a round needs; with fewer the run ends")
+    min_clients: int = Field(
+        1,
+        ge=1,
+        description="the fewest updates a round needs; with fewer it waits for lost clients until round_deadline, then the "
+        "run ends",
+    )
     round_deadline: float | None = Field(
         None,
         gt=0,
@@ -233,7 +238,14 @@ class RayConfig(Section):
 class RuntimeConfig(Section):
     name: str = Field("simulator", description="where the clients run")
     device: str = Field("auto", description="cpu, cuda, cuda:0 …; auto takes a GPU where there is one")
-    threads: int | None = Field(None, ge=1, description="CPU threads; null takes the cores really available")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads, shared out among ranks; null takes the cores really available"
+    )
+    ranks: int = Field(1, ge=1, le=64, description="processes that train each client together, one for each GPU")
+    parallel: Literal["ddp", "fsdp"] | None = Field(
+        None,
+        description="how: ddp shares out each step's examples; fsdp shards the frozen base besides; null is ddp",
+    )
     speed_spread: float = Field(
         0.5,
         ge=0,
@@ -241,6 +253,20 @@ class RuntimeConfig(Section):
         description="under an asynchronous algorithm, how unlike simulated clients' speeds are: σ of their log",
     )
     ray: RayConfig = Field(default_factory=RayConfig, description="of the runtime ray alone")
+
+    @model_validator(mode="after")
+    def _parallel_needs_ranks(self) -> RuntimeConfig:
+        if self.parallel is not None and self.ranks == 1:
+            raise ValueError(
+                f"runtime.parallel={self.parallel} says how ranks work together, but runtime.ranks=1: set runtime.ranks=2 "
+                "or more, or leave it out"
+            )
+        return self
+
+    @property
+    def threads_of_a_rank(self) -> int:
+        """Of a resolved recipe."""
+        return max(1, (self.threads or 1) // self.ranks)
 
 
 class EvaluationConfig(Section):

@@ -50,6 +50,9 @@ class Runtime(Protocol):
 #: questions are asked).
 ServerMeasure = Callable[[Deployed], Mapping[str, float]]
 
+#: Seconds between two times that a lost client is asked whether it is back, where a round is below quorum.
+PAUSE = 1.0
+
 #: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
 Tick = Callable[[str, int, int, int], None]
 
@@ -188,8 +191,30 @@ class Coordinator:
         """A synchronous round: the usable updates of all clients that are sampled for it."""
         clients = self.schedule.sample(number)
         self.events.write("round_started", round=number, clients=list(clients))
-        outcomes = self._counted("train", number, clients)
+        outcomes = self._insisted(number, clients)
         return self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
+
+    def _insisted(self, number: int, clients: Sequence[str]) -> Iterator[Outcome]:
+        """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's deadline."""
+        federation = self.schedule.federation
+        waits = 0.0 if self.runtime.virtual else federation.round_deadline or 0.0
+        until, usable, asked = time.monotonic() + waits, 0, clients
+        while True:
+            lost: list[Failure] = []
+            for outcome in self._counted("train", number, asked):
+                if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW:
+                    lost.append(outcome)
+                    continue
+                usable += isinstance(outcome, Update)
+                yield outcome
+            if not lost or usable >= federation.min_clients or time.monotonic() + PAUSE > until:
+                yield from lost
+                return
+            for failure in lost if asked is clients else ():
+                self._failed(failure, "train")
+            self._contacted.difference_update(f.client for f in lost)
+            asked = [f.client for f in lost]
+            time.sleep(PAUSE)
 
     def _as_they_come(self, number: int, tally: _Tally) -> Iterator[Update]:
         """An asynchronous round: the first usable updates to arrive, whichever round their clients started in."""
@@ -295,7 +320,8 @@ class Coordinator:
 
         Personal models differ from client to client, so after the last round each is also measured on everybody's test
         data: the mean of that is what other settings are compared with. Where clients hold an emulator, what they measure
-        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data.
+        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data,
+        where it has them.
         """
         started = time.perf_counter()
         cost = Cost()
@@ -303,9 +329,10 @@ class Coordinator:
         cost += spent
         personal = self.algorithm.properties.personal
         pooled, emulator = self._final_personal(finished), None
-        if self.algorithm.properties.offsite and self.server_measure:
+        if self.algorithm.properties.offsite:
             emulator = measured.together(own)
-            found = measured.means(self.server_measure(self.algorithm.deployed()))
+            here = self.server_measure(self.algorithm.deployed()) if self.server_measure else measured.total(())
+            found = measured.means(here)
         elif pooled:
             sums, spent = self._measure(finished, "pooled")
             cost += spent

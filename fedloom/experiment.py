@@ -49,6 +49,7 @@ from fedloom.operators.channel import Chains, ServerChannel
 from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
+from fedloom.runtimes.ranked import Ranked
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.types import Corpus, Partition
@@ -223,18 +224,19 @@ def assemble(
     folder.write("split.json", setting.split, rows="clients")
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
+    elsewhere = runtime is not None  # the data, too: nothing can be measured here
     if runtime is None and recipe.runtime.name in registry.openers:
         runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
     if runtime is None:
-        client = Client(
-            setting.models,
-            setting.data,
-            setting.template,
-            ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1),
-            folder / "adapters",
-            setting.suite,
-        )
+        store = ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1)
+        client = Ranked(recipe, folder.path) if recipe.runtime.ranks > 1 else Client(
+            setting.models, setting.data, setting.template, store, folder / "adapters", setting.suite
+        )  # fmt: skip
         runtime = registry.runtimes.get(recipe.runtime.name)(client, setting.data.partition.clients)
+    measure = server_measure(
+        recipe, setting.model, setting.template, setting.suite, setting.data,
+        offsite=setting.algorithm.properties.offsite,
+    )  # fmt: skip
     coordinator = Coordinator(
         setting.algorithm,
         runtime,
@@ -244,14 +246,7 @@ def assemble(
         recipe.resolved(),
         channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
-        server_measure=server_measure(
-            recipe,
-            setting.model,
-            setting.template,
-            setting.suite,
-            setting.data,
-            offsite=setting.algorithm.properties.offsite,
-        ),
+        server_measure=None if elsewhere else measure,
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
     )
@@ -265,8 +260,15 @@ def assemble(
 
 def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
     """Rounds, then results."""
-    recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     coordinator = assemble(setting, folder, resume, watch, runtime)
+    try:
+        return _results(setting, folder, coordinator, watch, elsewhere=runtime is not None)
+    finally:
+        coordinator.runtime.close()  # processes too, where clients have some
+
+
+def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch, *, elsewhere: bool) -> Result:
+    recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     settings = recipe.evaluation
     asker = Asker(
         setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
@@ -285,7 +287,7 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.runtime.close()
-    reference = _reference(setting, folder, watch)
+    reference = _reference(setting, folder, watch) if not elsewhere else None  # it takes everybody's data
     load("")
     summary = summarise(
         recipe,

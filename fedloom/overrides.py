@@ -112,6 +112,8 @@ KNOWN_AS = {
     "dataset": "data.corpus",
     "model_name_or_path": "model.name",
     "torch_dtype": "model.dtype",
+    "nproc_per_node": "runtime.ranks",
+    "num_processes": "runtime.ranks",
     "noise_multiplier": "privacy.noise",
     "target_epsilon": "privacy.epsilon",
     "target_delta": "privacy.delta",

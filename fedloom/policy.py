@@ -22,7 +22,7 @@ from pydantic import Field, ValidationError
 from fedloom.errors import UserError
 from fedloom.overrides import load_yaml
 from fedloom.section import Section
-from fedloom.types import Failure, Outcome, Payload
+from fedloom.types import Failure, Outcome
 
 CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
@@ -41,6 +41,7 @@ class Policy(Section):
     operators: list[str] | None = Field(None, description="operators that may encode messages; null: every one")
     methods: list[str] | None = Field(None, description="PEFT methods that may be trained here; null: every one")
     rounds: int | None = Field(None, ge=1, description="the most rounds that a recipe may have")
+    ranks: int = Field(8, ge=1, description="the most processes that a recipe may have train together here")
     largest_epsilon: float | None = Field(
         None, gt=0, description="a recipe has to be private with an epsilon of at most this; null asks for no privacy"
     )
@@ -79,6 +80,13 @@ class Policy(Section):
         if recipe["model"].get("trust_remote_code"):
             raise Refused("the recipe asks for model.trust_remote_code, which no site grants")
 
+    def ranks_of(self, recipe: Mapping[str, Any]) -> int:
+        """How many processes a resolved recipe has train together here. Raises Refused where that is too many."""
+        wanted = recipe["runtime"].get("ranks", 1)
+        if not isinstance(wanted, int) or not 1 <= wanted <= self.ranks:
+            raise Refused(f"the recipe asks for {wanted} ranks and this site's policy allows {self.ranks} (ranks)")
+        return wanted
+
     def _among(self, key: str, allowed: list[str] | None, wanted: list[str]) -> None:
         for name in wanted:
             if allowed is not None and name not in allowed:
@@ -92,7 +100,7 @@ class Policy(Section):
         for name, value in outcome.metrics.items():
             if not WORD.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int | float):
                 raise Refused("an update's metrics hold something that is no number")
-        _only_words(outcome.payload)
+        _only_words([*outcome.payload.tensors, outcome.payload.meta, outcome.payload.coding])
         return outcome
 
     def words(self, text: str) -> str:
@@ -100,19 +108,17 @@ class Policy(Section):
         return text if self.error_text else "the site's log says more"
 
 
-def _only_words(payload: Payload) -> None:
-    def walk(value: Any) -> None:
-        if isinstance(value, str) and not WORD.fullmatch(value):
-            raise Refused("an update's metadata holds a text")
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                walk(key)
-                walk(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                walk(item)
-
-    walk(payload.meta)
+def _only_words(value: Any) -> None:
+    """Names of tensors, metadata, and what operators noted: raise Refused for a string that is no name."""
+    if isinstance(value, str) and not WORD.fullmatch(value):
+        raise Refused("an update holds a text where names and numbers belong")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _only_words(key)
+            _only_words(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _only_words(item)
 
 
 class Audit:

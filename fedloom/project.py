@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -105,7 +105,11 @@ class SiteConfig(Section):
         None, ge=1, description="examples in one forward pass; a step keeps as many examples as the recipe says"
     )
     device: str | None = Field(None, description="cpu, cuda, cuda:0 …")
-    threads: int | None = Field(None, ge=1, description="CPU threads")
+    threads: int | None = Field(None, ge=1, description="CPU threads, shared out among ranks")
+    ranks: int | None = Field(
+        None, ge=1, le=64, description="processes that train together here, if not as many as the recipe says"
+    )
+    parallel: Literal["ddp", "fsdp"] | None = Field(None, description="how they do, if not as the recipe says")
 
 
 def load_section(cls: type[Any], path: Path, what: str) -> Any:

@@ -25,6 +25,7 @@ from fedloom.overrides import load_yaml
 CONTENTS = (
     "events.jsonl", "summary.json", "split.json", "answers.json", "report.html",
     "evaluations", "checkpoints", "clients", "adapter", "adapters", "trackers", "reference",
+    "ranks.log",
     "recipe.yaml",  # last: what is deleted by half can still be overwritten
 )  # fmt: skip
 

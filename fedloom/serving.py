@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fedloom import environment, registry
+from fedloom.algorithms.base import Algorithm
 from fedloom.checkpoint import write_json
 from fedloom.choices import (
     check_positions,
@@ -39,17 +40,22 @@ from fedloom.data.prompts import Template
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Setting, Watch, run
+from fedloom.models import shipping
 from fedloom.models.adapters import Models
 from fedloom.models.loading import pick_device
 from fedloom.operators.channel import Chains
 from fedloom.overrides import load_yaml
 from fedloom.project import Project
+from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder
 from fedloom.runtimes.distributed import Distributed, Patience, StartAgain
 from fedloom.runtimes.flare.controller import RunController
 from fedloom.runtimes.flare.link import FlareLink
 from fedloom.runtimes.worker import end_with_parent
 from fedloom.types import Corpus, Partition, Shard
+
+#: Seconds that a site has to load model and data, whatever the round's deadline.
+LOADING = 600.0
 
 #: In a run's folder: what belongs to the federation and not to the run itself.
 FEDERATION = "federation"
@@ -109,7 +115,9 @@ class Sites:
             }
         )
         watch.say("asking the sites about their data")
-        counts = self.runtime.greet(recipe.resolved(), run_id(folder, recipe, self._resume))
+        # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
+        files = shipping.tokenizer_files(model.tokenizer) if algorithm.properties.offsite else {}
+        counts = self.runtime.greet(recipe.resolved(), run_id(folder, recipe, self._resume), files)
         clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)
         if not clients.training_clients:
             raise RunFailed("no site with training data takes part: see the sites' own logs")
@@ -118,7 +126,7 @@ class Sites:
                 "a private run begins with all its sites, since what it promises was computed for their number: start it "
                 "again once they are there"
             )
-        schedule = make_schedule(recipe, algorithm, clients)
+        schedule = _schedule(recipe, algorithm, clients)
         corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", "the sites")
         data = FederatedData(corpus, tokenise(corpus, template, recipe.data.max_length, None), clients, {})
         suite = registry.suites.get(suite_name) if suite_name else None
@@ -128,15 +136,21 @@ class Sites:
         )  # fmt: skip
 
 
+def _schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
+    """With all sites it could be made: what stands against it now is that some are missing."""
+    try:
+        return make_schedule(recipe, algorithm, clients)
+    except UserError:
+        raise RunFailed(
+            f"{len(clients.training_clients)} sites take part and a round needs {recipe.federation.min_clients} updates "
+            "(federation.min_clients): finished rounds are kept, go on with --resume once the others are there"
+        ) from None
+
+
 def checked(recipe: Recipe) -> Any:
     """The recipe's algorithm. Raises UserError for what sites cannot do."""
     algorithm = make_algorithm(recipe)
     Chains.of(recipe.operators)
-    if algorithm.properties.offsite:
-        raise UserError(
-            f"algorithm {recipe.algorithm.name} makes and measures its emulator with data that a federation's server does "
-            "not have: run it in the simulator (runtime.name=simulator)"
-        )
     if algorithm.properties.pooled:
         raise UserError(
             f"algorithm {recipe.algorithm.name} pools all clients' data, which no federation of sites can: run it in the "
@@ -223,13 +237,18 @@ def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> No
         link,
         project.clients,
         sites,
-        Patience(deadline=recipe.federation.round_deadline),
+        patience(recipe.federation.round_deadline),
         lines.say,
         lambda dead: heard_again(Path(order.folder) / "heard.json", dead),
     )
     watch = Watch(lines.say, lines.event, lines.tick)
     remote = Sites(runtime, order.resume)
     run(recipe, order.out, resume=order.resume, overwrite=order.overwrite, watch=watch, remote=remote)
+
+
+def patience(deadline: float | None) -> Patience:
+    """Under a deadline nobody waits much longer behind other work than for the work itself."""
+    return Patience() if deadline is None else Patience(deadline=deadline, prepare=max(deadline, LOADING))
 
 
 def heard_again(path: Path, dead: Mapping[str, float]) -> bool:

@@ -1,4 +1,4 @@
-"""A site's trainer: the process that holds the model and the site's data. `python -m fedloom.site SOCKET`.
+"""A site's trainer: the process, or the ranks, that hold the model and the site's data. `python -m fedloom.site SOCKET`.
 
     the recipe comes   → its own data, split by itself (or as it was dealt) → tokens, model, client; numbers go back
     an assignment comes → the client does it → what the site's policy lets out goes back
@@ -9,6 +9,7 @@ leaves with nothing. This file does not know who asks; the site's agent does (ru
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import os
@@ -24,8 +25,9 @@ import torch
 
 from fedloom import environment, registry
 from fedloom.checkpoint import ClientStore
-from fedloom.choices import check_objective
+from fedloom.choices import check_devices, check_parallel, for_objective
 from fedloom.client import Client
+from fedloom.cluster import models_of
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -33,12 +35,13 @@ from fedloom.data.shards import is_shard, read_shard
 from fedloom.data.sources import load_corpus
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
-from fedloom.errors import UserError
-from fedloom.models.adapters import Models
+from fedloom.errors import UserError, disk_trouble
+from fedloom.models import shipping
 from fedloom.models.loading import load_tokenizer, pick_device
 from fedloom.policy import Policy, Refused
 from fedloom.project import SiteConfig, load_section
-from fedloom.runtimes import wire, worker
+from fedloom.runtimes import wire
+from fedloom.runtimes.trainer import BY_ITSELF, Place, end_rank, serve
 from fedloom.types import Corpus, Partition
 
 RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -58,8 +61,11 @@ class Opened:
     counts: dict[str, int]
 
 
-def localised(recipe: Recipe, site: SiteConfig) -> Recipe:
+def localised(recipe: Recipe, site: SiteConfig, ranks: int = 1) -> Recipe:
     """The recipe as this site runs it. A smaller batch becomes more of them: a step keeps its examples.
+
+    Args:
+        ranks: how many processes the site has started for it.
 
     Raises UserError where a batch size does not divide a step.
     """
@@ -71,6 +77,8 @@ def localised(recipe: Recipe, site: SiteConfig) -> Recipe:
     if site.device is not None:
         changes["runtime.device"] = site.device
     changes["runtime.threads"] = site.threads or environment.available_cores()
+    changes["runtime.ranks"] = ranks
+    changes["runtime.parallel"] = (site.parallel or recipe.runtime.parallel) if ranks > 1 else None
     if site.batch_size is not None:
         step = recipe.train.batch_size * recipe.train.accumulation
         if step % site.batch_size:
@@ -92,6 +100,7 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     if is_shard(path):
         return read_shard(path, site.client, recipe.seed)
     corpus = load_corpus(recipe.data, by=recipe.split.by, seed=recipe.seed, say=print, splitter=recipe.split.splitter)
+    corpus = for_objective(corpus, recipe.train.objective, print)
     categories = [e.category for e in corpus.examples]
     shard = divided(range(len(categories)), categories, recipe.split, site.client, recipe.seed)
     partition = Partition({site.client: shard}, "own", recipe.seed)
@@ -100,18 +109,33 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     return corpus, partition, asked[site.client]
 
 
-def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig) -> Opened:
-    """Everything that a site needs before its first assignment. Raises UserError."""
+def open_site(
+    values: Mapping[str, Any],
+    run: str,
+    sites: int,
+    site: SiteConfig,
+    place: Place = BY_ITSELF,
+    files: Mapping[str, bytes] | None = None,
+) -> Opened:
+    """Everything that a site needs before its first assignment. Raises UserError.
+
+    Args:
+        place: which of the site's ranks this process is.
+        files: the tokenizer, from a server that does not hand out the model. The site then looks for neither.
+    """
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
-    recipe = localised(Recipe.parse(values), site)
-    torch.set_num_threads(recipe.runtime.threads or 1)
-    corpus, partition, questions = own_data(recipe, site, sites)
+    recipe = localised(Recipe.parse(values), site, place.count)
+    check_parallel(recipe)
+    check_devices(recipe.runtime)
+    torch.set_num_threads(recipe.runtime.threads_of_a_rank)
+    ranks = place.joined(recipe.runtime.parallel, pick_device(recipe.runtime.device))
     home = Path(site.home)
-    models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), print)
-    template = Template.choose(load_tokenizer(recipe.model, print), recipe.data.template, recipe.data.system)
-    sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
-    check_objective(recipe, corpus)
+    with ranks.in_turn():
+        corpus, partition, questions = own_data(recipe, site, sites)
+        tokenizer = shipping.tokenizer_of(shipping.as_tensors(files)) if files else load_tokenizer(recipe.model, print)
+        template = Template.choose(tokenizer, recipe.data.template, recipe.data.system)
+        sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
     if suite is not None:
         suite.check([corpus.examples[i] for i in questions])
@@ -126,16 +150,17 @@ def open_site(values: Mapping[str, Any], run: str, sites: int, site: SiteConfig)
         "questions": len(questions) if suite else 0,
         "tokens": sequences.supervised_tokens(shard.train),
     }
-    client = Client(models, data, template, store, folder / "adapters", suite)
+    client = Client(models_of(recipe, ranks), data, template, store, folder / "adapters", suite, ranks)
     return Opened(client, recipe.resolved(), counts)
 
 
 class Room:
     """What the trainer's process does with one question after another."""
 
-    def __init__(self, site: SiteConfig, policy: Policy) -> None:
+    def __init__(self, site: SiteConfig, policy: Policy, place: Place = BY_ITSELF) -> None:
         self._site = site
         self._policy = policy
+        self._place = place
         self._opened: Opened | None = None
 
     def answer(self, kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
@@ -152,7 +177,11 @@ class Room:
         except wire.WireError as error:
             return {"state": "failed", "reason": "bad_message", "detail": str(error)}, b""
         except Exception as error:  # the boundary of the site: words may hold data, a type and a line do not
+            if self._place.count > 1:
+                end_rank(error)
             traceback.print_exc()
+            if trouble := disk_trouble(error):
+                return {"state": "failed", "reason": "disk", "detail": self._policy.words(trouble)}, b""
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} in {Path(where.filename).stem}, line {where.lineno}"
             detail = f"{place}: {error}" if self._policy.error_text else place
@@ -160,7 +189,9 @@ class Room:
 
     def _prepare(self, orders: Mapping[str, Any]) -> bytes:
         self._policy.check(orders["recipe"])
-        self._opened = open_site(orders["recipe"], str(orders["run"]), max(1, int(orders["sites"])), self._site)
+        sites = max(1, int(orders["sites"]))
+        files = {name: base64.b64decode(text) for name, text in orders.get("files", {}).items()}
+        self._opened = open_site(orders["recipe"], str(orders["run"]), sites, self._site, self._place, files)
         return json.dumps(self._opened.counts).encode()
 
     def _work(self, body: bytes) -> bytes:
@@ -176,13 +207,11 @@ class Room:
         return wire.encode_outcome(self._policy.outgoing(outcome))
 
 
-def main(path: str) -> None:
+def main(arguments: list[str]) -> None:
     site: SiteConfig = load_section(SiteConfig, Path(os.environ["FEDLOOM_SITE"]), "the site's file")
-    policy = Policy.load(Path(site.policy))
-    room = Room(site, policy)
-    for connection, header, body in worker.requests(path, policy.max_message_bytes):
-        worker.send(connection, *room.answer(str(header.get("kind")), body))
+    policy, place = Policy.load(Path(site.policy)), Place.of(arguments)
+    serve(place, policy.max_message_bytes, Room(site, policy, place).answer)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])

@@ -115,7 +115,7 @@ def _offsite(
         "emulator_tuned": _pair(last["emulator"]),
         "plug_in": _pair(last),
         "full_tuned": tuned,
-        "note": "" if tuned else "the full model was not tuned (algorithm.reference=false)",
+        "note": "" if tuned else "the full model was not tuned: algorithm.reference=false, or the data are at sites",
         "left_server": {
             **left,
             "share_of_parameters": left["parameters"] / left["parameters_of_model"],

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.checkpoint import Checkpoints, write_json
-from fedloom.config import Recipe
+from fedloom.config import FederationConfig, Recipe
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Watch
 from fedloom.project import Project
 from fedloom.runfolder import RunFolder
 from fedloom.runtimes.flare.services import OVER, Admin, Service, server_service, write_job
 from fedloom.serving import AGAIN, FEDERATION, Order, checked, kit_file
+
+#: Seconds that a run which goes on waits for all its sites before it goes on without some.
+AGAIN_SECONDS = 60.0
 
 #: Jobs that may end one after another without a further finished round.
 ATTEMPTS = 3
@@ -87,7 +90,7 @@ def serve(
         server.project.model_dump(mode="json"),
         str(exchange.resolve()),
     )
-    supervisor = _Supervisor(server, order, exchange, watch, during, recipe.federation.min_clients)
+    supervisor = _Supervisor(server, order, exchange, watch, during, recipe.federation)
     try:
         supervisor.run(wait)
     finally:
@@ -96,14 +99,21 @@ def serve(
 
 class _Supervisor:
     def __init__(
-        self, server: Server, order: Order, exchange: Path, watch: Watch, during: Callable[[], None], fewest: int
+        self,
+        server: Server,
+        order: Order,
+        exchange: Path,
+        watch: Watch,
+        during: Callable[[], None],
+        federation: FederationConfig,
     ) -> None:
         self._server = server
         self._order = order
         self._exchange = exchange
         self._watch = watch
         self._during = during
-        self._fewest = fewest
+        self._fewest = federation.min_clients
+        self._deadline = federation.round_deadline or 0.0
         self._service: Service | None = None
         self._admin: Admin | None = None
         self._read = 0
@@ -115,7 +125,10 @@ class _Supervisor:
         idle, before = 0, self._finished()
         while True:
             self._begin()
-            self._await_sites(wait if idle == 0 and not self._order.resume else min(wait or 60.0, 60.0))
+            if idle == 0 and not self._order.resume:
+                self._await_sites(wait, 0.0 if wait is None else wait)
+            else:
+                self._await_sites(min(wait or AGAIN_SECONDS, AGAIN_SECONDS), max(AGAIN_SECONDS, self._deadline))
             outcome = self._job()
             if outcome is not None and outcome["code"] != AGAIN:
                 if outcome["code"] == 0:
@@ -142,8 +155,7 @@ class _Supervisor:
         if self._service is None or not self._service.alive:
             if self._service is not None:
                 self._service.close()
-            for left in ("jobs", "snapshots"):  # of services before this one: nothing there is gone on with
-                shutil.rmtree(self._server.kit / left, ignore_errors=True)
+            self._clear()
             path = self._exchange / "order.json"
             self._service = server_service(self._server.kit, {"FEDLOOM_ORDER": str(path.resolve())})
             self._admin = Admin(self._server.admin, self._server.user)
@@ -151,23 +163,28 @@ class _Supervisor:
                 self._admin.refuse(site)
             self._connected = set()
 
-    def _await_sites(self, wait: float | None) -> None:
-        """Until every site is there; or, after `wait` seconds, as many as a round needs."""
+    def _clear(self) -> None:
+        """What a service keeps of its jobs: the next one goes on with nothing of it."""
+        for left in ("jobs", "snapshots"):
+            shutil.rmtree(self._server.kit / left, ignore_errors=True)
+
+    def _await_sites(self, wait: float | None, below: float) -> None:
+        """Until every site is there; or, after `wait` seconds, as many as a round needs, whom `below` seconds are given."""
         project, began, said = self._server.project, time.monotonic(), False
         wanted = set(project.clients.values())
         while not wanted <= self._look(0.5):
             if not said:
                 self._watch.say(f"waiting for {', '.join(sorted(wanted - self._connected))}")
                 said = True
-            if wait is not None and time.monotonic() > began + wait:
-                here = wanted & self._connected
-                if len(here) < self._fewest:
-                    raise RunFailed(
-                        f"{len(here)} of {len(wanted)} sites came within {wait:g} seconds and a round needs {self._fewest} "
-                        "(federation.min_clients)"
-                    )
+            here, waited = wanted & self._connected, time.monotonic() - began
+            if wait is not None and waited > wait and len(here) >= self._fewest:
                 self._watch.say(f"beginning without {', '.join(sorted(wanted - here))}")
                 return
+            if wait is not None and waited > below:
+                raise RunFailed(
+                    f"{len(here)} of {len(wanted)} sites came within {below:g} seconds and a round needs {self._fewest} "
+                    "(federation.min_clients): finished rounds are kept"
+                )
             self._pause()
 
     def _look(self, every: float) -> set[str]:
@@ -249,3 +266,4 @@ class _Supervisor:
             self._admin.close()
         if self._service is not None:
             self._service.close()
+            self._clear()

@@ -118,6 +118,24 @@ def tiny_recipe(tiny_model: Path, tiny_data: Path, deep_model: Path, public_data
     return make
 
 
+@pytest.fixture
+def dealt(tmp_path: Path) -> Callable[[Recipe], dict[str, Path]]:
+    """A function of a recipe: client → a shard file, as the simulator splits the corpus."""
+
+    def deal(recipe: Recipe) -> dict[str, Path]:
+        from fedloom.choices import load_data
+        from fedloom.data.splitters import partition
+        from fedloom.federation import deal as deal_shards
+
+        corpus, recipe = load_data(recipe, lambda text: None)
+        clients = partition(corpus, recipe.split, recipe.seed)
+        files = {c: tmp_path / "data" / f"{c}.jsonl" for c in clients.clients}
+        deal_shards(recipe, corpus, clients, files)
+        return files
+
+    return deal
+
+
 @pytest.fixture(scope="session")
 def smollm2(fedloom_home: Path) -> Path:
     """The folder of the built-in model, from the user's own cache, fetched there on first use. Implies `network`."""

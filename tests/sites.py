@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+from fedloom.config import Recipe
+from fedloom.experiment import Result, run
 from fedloom.policy import Audit, Policy
+from fedloom.project import SiteConfig
 from fedloom.runtimes.agent import Agent
-from fedloom.runtimes.distributed import Patience
+from fedloom.runtimes.distributed import Distributed, Patience
 from fedloom.runtimes.link import Answer
 from fedloom.runtimes.worker import WorkerLost
+from fedloom.site import Room
 
 #: Short enough for a test, long enough for a slow machine.
 BRISK = Patience(answer=10.0, silence=0.4, poll=0.2, start=5.0)
@@ -49,7 +54,7 @@ class Sites:
 
     def agent(self, site: str) -> Agent:
         audit = Audit(self.folder / site / "audit.jsonl")
-        return Agent(lambda: Inline(self._trainers[site]), self._policy, audit, self.said.append)
+        return Agent(lambda recipe: Inline(self._trainers[site]), self._policy, audit, self.said.append)
 
     def ask(self, site: str, header: Mapping[str, Any], data: bytes, timeout: float) -> Answer | None:
         self.log.append((site, str(header["verb"])))
@@ -60,6 +65,36 @@ class Sites:
     def close(self) -> None:
         for agent in self.agents.values():
             agent.close()
+
+
+#: What a site's trainer hands to its agent: (client, what was asked, the message) → the message that leaves.
+Alter = Callable[[str, bytes, bytes], bytes]
+
+
+def between_sites(
+    recipe: Recipe, files: Mapping[str, Path], folder: Path, alter: Alter = lambda client, asked, message: message
+) -> Result:
+    """A run whose clients are sites, each with its own trainer's code, data and state; no engine, no processes."""
+    from fedloom import serving  # imports the engine
+
+    policy, turn = Policy.model_validate({}), Lock()  # trainers are processes; threads would share transformers' state
+
+    def trainer(client: str, path: Path) -> Callable[..., tuple[dict[str, Any], bytes]]:
+        room = Room(SiteConfig(client=client, home=str(folder / client), policy="none", data=str(path)), policy)
+
+        def answer(kind, body, deadline=None, stopped=lambda: False):
+            with turn:
+                header, message = room.answer(kind, body)
+            return header, alter(client, body, message) if kind == "work" else message
+
+        return answer
+
+    link = Sites(folder, {client: trainer(client, path) for client, path in files.items()})
+    runtime = Distributed(link, {c: c for c in files}, list(files), Patience(poll=0.5))
+    try:
+        return run(recipe, folder / "run", remote=serving.Sites(runtime, False))
+    finally:
+        link.close()
 
 
 def killed(*_: Any) -> Any:

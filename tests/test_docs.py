@@ -64,3 +64,14 @@ def test_the_readme_names_every_command():
     missing = [name for name in names if f"fedloom {name}" not in readme]
     assert names >= {"run", "evaluate", "report"}
     assert not missing
+
+
+def test_every_row_of_the_fault_table_names_a_test_that_exists():
+    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    table = page[page.index("| fault | outcome | test") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 15
+    for row in table:
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row.split("|")[3])
+        assert named, row
+        for path, test in named:
+            assert f"def {test}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), (path, test)

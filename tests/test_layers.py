@@ -34,7 +34,7 @@ LAYERS = [
     },
     {"runtimes", "summary", "answers", "report"},
     {"choices", "deployment", "catalogue"},
-    {"experiment", "evaluate", "export", "fetching", "doctor", "site"},
+    {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},
     {"console", "cli", "cli_federation", "__main__"},
 ]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from sites import between_sites
 
 from fedloom.choices import load_data
 from fedloom.data.shards import is_shard, read_shard, write_shard
@@ -17,7 +18,6 @@ from fedloom.overrides import dump_yaml
 from fedloom.policy import Policy, Refused
 from fedloom.project import Project, SiteConfig
 from fedloom.registry import Registry
-from fedloom.runtimes.distributed import Distributed, Patience
 from fedloom.runtimes.versions import mismatch, own
 from fedloom.site import Room, localised, own_data
 from fedloom.tracking import read_events
@@ -27,44 +27,6 @@ pytest.importorskip("nvflare")
 
 
 # ------------------------------------------------------------------ a run
-
-
-@pytest.fixture
-def dealt(tiny_recipe, tmp_path):
-    """client → a shard file, as the simulator splits the corpus."""
-
-    def deal(recipe):
-        from fedloom.federation import deal as deal_shards
-
-        corpus, recipe = load_data(recipe, lambda text: None)
-        clients = partition(corpus, recipe.split, recipe.seed)
-        files = {c: tmp_path / "data" / f"{c}.jsonl" for c in clients.clients}
-        deal_shards(recipe, corpus, clients, files)
-        return files
-
-    return deal
-
-
-def between_sites(recipe, files, folder, **more):
-    """A run whose clients are sites, each with its own trainer's code, data and state; no engine, no processes."""
-    from sites import Sites as Link
-
-    from fedloom.serving import Sites
-
-    policy = Policy.model_validate({})
-
-    def trainer(client, path):
-        site = SiteConfig(client=client, home=str(folder / client), policy="none", data=str(path))
-        room = Room(site, policy)
-        return lambda kind, body, deadline=None, stopped=None: room.answer(kind, body)
-
-    link = Link(folder, {client: trainer(client, path) for client, path in files.items()})
-    runtime = Distributed(link, {c: c for c in files}, list(files), Patience(poll=0.5))
-    try:
-        result = run(recipe, folder / "run", remote=Sites(runtime, False), **more)
-    finally:
-        link.close()
-    return result
 
 
 @pytest.mark.parametrize(
@@ -116,18 +78,11 @@ def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp
     assert not [w for w in words if len(w) > 10 and w in kept]
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"algorithm": "global"}, "pools all clients' data"),
-        ({"algorithm": "fedot"}, "that a federation's server does not have"),
-    ],
-)
-def test_what_sites_cannot_do_is_refused_before_anything_is_sent(tiny_recipe, change, words):
+def test_pooled_data_is_refused_before_anything_is_sent(tiny_recipe):
     from fedloom.serving import checked
 
-    with pytest.raises(UserError, match=words):
-        checked(tiny_recipe(change))
+    with pytest.raises(UserError, match="pools all clients' data"):
+        checked(tiny_recipe({"algorithm": "global"}))
 
 
 # ------------------------------------------------------------------ the site's own settings
@@ -145,6 +100,39 @@ def test_a_site_puts_its_own_settings_into_the_recipe(tiny_recipe, tmp_path):
     assert own_one.data.columns == {"output": "answer"}
     with pytest.raises(UserError, match="does not divide the recipe's step of 12"):
         localised(recipe, site(tmp_path, batch_size=5))
+
+
+def test_a_site_has_as_many_ranks_as_it_says(tiny_recipe, tmp_path):
+    """Its own number and strategy count, whatever the recipe says; without one the recipe's, within the policy."""
+    recipe = tiny_recipe({"runtime.ranks": 4, "runtime.parallel": "fsdp"})
+    for own_site, started, expected in (
+        (site(tmp_path), 4, (4, "fsdp")),
+        (site(tmp_path, parallel="ddp"), 4, (4, "ddp")),
+        (site(tmp_path, ranks=2), 2, (2, "fsdp")),
+        (site(tmp_path, ranks=1), 1, (1, None)),
+    ):
+        runtime = localised(recipe, own_site, started).runtime
+        assert (runtime.ranks, runtime.parallel) == expected
+    assert localised(tiny_recipe(), site(tmp_path, threads=5), 2).runtime.threads_of_a_rank == 2
+    policy = Policy.model_validate({"ranks": 3})
+    assert policy.ranks_of(tiny_recipe({"runtime.ranks": 3}).resolved()) == 3
+    for wanted in (4, 0, "2", 10**9):
+        with pytest.raises(Refused, match=r"allows 3 \(ranks\)"):
+            policy.ranks_of({"runtime": {"ranks": wanted}})
+
+
+def test_a_sites_trainer_is_started_with_its_ranks(tiny_recipe, tmp_path, monkeypatch):
+    from fedloom.runtimes.flare import executor
+
+    started = []
+    monkeypatch.setattr(executor, "Worker", lambda command, log, limit, ranks: started.append(ranks))
+    monkeypatch.setattr(executor, "Agent", lambda start, *rest: start)
+    recipe = tiny_recipe({"runtime.ranks": 2}).resolved()
+    executor.open_agent(site(tmp_path))(recipe)
+    executor.open_agent(site(tmp_path, ranks=16))(recipe)
+    assert started == [2, 16]
+    with pytest.raises(Refused, match="asks for 9 ranks"):
+        executor.open_agent(site(tmp_path))(tiny_recipe({"runtime.ranks": 9}).resolved())
 
 
 def test_a_site_splits_its_own_data(tiny_recipe, tiny_data, tmp_path):

@@ -58,6 +58,10 @@ class Deployed:
         return digest.hexdigest()
 
 
+#: Strategies of training/parallel.py.
+ANY_PARALLEL = frozenset({"ddp", "fsdp"})
+
+
 @dataclass(frozen=True)
 class Properties:
     """What an algorithm declares of itself; the contract suite tests each.
@@ -75,6 +79,9 @@ class Properties:
         neutral: options under which one client's run equals plain local training.
         offsite: clients hold an emulator of the model and not the model; they measure that, the server measures the
             result in the full model.
+        parallel: how several ranks may train one client (training/parallel.py). None: in every way where `local_training`
+            is the default, in none where it is not. An algorithm that computes losses or gradients of its own declares it
+            once it takes `LocalRun.ranks` into account; one that writes into base weights cannot have them sharded.
     """
 
     linear_sum: bool = False
@@ -88,6 +95,7 @@ class Properties:
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
     offsite: bool = False
+    parallel: frozenset[str] | None = None
 
 
 class Algorithm(ABC):
@@ -118,6 +126,13 @@ class Algorithm(ABC):
         self.client = ""
         self.round = 0
         self.evaluating = False
+
+    @classmethod
+    def strategies(cls) -> frozenset[str]:
+        """How several ranks may train one client: what is declared, and where nothing is, what is sure."""
+        if cls.properties.parallel is not None:
+            return cls.properties.parallel
+        return ANY_PARALLEL if cls.local_training is Algorithm.local_training else frozenset()
 
     @classmethod
     def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:

@@ -37,7 +37,7 @@ def _scalars(sizes: Sizes) -> int:
 
 
 class DeComFL(Replayed):
-    properties: ClassVar = base.Properties()
+    properties: ClassVar = base.Properties(parallel=base.ANY_PARALLEL)
     about: ClassVar = About(
         "low-traffic",
         "scalars of missed rounds",
@@ -73,7 +73,7 @@ class DeComFL(Replayed):
             draw,
             directions=count,
             epsilon=self.options.epsilon,
-            dropout=lambda step: dropout(f"{self.client}/{step}"),
+            dropout=lambda step: dropout(run.ranks.stream(f"{self.client}/{step}")),
         )
         self._sent = torch.tensor(steps, dtype=torch.float32)
         return result

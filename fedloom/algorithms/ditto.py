@@ -27,7 +27,7 @@ from fedloom.types import Payload
 
 
 class Ditto(fedavg.FedAvg):
-    properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    properties: ClassVar = base.Properties(linear_sum=True, personal=True, parallel=base.ANY_PARALLEL)
     about: ClassVar = About("personalised", "adapter, both ways", "Li et al. 2020, arXiv 2012.04221", client=whole)
 
     class Options(fedavg.FedAvg.Options):

@@ -42,7 +42,7 @@ def _cores(sizes: Sizes) -> int:
 class FedSB(LoRAAlgorithm):
     """Attributes: core: R of every module; the server's average, or a client's own."""
 
-    properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
+    properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS, parallel=base.ANY_PARALLEL)
     about: ClassVar = About(
         "lora", "r × r for each layer", "Singhal et al. 2025, arXiv 2502.15436", up=_cores, down=_cores, server=_cores
     )

@@ -36,7 +36,9 @@ from fedloom.types import Payload
 
 
 class FedDPA(fedavg.FedAvg):
-    properties: ClassVar = base.Properties(linear_sum=True, personal=True, methods=frozenset({"lora"}))
+    properties: ClassVar = base.Properties(
+        linear_sum=True, personal=True, methods=frozenset({"lora"}), parallel=base.ANY_PARALLEL
+    )
     about: ClassVar = About(
         "personalised", "global adapter, both ways", "Yang et al. 2024, arXiv 2403.19211", client=whole
     )

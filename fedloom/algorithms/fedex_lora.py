@@ -39,7 +39,9 @@ def _residual(sizes: Sizes, rounds: int) -> int:
 
 
 class FedExLoRA(DeltaAlgorithm):
-    properties: ClassVar = base.Properties(exact=True, streams=False, methods=METHODS, neutral={})
+    properties: ClassVar = base.Properties(
+        exact=True, streams=False, methods=METHODS, neutral={}, parallel=frozenset({"ddp"})
+    )
     about: ClassVar = About(
         "lora",
         "A and B; W's residual",

@@ -44,7 +44,7 @@ class FedKSeed(base.Algorithm):
     coefficients: server half: a, [K] float64.
     """
 
-    properties: ClassVar = base.Properties()
+    properties: ClassVar = base.Properties(parallel=base.ANY_PARALLEL)
     about: ClassVar = About(
         "low-traffic",
         "seeds with scalars",
@@ -137,7 +137,7 @@ class FedKSeed(base.Algorithm):
             draw,
             directions=1,
             epsilon=self.options.epsilon,
-            dropout=lambda step: dropout(f"{self.client}/{step}"),
+            dropout=lambda step: dropout(run.ranks.stream(f"{self.client}/{step}")),
         )
         moved = torch.zeros(self.options.seeds, dtype=torch.float64)
         for number, coefficient in zip(picked, steps, strict=True):

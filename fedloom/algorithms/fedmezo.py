@@ -23,7 +23,7 @@ from fedloom.training.trainer import FitResult, LocalRun
 
 
 class FedMeZO(fedavg.FedAvg):
-    properties: ClassVar = base.Properties(linear_sum=True)
+    properties: ClassVar = base.Properties(linear_sum=True, parallel=base.ANY_PARALLEL)
     about: ClassVar = About("low-traffic", "adapter, both ways", "Ling et al. 2024, arXiv 2402.05926")
 
     class Options(fedavg.FedAvg.Options):
@@ -48,6 +48,6 @@ class FedMeZO(fedavg.FedAvg):
             draw,
             directions=count,
             epsilon=self.options.epsilon,
-            dropout=lambda step: dropout(f"{self.client}/{step}"),
+            dropout=lambda step: dropout(run.ranks.stream(f"{self.client}/{step}")),
         )
         return result

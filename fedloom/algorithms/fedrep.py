@@ -23,7 +23,7 @@ from fedloom.training.trainer import FitResult, LocalRun
 
 
 class FedRep(FedPer):
-    properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    properties: ClassVar = base.Properties(linear_sum=True, personal=True, parallel=base.ANY_PARALLEL)
     about: ClassVar = About(
         "personalised",
         "shared layers' part",

@@ -38,7 +38,7 @@ def _scalars(sizes: Sizes) -> int:
 
 
 class Ferret(Replayed):
-    properties: ClassVar = base.Properties()
+    properties: ClassVar = base.Properties(parallel=base.ANY_PARALLEL)
     about: ClassVar = About(
         "low-traffic",
         "scalars of missed rounds",

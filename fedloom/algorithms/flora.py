@@ -28,7 +28,9 @@ from fedloom.types import Payload, Update
 
 
 class FLoRA(DeltaAlgorithm):
-    properties: ClassVar = base.Properties(exact=True, mixed_ranks=True, streams=False, methods=METHODS)
+    properties: ClassVar = base.Properties(
+        exact=True, mixed_ranks=True, streams=False, methods=METHODS, parallel=frozenset({"ddp"})
+    )
     about: ClassVar = About(
         "lora",
         "A and B; the change of W",

@@ -32,7 +32,7 @@ from fedloom.types import Payload, Update
 
 
 class PFedMe(fedavg.FedAvg):
-    properties: ClassVar = base.Properties(linear_sum=True, personal=True)
+    properties: ClassVar = base.Properties(linear_sum=True, personal=True, parallel=base.ANY_PARALLEL)
     about: ClassVar = About("personalised", "adapter, both ways", "Dinh et al. 2020, arXiv 2006.08848", client=whole)
 
     class Options(fedavg.FedAvg.Options):
@@ -51,12 +51,13 @@ class PFedMe(fedavg.FedAvg):
         self._seen: list[tuple[Batch, int]] = []
         self._extra = FitResult()
         self._flops = Flops(run.model)
+        self._ranks = run.ranks
         result = run.fit(self)
         if result.steps:
             live = run.model.adapter
             self.personal = Payload(copies(live.layout.views(self._theta)))
-        result.tokens += self._extra.tokens
-        result.flops += self._extra.flops
+        tokens, flops = run.ranks.counts(self._extra.tokens, self._extra.flops)
+        result.tokens, result.flops = result.tokens + tokens, result.flops + flops
         return result
 
     def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
@@ -74,6 +75,7 @@ class PFedMe(fedavg.FedAvg):
                 super().local_loss(model, batch, step_units).backward()  # type: ignore[no-untyped-call]
                 self._extra.tokens += batch.tokens
                 self._extra.flops += self._flops.of(batch)
+            self._ranks.sum_(model.grad)
             penalty = model.penalty()
             if penalty is not None:
                 penalty.backward()  # type: ignore[no-untyped-call]

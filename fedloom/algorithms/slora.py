@@ -57,7 +57,9 @@ class SLoRA(LoRAAlgorithm):
     finished: server half: rounds aggregated.
     """
 
-    properties: ClassVar = base.Properties(linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0})
+    properties: ClassVar = base.Properties(
+        linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0}, parallel=frozenset({"ddp"})
+    )
     about: ClassVar = About(
         "lora",
         "entries of W; then A and B",
@@ -180,6 +182,7 @@ class SLoRA(LoRAAlgorithm):
         parameter = torch.nn.Parameter(self.sparse.flat)
         parameter.grad = torch.zeros_like(self.sparse.flat)
         self.step_gradient, self.gathered = parameter.grad, torch.zeros_like(parameter.grad)
+        self.ranks = run.ranks
         views, weights = self.sparse.layout.views(self.gathered), self.model.base_weights()
         hooks = []
         try:
@@ -203,6 +206,7 @@ class SLoRA(LoRAAlgorithm):
 
     def before_step(self, model: AdaptedModel) -> None:
         if self.training_sparse:
+            self.ranks.sum_(self.gathered)
             self.step_gradient.copy_(self.gathered)
             self.gathered.zero_()
 

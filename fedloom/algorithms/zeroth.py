@@ -5,7 +5,8 @@
 Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333 (MeZO), Definition 1; with z
 standard normal, E[ĝ z] is the gradient of a loss that is quadratic along z, and nearly so of others. It takes forward
 passes alone and no optimiser: of the recipe's `train` section the learning rate, its schedule and `clip` count. ĝ² is
-on average the squared norm of the gradient, so `clip` bounds |ĝ|. Both points see the same dropout.
+on average the squared norm of the gradient, so `clip` bounds |ĝ|. Both points see the same dropout. Where a client
+has several ranks, each computes the losses of its own examples, and one number is summed over them for each point.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def descend(
     try:
         for number, batches in enumerate(run.steps()):
             tokens = sum(b.units for b in batches)
-            loss = _Loss(model, learner, batches, max(1, tokens), flops, result, partial(dropout, number))
+            loss = _Loss(run, learner, batches, max(1, tokens), flops, result, partial(dropout, number))
             move = torch.zeros_like(model.adapter.flat)
             taken, values = [], []
             for z in draw(number):
@@ -85,6 +86,7 @@ def descend(
     finally:
         model.module.eval()
     result.loss = weighted / weight if weight else math.nan
+    result.tokens, result.flops = run.ranks.counts(result.tokens, result.flops)
     return result, coefficients
 
 
@@ -93,7 +95,7 @@ class _Loss:
 
     def __init__(
         self,
-        model: AdaptedModel,
+        run: LocalRun,
         learner: Learner,
         batches: Sequence[Batch],
         step_units: int,
@@ -101,19 +103,20 @@ class _Loss:
         result: FitResult,
         dropout: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        self._model, self._learner, self._batches, self._step_units = model, learner, batches, step_units
+        self._model, self._ranks, self._batches = run.model, run.ranks, run.ranks.own(batches)
+        self._learner, self._step_units = learner, step_units
         self._flops, self._result, self._dropout = flops, result, dropout
 
     @torch.no_grad()
     def __call__(self) -> float:
-        penalty = self._model.penalty()
-        total = 0.0 if penalty is None else float(penalty)
+        total = 0.0
         with self._dropout():
             for batch in self._batches:
                 total += float(self._learner.local_loss(self._model, batch, self._step_units))
                 self._result.tokens += batch.tokens
                 self._result.flops += self._flops.forward(batch)
-        return total
+        penalty = self._model.penalty()
+        return self._ranks.total(total) + (0.0 if penalty is None else float(penalty))
 
 
 def _clipped(slope: float, clip: float | None) -> float:

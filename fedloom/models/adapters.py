@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -298,6 +298,10 @@ class Models:
 
     An algorithm asks for what it needs: most want `adapted()`; one whose clients never hold the full model (FedOT)
     takes the configuration alone.
+
+    Attributes:
+        finish: what is done to an adapted model before anybody has it, such as sharding its base among ranks
+            (models/sharding.py). The base is loaded and adapted on the CPU then, and `finish` moves it.
     """
 
     model: ModelConfig
@@ -305,12 +309,13 @@ class Models:
     seed: int
     device: str = "cpu"
     say: Say = lambda text: None
+    finish: Callable[[AdaptedModel], AdaptedModel] | None = None
     _base: Base | None = None
     _adapted: AdaptedModel | None = None
 
     def base(self) -> Base:
         if self._base is None:
-            self._base = load_base(self.model, self.device, self.say)
+            self._base = load_base(self.model, "cpu" if self.finish else self.device, self.say)
         return self._base
 
     def adapted(self, config: AdapterConfig | None = None, within: Sequence[str] | None = None) -> AdaptedModel:
@@ -319,5 +324,6 @@ class Models:
         The same object at every call: an algorithm's two halves ask for the same adapter. `within` as in `attach`.
         """
         if self._adapted is None:
-            self._adapted = attach(self.base(), config or self.adapter, self.seed, within)
+            made = attach(self.base(), config or self.adapter, self.seed, within)
+            self._adapted = self.finish(made) if self.finish else made
         return self._adapted

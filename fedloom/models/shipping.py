@@ -42,15 +42,23 @@ def check_shippable(model: PreTrainedModel) -> None:
 def files_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
     """File name → its bytes as a uint8 tensor."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in {"_name_or_path", "transformers_version"}}
-    made = {CONFIG: _as_tensor(json.dumps(config).encode())}
+    made = {CONFIG: json.dumps(config).encode()}
     if model.generation_config is not None:
-        made[GENERATION] = _as_tensor(model.generation_config.to_json_string(use_diff=True).encode())
+        made[GENERATION] = model.generation_config.to_json_string(use_diff=True).encode()
+    return as_tensors(made | tokenizer_files(tokenizer))
+
+
+def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, bytes]:
+    """File name → its bytes: what `tokenizer_of` needs."""
     with tempfile.TemporaryDirectory() as scratch, quiet_transformers():
         tokenizer.save_pretrained(scratch)
-        for path in sorted(Path(scratch).rglob("*")):
-            if path.is_file():
-                made[TOKENIZER + path.relative_to(scratch).as_posix()] = _as_tensor(path.read_bytes())
-    return made
+        paths = sorted(p for p in Path(scratch).rglob("*") if p.is_file())
+        return {TOKENIZER + p.relative_to(scratch).as_posix(): p.read_bytes() for p in paths}
+
+
+def as_tensors(files: Mapping[str, bytes]) -> dict[str, torch.Tensor]:
+    """Files as they travel in a payload."""
+    return {name: torch.frombuffer(bytearray(data), dtype=torch.uint8) for name, data in files.items()}
 
 
 def tensor_names(model: PreTrainedModel) -> tuple[str, ...]:
@@ -116,10 +124,6 @@ def fill(model: PreTrainedModel, tensors: Tensors, files: Tensors, device: str) 
         raise ValueError(f"the message left {left[:5]} of the model empty")
     model.requires_grad_(False)
     return Base(model.eval().to(device), tokenizer_of(files), "built from the server's message")
-
-
-def _as_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
 def _as_bytes(tensor: torch.Tensor) -> bytes:

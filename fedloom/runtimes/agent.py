@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections import OrderedDict
@@ -22,8 +23,11 @@ from fedloom.runtimes import versions
 from fedloom.runtimes.link import PIECE, Answer
 from fedloom.runtimes.worker import Stopped, Worker, WorkerLate, WorkerLost
 
-#: A stopped or finished piece of work is remembered for this long after others came, so that an answer can be repeated.
+#: So many pieces of work are remembered, those that nobody works on, so that an answer can be repeated.
 REMEMBERED = 8
+
+#: Seconds that a trainer has to load model and data.
+PREPARE = 3600.0
 
 State = Literal["arriving", "queued", "working", "done", "failed"]
 
@@ -49,13 +53,17 @@ class Agent:
     """Answers the server's questions.
 
     Args:
-        start: starts a trainer.
+        start: starts a trainer for a resolved recipe, which says how many processes that is.
         policy, audit: the site's.
         say: told what happens, for the site's own terminal and log.
     """
 
     def __init__(
-        self, start: Callable[[], Worker], policy: Policy, audit: Audit, say: Callable[[str], None] = lambda text: None
+        self,
+        start: Callable[[Mapping[str, Any]], Worker],
+        policy: Policy,
+        audit: Audit,
+        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._start = start
         self._policy = policy
@@ -149,12 +157,15 @@ class Agent:
             if work is not None:
                 work.stopped = True
                 work.result = b""
+                if work.state in {"arriving", "queued"}:
+                    work.data = bytearray()
         return Answer({"state": "dropped"})
 
     def _forget(self) -> None:
         """Keep only the newest that nobody works on."""
-        over = [n for n, w in self._works.items() if w.state in {"done", "failed"} or w.stopped]
-        for name in over[: max(0, len(self._works) - REMEMBERED)]:
+        *before, _ = self._works
+        idle = [n for n in before if self._works[n].state in {"done", "failed", "arriving"} or self._works[n].stopped]
+        for name in idle[: max(0, len(self._works) - REMEMBERED)]:
             del self._works[name]
 
     # ------------------------------------------------------------------ work
@@ -169,18 +180,11 @@ class Agent:
                     break
                 work.state, work.began = "working", time.monotonic()
             try:
-                work.result = self._done(work)
+                result = self._done(work)
+                work.result = b"" if work.stopped else result
                 work.state = "done"
-            except Refused as error:
-                self._fail(work, "refused", str(error))
-            except WorkerLost as error:
-                self._fail(work, "crashed", str(error))
-            except WorkerLate:
-                self._fail(work, "late", "not done within the deadline")
-            except Stopped:
-                self._fail(work, "late", "called off by the server")
-            except _Erred as error:
-                self._fail(work, error.reason, error.detail)
+            except TROUBLE as error:
+                self._fail(work, *_trouble(error))
             work.data = bytearray()
             work.changed.set()
             self._revive()
@@ -192,22 +196,21 @@ class Agent:
 
     def _fail(self, work: Work, reason: str, detail: str) -> None:
         """`detail` comes from here, or from the trainer, which has held it to the policy."""
-        self._say(f"{work.kind} failed ({reason}): {detail}")
         work.reason, work.detail = reason, detail
         work.state = "failed"
+        self._say(f"{work.kind} failed ({reason}): {detail}")
 
     def _revive(self) -> None:
         """Another trainer where one died, so that the next piece of work finds it ready."""
         if self._worker is not None and not self._worker.alive and not self._closed:
-            with contextlib.suppress(WorkerLost, _Erred, Refused):
+            with contextlib.suppress(*TROUBLE):  # the next piece of work tries again, and says what is wrong
                 self._prepared()
 
     def _done(self, work: Work) -> bytes:
         if work.stopped:
             raise Stopped
         if work.kind == "prepare":
-            recipe = json.loads(work.data)["recipe"]
-            self._policy.check(recipe)
+            self._check(work.data)
             self._orders = bytes(work.data)
             if self._worker is not None:
                 self._worker.close()
@@ -219,11 +222,19 @@ class Agent:
             raise WorkerLost("it had ended before this round, and was started again")
         return self._ask("work", bytes(work.data), work.deadline, lambda: work.stopped or self._closed)
 
+    def _check(self, orders: bytes | bytearray) -> None:
+        try:
+            self._policy.check(json.loads(orders)["recipe"])
+        except Refused:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise Refused("the recipe that came cannot be read") from None
+
     def _prepared(self) -> bytes:
         """A trainer that knows the recipe; its account of the site's data."""
         assert self._orders is not None
-        self._worker = self._start()
-        return self._ask("prepare", self._orders)
+        self._worker = self._start(json.loads(self._orders)["recipe"])
+        return self._ask("prepare", self._orders, PREPARE, lambda: self._closed)
 
     def _ask(
         self, kind: str, data: bytes, deadline: float | None = None, stopped: Callable[[], bool] = lambda: False
@@ -244,6 +255,26 @@ class _Erred(Exception):
         super().__init__(detail)
         self.reason = reason
         self.detail = detail
+
+
+#: What may become of a trainer and its work. OSError: a disk that is full, a process that cannot be started.
+TROUBLE = (Refused, WorkerLost, WorkerLate, Stopped, _Erred, OSError)
+
+
+def _trouble(error: Exception) -> tuple[str, str]:
+    """A code and a sentence, neither with a word that could be the site's data."""
+    match error:
+        case Refused():
+            return "refused", str(error)
+        case _Erred():
+            return error.reason, error.detail
+        case WorkerLate():
+            return "late", "not done within the deadline"
+        case Stopped():
+            return "late", "called off by the server"
+        case OSError():
+            return "crashed", f"the trainer could not be started ({os.strerror(error.errno or 0)})"
+    return "crashed", str(error)
 
 
 def _whole(value: object) -> int:

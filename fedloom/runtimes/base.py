@@ -13,7 +13,7 @@ from fedloom.types import Assignment, Outcome
 
 
 class Runtime(Protocol):
-    """Where clients run."""
+    """Where clients run. A class whose clients may be several processes (runtime.ranks) says `takes_ranks = True`."""
 
     @property
     def clients(self) -> tuple[str, ...]:

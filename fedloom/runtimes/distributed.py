@@ -6,7 +6,7 @@ died is noticed within seconds although its work may take hours, and a slow one 
 
     lost     it answers no more, or its process was started again in the middle of the work
     crashed  its trainer died; the site has started it again
-    late     not done within federation.round_deadline; the site stops the work
+    late     not done within federation.round_deadline (or never begun); the site stops the work
     absent   it was lost before and does not answer yet: it is not waited for
 
 Whatever a site answers is checked before it is believed: sizes before anything is allocated, then the message, then
@@ -15,6 +15,7 @@ whom and which round it speaks of. This file does not know the engine that carri
 
 from __future__ import annotations
 
+import base64
 import itertools
 import json
 import time
@@ -26,7 +27,7 @@ from typing import Any
 from fedloom.errors import RunFailed
 from fedloom.runtimes import versions, wire
 from fedloom.runtimes.link import CODE, PIECE, Answer, Link
-from fedloom.types import Assignment, Failure, Outcome
+from fedloom.types import STARTED_ANEW, Assignment, Failure, Outcome
 
 #: A client's answer may be this large, and four times what it was sent on top of that.
 SPARE_BYTES = 64 << 20
@@ -44,6 +45,7 @@ class Patience:
         silence: until a site that answers nothing is given up.
         poll: how long one `wait` stays at the site.
         start: for a site's process to come up.
+        prepare: for a site to load model and data; and for work to wait there behind other work.
         deadline: for one piece of work (federation.round_deadline); None waits as long as the site answers.
     """
 
@@ -51,6 +53,7 @@ class Patience:
     silence: float = 30.0
     poll: float = 5.0
     start: float = 90.0
+    prepare: float = 3600.0
     deadline: float | None = None
 
 
@@ -65,11 +68,17 @@ class GaveUp(Exception):
 
 @dataclass
 class Site:
-    """What is known of one site."""
+    """What is known of one site.
+
+    Attributes:
+        prepared: it has the recipe.
+        counted: its data are part of this job's run.
+    """
 
     name: str
     client: str
     prepared: bool = False
+    counted: bool = False
     dead_since: float | None = None
     sent_most: int = 0
 
@@ -88,6 +97,7 @@ class Distributed:
 
     virtual = False
     pooled_tests = False
+    takes_ranks = True
 
     def __init__(
         self,
@@ -115,25 +125,41 @@ class Distributed:
 
     # ------------------------------------------------------------------ before the first round
 
-    def greet(self, recipe: Mapping[str, Any], run: str) -> dict[str, dict[str, int]]:
+    def greet(
+        self, recipe: Mapping[str, Any], run: str, files: Mapping[str, bytes] | None = None
+    ) -> dict[str, dict[str, int]]:
         """Give every site the recipe; client → how much data it found (train, validation, test, questions, tokens).
 
         A site that does not come up, has other versions or refuses the recipe is left out and said.
+
+        Args:
+            files: what sites cannot have themselves: name → bytes.
         """
-        orders = {"recipe": recipe, "run": run, "sites": len(self._sites)}
+        coded = {name: base64.b64encode(data).decode() for name, data in (files or {}).items()}
+        orders = {"recipe": recipe, "run": run, "sites": len(self._sites), "files": coded}
         self._orders = json.dumps(orders, allow_nan=False).encode()
         present = [site for site in self._sites.values() if site.dead_since is None]
         self._await(present)
-        futures = {self._pool.submit(self._prepare, site): site for site in present}
+        futures = {self._pool.submit(self._prepare_twice, site): site for site in present}
         counts: dict[str, dict[str, int]] = {}
         for future, site in futures.items():
             try:
                 counts[site.client] = future.result()
+                site.counted = True
             except GaveUp as error:
                 if error.reason in LOST:
                     site.dead_since = time.time()
                 self._say(f"{site.name} takes no part for now ({error.reason}): {error.detail}")
         return counts
+
+    def _prepare_twice(self, site: Site) -> dict[str, int]:
+        """A trainer that died while it loaded is started again, as between rounds."""
+        try:
+            return self._prepare(site)
+        except GaveUp as error:
+            if error.reason not in STARTED_ANEW - {"absent"}:
+                raise
+            return self._prepare(site)
 
     def _await(self, waiting: list[Site]) -> None:
         """Sites' processes come up one after another."""
@@ -200,6 +226,8 @@ class Distributed:
         for site in lost:
             if answers[site.name].result():
                 self._mark(site, dead=False)
+                if not site.counted:
+                    raise StartAgain(f"{site.name} is there now")
         dead = {site.name: site.dead_since for site in self._sites.values() if site.dead_since is not None}
         if dead and self._leave(dead):
             raise StartAgain("a site is back that this job does not reach")
@@ -241,7 +269,7 @@ class Distributed:
     def _exchange(self, site: Site, kind: str, data: bytes, limit: int) -> bytes:
         """Hand `data` over, wait for the work, fetch what came of it. Raises GaveUp."""
         work = f"{self._session}-{next(self._numbers)}"
-        deadline = self._patience.deadline if kind == "work" else None
+        deadline = self._patience.deadline if kind == "work" else self._patience.prepare
         for offset in range(0, max(1, len(data)), PIECE):
             piece = data[offset : offset + PIECE]
             header = {
@@ -274,6 +302,7 @@ class Distributed:
     def _done(self, site: Site, work: str, deadline: float | None) -> int:
         """Wait until the work is done; the size of its result."""
         since = time.monotonic()
+        begin_by = since + self._patience.prepare
         while True:
             patience = self._patience.poll
             if deadline is not None:
@@ -283,13 +312,16 @@ class Distributed:
             state = answer.header.get("state")
             if state == "done" and isinstance(answer.header.get("size"), int) and answer.header["size"] >= 0:
                 return int(answer.header["size"])
-            if state == "queued":  # behind an earlier piece of work: its time has not begun
+            if state == "queued" and time.monotonic() < begin_by:  # its time begins when the trainer is free
                 since = time.monotonic()
-            elif state == "working" and deadline is not None and time.monotonic() >= since + deadline:
+            elif state == "queued":
                 self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
                 raise GaveUp(
-                    "late", f"{site.name} was not done within {deadline:g} seconds (federation.round_deadline)"
+                    "late", f"{site.name} has been busy with other work for {self._patience.prepare:g} seconds"
                 )
+            elif state == "working" and deadline is not None and time.monotonic() >= since + deadline:
+                self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
+                raise GaveUp("late", f"{site.name} was not done within its {deadline:g} seconds")
             elif state == "unknown":
                 raise GaveUp("lost", f"{site.name} was started again in the middle of its work")
             elif state not in {"working", "queued"}:

@@ -2,7 +2,7 @@
 
 The base model and one adapter buffer are in memory once; a client's turn begins by copying its payload into the
 buffer. Messages are really encoded and decoded, so bytes are measured and a payload that could not travel fails here
-too. The simulator knows no algorithm: one `Client` plays all clients.
+too. The simulator knows no algorithm: one `Client` plays all clients, or one trainer of several ranks does (ranked.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ from dataclasses import replace
 
 from fedloom.client import Client
 from fedloom.runtimes import wire
+from fedloom.runtimes.ranked import Ranked
 from fedloom.types import Assignment, Outcome
 
 
 class Simulator:
     pooled_tests = True
     virtual = True
+    takes_ranks = True
 
-    def __init__(self, client: Client, clients: tuple[str, ...]) -> None:
+    def __init__(self, client: Client | Ranked, clients: tuple[str, ...]) -> None:
         self._client = client
         self._clients = clients
 

@@ -1,15 +1,19 @@
-"""The trainer as a process of its own: it holds the model, outlives rounds, and may die without taking its site down.
+"""The trainer as a process of its own, or several: it holds the model, outlives rounds, and may die without its site.
 
-    site's agent ── Unix socket ── python -m fedloom.site SOCKET      (the model, the data, the client)
+    site's agent ─┬─ Unix socket ── python -m fedloom.site SOCKET          (the model, the data, the client)
+                  └─ Unix socket ── its other ranks, where a client has some (training/parallel.py)
 
 Both ends speak frames: a short JSON header and bytes, which for work are the messages of wire.py. The agent asks, the
-trainer answers, one thing at a time. The socket lies in a folder that only this user may enter; when the agent goes,
-the trainer reads the end of the socket and ends as well. This file does not know what the bytes mean.
+trainer answers, one thing at a time. Every rank hears each question on a socket of its own and the first one answers,
+so ranks that wait need nothing of each other; where one dies, all are ended, since the others would wait for it. The
+sockets lie in a folder that only this user may enter, as does the file by which ranks find each other; when the agent
+goes, a rank reads the end of its socket and ends as well. This file does not know what the bytes mean.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -27,16 +31,25 @@ from typing import Any
 
 MAX_HEADER = 1 << 16
 
-#: Seconds that a trainer has to import its libraries and connect.
-START = 120.0
+#: Seconds that a trainer has to import its libraries and connect; on a machine with much else to do that is minutes.
+START = 300.0
+
+
+#: Exit codes of a trainer: its machine's memory is full, and an error that nobody foresaw.
+NO_MEMORY, ERROR = 12, 70
 
 
 class WorkerLost(Exception):
-    """The trainer ended; `how` names the signal or exit code."""
+    """The trainer ended; `how` names the signal or exit code.
 
-    def __init__(self, how: str) -> None:
+    Attributes:
+        error: whether it ended by an error of its own, which its log tells, and not from outside.
+    """
+
+    def __init__(self, how: str, error: bool = False) -> None:
         super().__init__(f"the trainer ended ({how})")
         self.how = how
+        self.error = error
 
 
 class WorkerLate(Exception):
@@ -90,44 +103,70 @@ def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) ->
 
 
 class Worker:
-    """A trainer's process, as the agent holds it.
+    """A trainer's processes, as the agent holds them.
+
+    Raises WorkerLost where they do not come up, OSError where they cannot be started.
 
     Args:
-        command: what starts it; the socket's path is added. A cluster's is `torch.distributed.run` with its ranks.
-        log: the file that its output goes to.
+        command: what starts one; the socket's path is added, and for one of several ranks its number, their count and
+            the file by which they meet.
+        log: the file that their output goes to.
         limit: bytes that one answer may have.
+        ranks: how many processes.
     """
 
-    def __init__(self, command: Sequence[str], log: Path, limit: int) -> None:
+    def __init__(self, command: Sequence[str], log: Path, limit: int, ranks: int = 1) -> None:
         self._limit = limit
-        self._folder = Path(
-            tempfile.mkdtemp(prefix="fedloom-")
-        )  # 0700, and a short path: a socket's may have 107 bytes
-        self._connection: socket.socket | None = None
-        path = str(self._folder / "trainer")
-        with contextlib.closing(socket.socket(socket.AF_UNIX)) as listener:
-            listener.bind(path)
-            listener.listen(1)
-            listener.settimeout(0.1)
-            with log.open("ab") as out:
-                self._process = subprocess.Popen([*command, path], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        # 0700, and a short path: a socket's may have 107 bytes
+        self._folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
+        self._connections: list[socket.socket] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        with contextlib.ExitStack() as stack:
+            try:
+                out = stack.enter_context(log.open("ab"))
+                listeners = []
+                for rank in range(ranks):
+                    listener = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+                    path = str(self._folder / f"trainer-{rank}")
+                    listener.bind(path)
+                    listener.listen(1)
+                    listener.settimeout(0.1)
+                    listeners.append(listener)
+                    place = [str(rank), str(ranks), str(self._folder / "meeting")] if ranks > 1 else []
+                    self._processes.append(
+                        subprocess.Popen([*command, path, *place], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                    )
+            except OSError:  # a full disk, no more processes
+                self.close()
+                raise
             until = time.monotonic() + START
-            while self._connection is None:
-                try:
-                    self._connection, _ = listener.accept()
-                except TimeoutError:
-                    if self._process.poll() is not None or time.monotonic() > until:
-                        self.close()
-                        raise WorkerLost(self._how()) from None
-        self._connection.settimeout(0.1)
+            for listener in listeners:
+                self._connections.append(self._accepted(listener, until))
+
+    def _accepted(self, listener: socket.socket, until: float) -> socket.socket:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except TimeoutError:
+                if not self.alive or time.monotonic() > until:
+                    raise self._lost() from None
+            else:
+                connection.settimeout(0.1)
+                return connection
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        """The first rank's."""
+        return self._processes[0].pid
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return tuple(p.pid for p in self._processes)
 
     @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        """Whether all of it is."""
+        return all(p.poll() is None for p in self._processes)
 
     def ask(
         self,
@@ -136,14 +175,13 @@ class Worker:
         deadline: float | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[dict[str, Any], bytes]:
-        """The trainer's answer. After an exception the process is gone, and another has to be started.
+        """The trainer's answer. After an exception its processes are gone, and others have to be started.
 
         Raises:
-            WorkerLost: it ended before it answered.
+            WorkerLost: one of them ended before the answer was there.
             WorkerLate: `deadline` seconds are over.
             Stopped: `stopped()` became true.
         """
-        assert self._connection is not None
         until = None if deadline is None else time.monotonic() + deadline
 
         def step() -> None:
@@ -155,44 +193,56 @@ class Worker:
                 raise EOFError
 
         try:
-            self._connection.settimeout(None)
-            send(self._connection, header, body)
-            self._connection.settimeout(0.1)
-            return receive(self._connection, self._limit, step)
+            for connection in self._connections:
+                connection.settimeout(None)
+                send(connection, header, body)
+                connection.settimeout(0.1)
+            return receive(self._connections[0], self._limit, step)
         except (EOFError, OSError, ValueError):
-            self.close()
-            raise WorkerLost(self._how()) from None
+            raise self._lost() from None
         except (WorkerLate, Stopped):
             self.close()
             raise
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
-        if self._connection is not None:
-            self._connection.close()
-        if self._process.poll() is None:
+        """End the processes, whatever they are doing."""
+        for connection in self._connections:
+            connection.close()
+        until = time.monotonic() + 0.3  # they ended already, or end with their sockets
+        for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(timeout=0.3)  # it ended already, or ends with the socket
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
+                process.wait(timeout=max(0.0, until - time.monotonic()))
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def _how(self) -> str:
-        code = self._process.returncode
-        if code is None:
-            return "it did not connect"
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+    def _lost(self) -> WorkerLost:
+        """End what is left, and say how the first of them ended that did so by itself."""
+        until = time.monotonic() + 1.0  # a rank that sees another one's end may end a moment before that is known
+        while self.alive and time.monotonic() < until:
+            time.sleep(0.02)
+        ends = {rank: code for rank, p in enumerate(self._processes) if (code := p.poll()) is not None}
+        self.close()
+        if not ends:
+            return WorkerLost("it did not answer" if self._connections else "it did not connect")
+        rank = min(
+            ends, key=lambda r: (ends[r] >= 0, ends[r] != NO_MEMORY, r)
+        )  # a signal explains what follows from it
+        code = ends[rank]
+        how = signal.Signals(-code).name if code < 0 else "out of memory" if code == NO_MEMORY else f"exit code {code}"
+        return WorkerLost(f"rank {rank}: {how}" if len(self._processes) > 1 else how, error=code == ERROR)
 
 
-def command(ranks: int = 1) -> list[str]:
+def command() -> list[str]:
     """What starts a site's trainer."""
-    assert ranks == 1, "more ranks are started by torch.distributed.run"
     return [sys.executable, "-m", "fedloom.site"]
 
 
 def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytes]]:
     """The trainer's end: one question after another until the agent is gone."""
+    end_with_agent()
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
         connection.connect(path)
         while True:
@@ -202,6 +252,13 @@ def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, A
                 shutil.rmtree(Path(path).parent, ignore_errors=True)  # where the agent was killed
                 return
             yield connection, header, body
+
+
+def end_with_agent() -> None:
+    """A trainer that is stopped, or deep in its work, does not see that its socket was closed: the kernel ends it."""
+    if sys.platform == "linux":
+        set_death_signal = 1
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def end_with_parent() -> None:

@@ -2,7 +2,7 @@
 
 The trainer is blind to the algorithm: it calls the three places where an algorithm may act (`local_loss`,
 `before_step`, `after_step`) and knows neither rounds' payloads nor other clients. The loss of a step is the sum of
-its token losses over its supervised tokens, all accumulation together.
+its token losses over its supervised tokens, all accumulation and all ranks (parallel.py) together.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fedloom.data.batching import Batch
 from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
 from fedloom.training.flops import Flops
+from fedloom.training.parallel import ALONE, Ranks
 
 
 class Learner(Protocol):
@@ -38,7 +39,7 @@ class FitResult:
     Attributes:
         loss: mean of the steps' losses, each weighted by its supervised tokens.
         steps: optimiser steps taken; skipped ones are not among them.
-        tokens: real tokens that went through forward and backward.
+        tokens: real tokens that went through forward and backward, on all ranks.
         flops: of those.
         optimizer_state: name → tensor, enough to carry on exactly.
     """
@@ -56,12 +57,15 @@ class LocalRun:
     """One client-round's training, as an algorithm's client half is given it.
 
     Most algorithms call `fit` once. One that trains two models calls it twice, one that trains other numbers than the
-    adapter's gives `fit` its own parameter, one that takes no gradients walks over `steps` itself.
+    adapter's gives `fit` its own parameter, one that takes no gradients walks over `steps` itself, and shares what it
+    computes with the other ranks itself.
 
     Attributes:
-        steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes.
+        steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes: all ranks' passes, of
+            which `ranks.own` has this one's.
         first_step, total_steps: where the round stands in the run, for schedules.
         optimizer_state: of the client's last round, where the recipe keeps it.
+        ranks: this process's place among those that train this client.
     """
 
     model: AdaptedModel
@@ -70,6 +74,7 @@ class LocalRun:
     first_step: int
     total_steps: int
     optimizer_state: Mapping[str, torch.Tensor] | None = None
+    ranks: Ranks = ALONE
 
     def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
         """Plain local training of the live adapter, or of `parameter`, with `learner`'s loss and hooks."""
@@ -82,6 +87,7 @@ class LocalRun:
             total_steps=self.total_steps,
             optimizer_state=self.optimizer_state,
             parameter=parameter,
+            ranks=self.ranks,
         )
 
     def learning_rate(self, step: int) -> float:
@@ -141,6 +147,7 @@ def fit(
     total_steps: int,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
     parameter: torch.nn.Parameter | None = None,
+    ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train the live adapter over `steps`, each a list of forward passes.
 
@@ -150,6 +157,7 @@ def fit(
         optimizer_state: from an earlier `FitResult`, to go on from it.
         parameter: what the optimiser steps in place of the adapter, with a gradient of its own: `before_step` fills
             that in from `model.grad`, `after_step` puts the new values into the model.
+        ranks: who takes which passes of a step; what comes after the sum of their gradients, each does alike.
 
     Raises:
         ClientFailed: ``non_finite``, naming the step and its examples, where the recipe does not skip.
@@ -168,7 +176,7 @@ def fit(
         for number, batches in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, first_step + number, total_steps)
-            loss = _accumulate(model, learner, batches, result, flops)
+            loss = _accumulate(model, learner, batches, result, flops, ranks)
             learner.before_step(model)
             norm = float(gradient.norm())
             if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -186,24 +194,30 @@ def fit(
         model.module.eval()
         model.grad.zero_()
     result.loss = weighted / weight if weight else math.nan
+    result.tokens, result.flops = ranks.counts(result.tokens, result.flops)
     result.optimizer_state = optimizer_tensors(optimizer, parameter)
     return result
 
 
 def _accumulate(
-    model: AdaptedModel, learner: Learner, batches: Sequence[Batch], result: FitResult, flops: Flops
+    model: AdaptedModel, learner: Learner, batches: Sequence[Batch], result: FitResult, flops: Flops, ranks: Ranks
 ) -> float:
-    """Forward and backward over one step's batches; the gradient stands in `model.grad`. Returns the step's loss."""
+    """Forward and backward over one step's batches; the gradient stands in `model.grad`. Returns the step's loss.
+
+    Each rank goes over its own batches, dividing by the units of all; the sum over ranks is the step's.
+    """
     model.grad.zero_()
     step_units = max(1, sum(b.units for b in batches))
     total = 0.0
-    for batch in batches:
+    for batch in ranks.own(batches):
         loss = learner.local_loss(model, batch, step_units)
         loss.backward()  # type: ignore[no-untyped-call]
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
-    penalty = model.penalty()
+    ranks.sum_(model.grad)
+    total = ranks.total(total)
+    penalty = model.penalty()  # every rank has all of it
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
         penalty.backward()  # type: ignore[no-untyped-call]
     return total

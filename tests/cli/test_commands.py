@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import Recipe, __version__
+from fedloom.cli import show_checks
 from fedloom.config import builtin_recipes
+from fedloom.doctor import Check
 
 SCORED = {"evaluation.suite": "right-length", "evaluation.limit": 6, "evaluation.answers": 2, "train.lr": 3e-2}
 # A suite that a random model gets right now and then, so that scores are not all zero.
@@ -184,6 +186,11 @@ def test_fetch_of_the_built_in_model_says_where_it_lies(cli, smollm2, fedloom_ho
     done = cli("fetch", "smollm2-135m")
     assert done.code == 0, done.err
     assert str(fedloom_home / "models" / "smollm2-135m") in done.out
+
+
+def test_a_mend_is_shown_with_its_brackets(capsys):
+    show_checks([Check("note", "extra x", "not installed", 'pip install "fedloom[skills]"')])
+    assert "fedloom[skills]" in "".join(capsys.readouterr().out.split("\n"))
 
 
 def test_doctor_finds_this_machine_fit_and_an_unfit_one_not(cli, tmp_path):

@@ -6,9 +6,12 @@ job. This file does not know what the trainer does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nvflare.apis.event_type import EventType
 from nvflare.apis.executor import Executor
@@ -50,12 +53,13 @@ def open_agent(site: SiteConfig) -> Agent:
     home, policy = Path(site.home), Policy.load(Path(site.policy))
     home.mkdir(parents=True, exist_ok=True)
 
-    def start() -> Worker:
-        return Worker(command(), home / "trainer.log", policy.max_message_bytes)
+    def start(recipe: Mapping[str, Any]) -> Worker:
+        ranks = site.ranks or policy.ranks_of(recipe)  # what the site itself says needs nobody's leave
+        return Worker(command(), home / "trainer.log", policy.max_message_bytes, ranks)
 
     def say(text: str) -> None:
         log.info(text)
-        with (home / "agent.log").open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), (home / "agent.log").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
     return Agent(start, policy, Audit(home / "audit.jsonl"), say)

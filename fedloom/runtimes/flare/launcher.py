@@ -7,12 +7,16 @@ engine, `spawn_process` and `get_credential_env`; they stand in this file alone,
 from __future__ import annotations
 
 import os
+import re
 import shlex
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 from nvflare.apis.fl_constant import FLContextKey
 from nvflare.apis.fl_context import FLContext
+from nvflare.apis.job_def import JobMetaKey
 from nvflare.apis.job_launcher_spec import JobHandleSpec
 from nvflare.app_common.job_launcher.client_process_launcher import ClientProcessJobLauncher
 from nvflare.utils.job_launcher_utils import get_credential_env
@@ -22,8 +26,22 @@ from nvflare.utils.process_utils import spawn_process
 TOO_SOON = 5.0
 
 
+#: A job's folder in a kit.
+JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def clear_jobs(kit: Path, but: str = "") -> None:
+    """Remove what the engine leaves of each job: a folder with its configuration. A site runs one job at a time."""
+    for folder in kit.iterdir():
+        if folder.is_dir() and JOB.fullmatch(folder.name) and folder.name != but:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class RestartingLauncher(ClientProcessJobLauncher):
     def launch_job(self, job_meta: dict[str, Any], fl_ctx: FLContext) -> JobHandleSpec:
+        clear_jobs(
+            Path(fl_ctx.get_prop(FLContextKey.WORKSPACE_OBJECT).get_root_dir()), job_meta[JobMetaKey.JOB_ID.value]
+        )
         handle: Any = super().launch_job(job_meta, fl_ctx)
         argv = shlex.split(self.get_command(job_meta, fl_ctx), True)
         environment = os.environ | get_credential_env(fl_ctx.get_prop(FLContextKey.JOB_PROCESS_ARGS) or {})

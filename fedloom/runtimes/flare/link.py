@@ -7,6 +7,7 @@ a thread of its own: the engine's multicast swallows errors. This file does not 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from nvflare.apis.signal import Signal
 
 from fedloom.errors import RunFailed
 from fedloom.runtimes.link import PIECE, Answer
+
+log = logging.getLogger("fedloom")
 
 TOPIC = "fedloom.ask"
 MAX_HEADER = 1 << 16
@@ -61,7 +64,11 @@ def handler(answer: Callable[[Mapping[str, Any], bytes], Answer]) -> Callable[..
         asked = _answer(request)
         if asked is None:
             return make_reply(ReturnCode.BAD_REQUEST_DATA)
-        given = answer(asked.header, asked.data)
+        try:
+            given = answer(asked.header, asked.data)
+        except Exception:  # the engine would send its words; they stay in the site's log, and the server hears nothing
+            log.exception("no answer")
+            return make_reply(ReturnCode.EXECUTION_EXCEPTION)
         reply = make_reply(ReturnCode.OK)
         reply["header"] = json.dumps(given.header, allow_nan=False)
         reply["data"] = bytes(given.data)

@@ -23,6 +23,11 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedloom.errors import RunFailed
 from fedloom.runtimes.flare.kits import SERVER_CLASS, SITE_CLASS
+from fedloom.runtimes.flare.launcher import clear_jobs
+
+#: Messages are large and come in any order: what is freed goes back to the system instead of into holes of the heap. Without
+#: a threshold that is set, glibc raises it to 32 MB by itself.
+ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "524288", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 #: States in which the engine's job is over.
 OVER = "FINISHED"
@@ -39,12 +44,14 @@ class Service:
 
     def __init__(self, kit: Path, options: list[str], environment: Mapping[str, str]) -> None:
         self.log = kit / "service.log"
+        self._kit = kit
+        clear_jobs(kit)
         (kit / "transfer").mkdir(exist_ok=True)
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(
                 [sys.executable, "-u", *options],
                 cwd=kit,
-                env={**os.environ, "MALLOC_ARENA_MAX": "4", **environment},
+                env={**os.environ, **ALLOCATOR, **environment},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -62,7 +69,7 @@ class Service:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End it and every process of its session."""
+        """End it and every process of its session; nothing of its jobs is left in the kit."""
         for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
@@ -71,6 +78,8 @@ class Service:
                 break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        clear_jobs(self._kit)
+        (self._kit / "service.pid").unlink(missing_ok=True)
 
 
 def server_service(kit: Path, environment: Mapping[str, str]) -> Service:
@@ -149,16 +158,19 @@ def write_job(folder: Path, name: str, min_sites: int) -> Path:
     return folder
 
 
-def last_lines(path: Path, count: int = 400) -> list[str]:
-    """The end of a log, for a sentence about why a service ended."""
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()[-count:]
-    return []
+def last_words(path: Path, count: int = 1 << 16) -> str:
+    """The end of a log, however long that is."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - count))
+        return file.read().decode("utf-8", errors="replace")
+    return ""
 
 
 def trouble(log: Path) -> str | None:
     """What the engine's log says over and over, as one sentence that a person can act on."""
-    text = "\n".join(last_lines(log))
+    text = last_words(log)
     if "CERTIFICATE_VERIFY_FAILED" in text:
         return "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
+    if "target_unreachable" in text[-2000:]:
+        return "the server does not answer; it is tried again until it does (`fedloom join --check` looks why)"
     return None

@@ -280,14 +280,22 @@ def test_a_sites_service_that_is_killed_is_back_in_another_job(federation):
     assert served.events("run_resumed"), "the site came back in another job"
 
 
-def test_below_quorum_the_run_ends_with_1_and_keeps_its_rounds(federation):
-    served = federation.serve({"federation.min_clients": 3, "federation.rounds": 6})
-    served.in_round(3)
-    federation.site("site-b", "fedloom.site").kill()
+def test_below_quorum_the_run_waits_until_its_deadline_and_keeps_its_rounds(federation):
+    """A trainer that was killed is asked again and saves its round; one that hangs does not, and the run ends with 1."""
+    served = federation.serve({"federation.min_clients": 3, "federation.rounds": 9, "federation.round_deadline": 30.0})
+    served.in_round(2)
+    federation.site("site-a", "fedloom.site").kill()
+    served.in_round(5)
+    federation.site("site-b", "fedloom.site").send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
     served.ended(1)
+    assert time.monotonic() - stopped > 25
     assert "federation.min_clients" in served.log.read_text().splitlines()[-1]
-    finished = [e["round"] for e in served.events("round_finished")]
-    assert finished == list(range(1, len(finished) + 1))
+    assert [reason for _, reason in served.failures("copy")] == ["crashed"]
+    finished = served.events("round_finished")
+    assert [e["round"] for e in finished] == list(range(1, len(finished) + 1))
+    assert len(finished) >= 4
+    assert all(e["updates"] == 3 for e in finished)
     assert f"{len(finished)} finished rounds are kept" in served.log.read_text()
 
 
