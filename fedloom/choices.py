@@ -157,6 +157,7 @@ def for_objective(corpus: Corpus, objective: str, say: Say) -> Corpus:
 
 def check_ranks(recipe: Recipe, clients: Partition) -> None:
     """Refuse a rank of its own for a client that there is not: it would silently have everybody's."""
+    assert not isinstance(recipe.adapter.ranks, str), "settled by settle_fleet"
     for client in recipe.adapter.ranks or {}:
         if client not in clients.clients:
             raise UserError(f"adapter.ranks names {client}, which is no client: {suggest(client, clients.clients)}")

@@ -19,6 +19,7 @@ from fedloom.errors import UserError, suggest
 from fedloom.methods import AdapterConfig as AdapterConfig  # noqa: PLC0414  (importable from here)
 from fedloom.overrides import dump_yaml, load_yaml, nearest_key, nested_copy, set_dotted
 from fedloom.privacy import PrivacyConfig as PrivacyConfig  # noqa: PLC0414  (importable from here)
+from fedloom.profiles import DevicesConfig as DevicesConfig  # noqa: PLC0414  (importable from here)
 from fedloom.section import Fraction, Section
 
 
@@ -250,7 +251,8 @@ class RuntimeConfig(Section):
         0.5,
         ge=0,
         le=5,
-        description="under an asynchronous algorithm, how unlike simulated clients' speeds are: σ of their log",
+        description="under an asynchronous algorithm, the short form of `devices`: how unlike clients' speeds are, "
+        "σ of their log",
     )
     ray: RayConfig = Field(default_factory=RayConfig, description="of the runtime ray alone")
 
@@ -315,6 +317,9 @@ class Recipe(Section):
     )
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig, description="where the clients run")
     privacy: PrivacyConfig | None = Field(None, description="clipping, noise and an accountant; null: none of them")
+    devices: DevicesConfig | None = Field(
+        None, description="what simulated clients run on (docs/devices.md); null: all alike and always there"
+    )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and when")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="events, checkpoints and trackers")
     seed: int = Field(42, ge=0, description="all randomness follows from it")

@@ -24,6 +24,7 @@ from fedloom.arrival import in_order
 from fedloom.asynchronous import InFlight
 from fedloom.checkpoint import Checkpoints, RoundState
 from fedloom.clock import Clock
+from fedloom.devices import Fleet, OnDevices, OnTheWay
 from fedloom.errors import RunFailed
 from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
@@ -66,6 +67,7 @@ class Coordinator:
         score: whether clients answer questions besides the loss.
         server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
         tick: called as clients come back.
+        fleet: the devices that clients run on, where the recipe has some; the clock then follows them.
         clock: when outcomes arrive, where the runtime's time is virtual and the algorithm asynchronous.
     """
 
@@ -83,9 +85,11 @@ class Coordinator:
         server_measure: ServerMeasure | None = None,
         tick: Tick = lambda what, round, done, total: None,
         clock: Clock | None = None,
+        fleet: Fleet | None = None,
     ) -> None:
         self.algorithm = algorithm
-        self.runtime = runtime
+        self.runtime = runtime if fleet is None else OnDevices(runtime, fleet)
+        self.fleet = fleet
         self.schedule = schedule
         self.checkpoints = checkpoints
         self.events = events
@@ -95,16 +99,17 @@ class Coordinator:
         self.score = score
         self.server_measure = server_measure
         self.tick = tick
-        self.progress = Progress()
+        self.progress = Progress(virtual=0.0 if fleet else None)
+        self._arrived: dict[str, float] = {}  # client → when its outcome of this round was there, in virtual seconds
         self._contacted: set[str] = set()
         self.in_flight: InFlight | None = None
         if algorithm.properties.asynchronous:
             self.in_flight = InFlight(
-                lambda assignments: channel.opening(runtime.run(assignments)),
+                lambda assignments: channel.opening(self.runtime.run(assignments)),
                 lambda client, round: self._assign(client, "train", round),
                 schedule,
                 algorithm.buffer(schedule.sampled()),
-                clock if runtime.virtual else None,
+                (OnTheWay(fleet, lambda: channel.moved) if fleet else clock) if runtime.virtual else None,
                 checkpoints.folder / "in-flight",
             )
 
@@ -167,6 +172,9 @@ class Coordinator:
         tally = _Tally()
         updates = self._at_once(number, tally) if self.in_flight is None else self._as_they_come(number, tally)
         metrics = dict(self.algorithm.aggregate(updates)) | (self.in_flight.metrics() if self.in_flight else {})
+        if self.fleet and self.in_flight is None:
+            metrics["virtual_seconds"] = max(self._arrived.values(), default=self.progress.virtual or 0.0)
+        self.progress.virtual = metrics.get("virtual_seconds")
         self.algorithm.server_step()
         self.progress.finished = number
         self.progress.cost += tally.cost
@@ -192,7 +200,31 @@ class Coordinator:
         clients = self.schedule.sample(number)
         self.events.write("round_started", round=number, clients=list(clients))
         outcomes = self._insisted(number, clients)
+        if self.fleet:
+            outcomes = self._timed(outcomes, self.fleet)
         return self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
+
+    def _timed(self, outcomes: Iterator[Outcome], fleet: Fleet) -> Iterator[Outcome]:
+        """Outcomes as the round's virtual deadline leaves them. Times count from the end of the round before."""
+        began, self._arrived = self.progress.virtual or 0.0, {}
+        for outcome in outcomes:
+            seconds = 0.0 if isinstance(outcome, Failure) else fleet.seconds(
+                outcome.client, outcome.cost, self.channel.moved
+            )  # fmt: skip
+            if fleet.late(seconds):
+                detail = f"{seconds:.4g} virtual seconds, and devices.deadline is {fleet.deadline:g}"
+                outcome = Failure(outcome.client, outcome.round, "too_late", detail, outcome.cost)
+                seconds = fleet.deadline or 0.0
+            self._arrived[outcome.client] = began + seconds
+            yield outcome
+            del outcome
+
+    def _told(self, outcome: Update) -> dict[str, Any]:
+        """What an event says of when an update came."""
+        if self.in_flight:
+            return self.in_flight.about(outcome)
+        arrived = self._arrived.get(outcome.client)
+        return {"staleness": 0, "arrived": None if arrived is None else round(arrived, 3)}
 
     def _insisted(self, number: int, clients: Sequence[str]) -> Iterator[Outcome]:
         """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's deadline."""
@@ -251,7 +283,7 @@ class Coordinator:
                 upload_bytes=outcome.cost.upload_bytes,
                 download_bytes=outcome.cost.download_bytes,
                 seconds=round(outcome.cost.wall_seconds, 3),
-                **(self.in_flight.about(outcome) if self.in_flight else {"staleness": 0, "arrived": None}),
+                **self._told(outcome),
             )
             yield outcome
             del outcome
@@ -346,6 +378,7 @@ class Coordinator:
             **self.tables.told(finished, {name: measured.means(m) for name, m in own.items()}),
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
+            "virtual_seconds": self.progress.virtual,
             "emulator": emulator,
             "preference": measured.preference(own),
         }

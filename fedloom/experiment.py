@@ -40,8 +40,10 @@ from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
 from fedloom.deployment import result_loader, save_result, server_measure
+from fedloom.devices import Fleet
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
+from fedloom.fleets import settle_fleet, with_room
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
@@ -158,6 +160,7 @@ class Setting:
     score_note: str
     schedule: Schedule
     split: dict[str, Any]
+    fleet: Fleet | None = None
 
 
 def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setting:
@@ -176,6 +179,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
     clients = partition(corpus, recipe.split, recipe.seed)
+    fleet, recipe, algorithm = settle_fleet(recipe, algorithm, clients)
     check_ranks(recipe, clients)
     schedule = make_schedule(recipe, algorithm, clients)
     recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
@@ -184,6 +188,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     if models is None:
         models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
     model = algorithm.server_model(models)
+    schedule = with_room(recipe, schedule, fleet, model, watch.say)
     check_positions(recipe, model)
     template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
     recipe = recipe.with_values(
@@ -203,7 +208,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
-        split_table(corpus, clients),
+        split_table(corpus, clients), fleet,
     )  # fmt: skip
 
 
@@ -249,6 +254,7 @@ def assemble(
         server_measure=None if elsewhere else measure,
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
+        fleet=setting.fleet,
     )
     if state is None:
         events.write("run_started", **_headline(setting))

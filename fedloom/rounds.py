@@ -6,7 +6,7 @@ Both are plain data with a little arithmetic: they do not send, train or measure
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class Schedule:
         independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
             sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
         secret: the sample comes from the operating system's entropy and not from the seed.
+        there: round → the clients that can be reached as it begins; None where all always can.
         measured: those of `testing` that evaluations measure, in order; None is all of them.
     """
 
@@ -41,6 +42,7 @@ class Schedule:
     independent: bool = False
     secret: bool = False
     measured: tuple[str, ...] | None = None
+    there: Callable[[int], frozenset[str]] | None = None
 
     @property
     def measuring(self) -> tuple[str, ...]:
@@ -53,19 +55,26 @@ class Schedule:
 
     def sample(self, round: int) -> tuple[str, ...]:
         """The clients of one round, in their fixed order."""
-        count = self.sampled()
-        if count >= len(self.training):
-            return self.training
+        count, pool = self.sampled(), self._reachable(round)
+        if count >= len(pool):
+            return pool
         if self.independent:
             numbers = self._numbers(round)
             return tuple(c for c, u in zip(self.training, numbers, strict=True) if u <= count / len(self.training))
         rng = numpy_generator(self.seed, "sample", round)
-        return tuple(self.training[i] for i in sorted(rng.choice(len(self.training), count, replace=False)))
+        return tuple(pool[i] for i in sorted(rng.choice(len(pool), count, replace=False)))
 
     def queue(self, round: int) -> tuple[str, ...]:
         """All clients that can be sampled, in the order in which an asynchronous round asks them."""
-        order = numpy_generator(self.seed, "sample", round).permutation(len(self.training))
-        return tuple(self.training[i] for i in order)
+        pool = self._reachable(round)
+        order = numpy_generator(self.seed, "sample", round).permutation(len(pool))
+        return tuple(pool[i] for i in order)
+
+    def _reachable(self, round: int) -> tuple[str, ...]:
+        if self.there is None:
+            return self.training
+        there = self.there(round)
+        return tuple(client for client in self.training if client in there)
 
     def _numbers(self, round: int) -> np.ndarray:
         """One for each client, uniform in (0, 1]."""
@@ -90,6 +99,7 @@ class Progress:
         evaluation_cost: the part of it that evaluation took.
         evaluations: rounds finished → what was measured then.
         failures, skipped_steps: counted over the run.
+        virtual: virtual seconds so far; None where time is real.
         earlier: (wall, CPU) seconds of the sessions before this one.
     """
 
@@ -99,6 +109,7 @@ class Progress:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     failures: int = 0
     skipped_steps: int = 0
+    virtual: float | None = None
     earlier: tuple[float, float] = (0.0, 0.0)
     _started: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
 
@@ -114,6 +125,7 @@ class Progress:
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
             "failures": self.failures,
             "skipped_steps": self.skipped_steps,
+            "virtual": self.virtual,
             "elapsed": list(self.elapsed()),
         }
 
@@ -126,5 +138,6 @@ class Progress:
             {int(k): v for k, v in notes["evaluations"].items()},
             notes["failures"],
             notes["skipped_steps"],
+            notes["virtual"],
             (notes["elapsed"][0], notes["elapsed"][1]),
         )

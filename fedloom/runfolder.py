@@ -136,6 +136,10 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
+#: Values that are filled in as a run begins: of these the stored ones stay.
+OPEN = (None, "auto", "by device")
+
+
 def continued(stored: Recipe, given: Recipe) -> Recipe:
     """The stored recipe with what `given` may change. Raises UserError for anything else that differs.
 
@@ -144,15 +148,13 @@ def continued(stored: Recipe, given: Recipe) -> Recipe:
     before, now = _flat(stored.resolved()), _flat(given.resolved())
     changes = {k: v for k, v in now.items() if v != before.get(k)}
     for key, value in changes.items():
-        if key.startswith(CHANGEABLE) or value in (None, "auto"):
+        if key.startswith(CHANGEABLE) or value in OPEN:
             continue
         raise UserError(
             f"{key} is {before.get(key)!r} in the run and cannot become {value!r} when it is resumed: "
             "start another run with --out"
         )
-    return stored.with_values(
-        {k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in (None, "auto")}
-    )
+    return stored.with_values({k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in OPEN})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

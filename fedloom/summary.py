@@ -71,6 +71,7 @@ def summarise(
         "preference": _preference(first["preference"], last["preference"]),
         "privacy": None if privacy is None else dict(privacy),
         "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
+        "virtual": _virtual(progress),
         "cost": _cost(progress),
         "clients": len(partition.clients),
         "rounds": progress.finished,
@@ -134,6 +135,14 @@ def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None)
 
 def _pair(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {"loss": measured["loss"], "score": measured["score"]}
+
+
+def _virtual(progress: Progress) -> dict[str, Any] | None:
+    """Where time is made up: how long it took, and the loss over it."""
+    if progress.virtual is None:
+        return None
+    curve = [[e["virtual_seconds"] or 0.0, e["loss"]] for _, e in sorted(progress.evaluations.items())]
+    return {"seconds": progress.virtual, "loss": curve}
 
 
 def _cost(progress: Progress) -> dict[str, Any]:

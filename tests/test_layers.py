@@ -16,13 +16,14 @@ ROOT = Path(fedloom.__file__).parent
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach", "limits"},
-    {"types", "overrides", "section", "methods", "privacy", "config", "carriers", "project", "policy"},
+    {"types", "overrides", "section", "methods", "privacy", "profiles", "config", "carriers", "project", "policy"},
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms"},
     {
         "checkpoint",
         "arrival",
         "clock",
+        "devices",
         "asynchronous",
         "rounds",
         "measured",
@@ -34,6 +35,7 @@ LAYERS = [
     },
     {"runtimes", "summary", "answers", "report"},
     {"choices", "deployment", "catalogue"},
+    {"fleets"},
     {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},
     {"console", "cli", "cli_federation", "__main__"},

@@ -29,6 +29,7 @@ def evaluated(events: Events, round: int, loss: float) -> None:
         "tokens": 5,
         "clients": {},
         "spread": None,
+        "virtual_seconds": None,
         "seconds": 0.1,
         "pooled": False,
         "emulator": None,

@@ -22,6 +22,9 @@ from fedloom.tables import quantile
 COLOURED = 9
 DRAWN = 30
 
+#: Units of virtual time, the coarsest first.
+TIMES = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0), ("milliseconds", 1e-3))
+
 #: The bands' names, each that of its lower and its upper edge.
 OUTER, INNER = "lowest client to highest client", "lower quartile to upper quartile"
 
@@ -70,6 +73,21 @@ def _spread_chart(title: str, unit: str, together: Points, evaluations: Sequence
     bands = (Band(OUTER, low, high, "outer"), Band(INNER, lower, upper, "inner")) if edges else ()
     lines = (Line("all clients", together, "all"),)
     return LineChart(title, unit, lines, bands, zero=unit == "percent") if together else None
+
+
+def virtual_chart(events: Iterable[Event]) -> LineChart | None:
+    """Loss on the test data over virtual time, in a unit that gives whole numbers; None where time is real."""
+    known = [
+        (e["virtual_seconds"] or 0.0, float(e["loss"]))
+        for e in events
+        if e["event"] == "evaluation" and e["loss"] is not None
+    ]
+    if not known or not (last := max(seconds for seconds, _ in known)):
+        return None
+    name, unit = next((n, u) for n, u in TIMES if last >= 20 * u or u == TIMES[-1][1])
+    points = tuple(sorted({round(seconds / unit): loss for seconds, loss in known}.items()))
+    lines = (Line("all clients", points, "all"),)
+    return LineChart(f"Loss on the test data over virtual {name}", "loss", lines, across=f"virtual {name}")
 
 
 def training_chart(events: Iterable[Event], worst: str | None, order: Sequence[str] = ()) -> LineChart | None:

@@ -64,6 +64,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "s": run.headline,
         "missing": [f"{name} {why}: {FILES[name]}" for name, why in run.missing.items()],
         "loss": _figure(charts.evaluation_chart(events, "loss", worst, order), 380),
+        "virtual": _figure(charts.virtual_chart(events), 300),
         "training": _figure(charts.training_chart(events, worst, order), 300),
         "score": _figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
         "privacy": run.privacy,
@@ -120,6 +121,7 @@ def _figure(chart: Chart | None, height: int, wide: int = WIDE) -> dict[str, Any
         names = [(name, style) for name, _, style in chart.stacks]
     return {
         "label": label, "wide": drawn[0], "narrow": drawn[1], "names": names, "context": _context(chart),
+        "across": chart.across if isinstance(chart, svg.LineChart) else "round",
         "rounds": chart.rounds, "rows": chart.rows(), "unit": chart.unit,
     }  # fmt: skip
 
@@ -134,7 +136,7 @@ def _spoken(chart: svg.LineChart) -> str:
     line = chart.lines[0]
     (first, before), (last, after) = line.points[0], line.points[-1]
     before_text, after_text = formats.text(before, chart.unit), formats.text(after, chart.unit)
-    return f"{line.name} from {before_text} in round {first} to {after_text} in round {last}"
+    return f"{line.name} from {before_text} in {chart.across} {first} to {after_text} in {chart.across} {last}"
 
 
 def _matrix(table: matrix.Matrix) -> dict[str, Markup]:

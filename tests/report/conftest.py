@@ -109,6 +109,7 @@ def _write_events(
             loss=loss,
             score=mean,
             seconds=9.5,
+            virtual_seconds=None,
             pooled=False,
             emulator=None,
             preference=None,
@@ -179,6 +180,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
         },
+        "virtual": None,
         "preference": (recipe.train.objective == "dpo" and {
             "accuracy": {"before": 0.0, "after": 0.8125}, "loss": {"before": 0.6931, "after": 0.4321},
             "margin": {"before": 0.0, "after": 1.234}, "pairs": 48,
