@@ -57,9 +57,23 @@ class Buildah:
         hosts = [word for name in names for word in ("--add-host", f"{name}:127.0.0.1")]
         container = _said(["buildah", "from", "--pull-never", *hosts, f"localhost/fedloom-{image}"])
         self._made.append(container)
-        entry = json.loads(_said(["buildah", "inspect", container]))["Docker"]["config"]["Entrypoint"]
+        image_config = json.loads(_said(["buildah", "inspect", container]))["Docker"]["config"]
+        # buildah mounts an image's own volumes over ours or below them, as it happens: take them out of the container
+        for place in image_config["Volumes"]:
+            _said(["buildah", "config", "--volume", f"{place}-", container])
         options = [word for host, place in volumes.items() for word in ("--volume", f"{host}:{place}")]
-        return ["buildah", "run", "--isolation", "chroot", *options, container, "--", *entry, *command]
+        options += ["--env", "TINI_SUBREAPER=1"]  # it is not the first process where the machine's are seen
+        return [
+            "buildah",
+            "run",
+            "--isolation",
+            "chroot",
+            *options,
+            container,
+            "--",
+            *image_config["Entrypoint"],
+            *command,
+        ]
 
     def close(self) -> None:
         for container in self._made:
@@ -112,15 +126,15 @@ def images(engine: Engine, work: Path, cache: str) -> None:
     if not (Path(cache) / "models").is_dir():
         run(engine, "model", "simulator", ["fetch", "smollm2-135m"], {cache: "/cache", **handed(work / "handed")})
     place = folder(work / "simulator")
-    mounts = {cache: "/cache", place: "/work"}
-    run(engine, "simulator", "simulator", ["run", "quickstart", *SHORT, "--out", "/work/short", "--quiet"], mounts)
+    mounts = {cache: "/cache", place: "/workspace"}
+    run(engine, "simulator", "simulator", ["run", "quickstart", *SHORT, "--out", "/workspace/short", "--quiet"], mounts)
     summary = json.loads((work / "simulator" / "short" / "summary.json").read_text(encoding="utf-8"))
     loss = summary["loss"]
     print(f"    loss {loss['before']:.4f} → {loss['after']:.4f}")
     if not loss["after"] < loss["before"]:
         raise Failed("the short run did not lower the held-out loss")
-    asked = ["--suite", "skills", "--set", "evaluation.limit=2", "--out", "/work/scores.json"]
-    print(run(engine, "evaluation", "evaluation", ["evaluate", "/work/short", *asked], mounts))
+    asked = ["--suite", "skills", "--set", "evaluation.limit=2", "--out", "/workspace/scores.json"]
+    print(run(engine, "evaluation", "evaluation", ["evaluate", "/workspace/short", *asked], mounts))
 
 
 def handed(place: Path) -> dict[str, str]:
@@ -164,7 +178,8 @@ def mounts(service: dict[str, Any], volumes: Path) -> dict[str, str]:
             found[str(volumes / volume["source"] / volume["volume"]["subpath"])] = volume["target"]
         else:
             source, _, place = volume.partition(":")
-            found[str((HERE / source).resolve() if source.startswith(".") else volumes / source)] = place
+            host = HERE / source if source.startswith(".") else volumes / source
+            found[str(host.resolve())] = place
     return found
 
 

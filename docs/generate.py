@@ -53,7 +53,8 @@ again as it was.
 
 def page() -> str:
     """The whole page as text."""
-    return HEAD + _builtin() + _sections() + _algorithms() + _operators()
+    named = ("Message operators", registry.operators), ("Hooks", registry.hooks)
+    return HEAD + _builtin() + _sections() + _algorithms() + "".join(_named(*each) for each in named)
 
 
 def _builtin() -> str:
@@ -132,13 +133,13 @@ def _row(e: catalogue.Entry) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _operators() -> str:
+def _named(title: str, table: registry.Registry) -> str:
     rows = []
-    for name in registry.operators.names():
-        fields = registry.operators.get(name).Options.model_fields
+    for name in table.names():
+        fields = table.get(name).Options.model_fields
         options = ", ".join(f"`{k}` ({_default(f)}): {f.description}" for k, f in sorted(fields.items()))
         rows.append((f"`{name}`", options or "none"))
-    return "## Message operators and their own options\n\n" + _table(("name", "options beside the name"), rows)
+    return f"## {title} and their own options\n\n" + _table(("name", "options beside the name"), rows)
 
 
 def _type(annotation: Any) -> str:

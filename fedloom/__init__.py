@@ -20,17 +20,19 @@ _PUBLIC = {
     "run": "fedloom.experiment",
     "Result": "fedloom.experiment",
     "Algorithm": "fedloom.algorithms.base",
+    "Hook": "fedloom.hooks.base",
     "UserError": "fedloom.errors",
     "RunFailed": "fedloom.errors",
 }
 
-__all__ = ["Algorithm", "Recipe", "Result", "RunFailed", "UserError", "__version__", "run"]
+__all__ = ["Algorithm", "Hook", "Recipe", "Result", "RunFailed", "UserError", "__version__", "run"]
 
 if TYPE_CHECKING:
     from fedloom.algorithms.base import Algorithm
     from fedloom.config import Recipe
     from fedloom.errors import RunFailed, UserError
     from fedloom.experiment import Result, run
+    from fedloom.hooks.base import Hook
 
 environment.prepare()
 

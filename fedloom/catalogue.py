@@ -121,6 +121,7 @@ MARKS = {
     "p": ("personal", "each client ends with a model of its own"),
     "o": ("order_independent", "the order of the clients changes nothing"),
     "a": ("asynchronous", "rounds wait for nobody (docs/architecture.md)"),
+    "c": ("cohorts", "clients may train several in one pass (docs/cohort.md)"),
 }
 
 
@@ -137,7 +138,7 @@ LEGEND = (
 )
 
 _HEAD = ("name", "travels", "up", "down", "server", "client", "marks", "PEFT", "arXiv")
-_WIDTHS = (16, 26, 8, 8, 6, 6, 6, 4, 10)
+_WIDTHS = (16, 26, 7, 7, 7, 6, 8, 4, 10)
 
 
 def _line(cells: tuple[str, ...]) -> str:

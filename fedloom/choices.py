@@ -22,9 +22,11 @@ from fedloom.data.splitters import select_questions, select_test_set
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
+from fedloom.hooks.base import CLIENT_POINTS
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.forward import supports_packing
+from fedloom.models.forward import supports_chunks, supports_packing
 from fedloom.models.loading import pick_device
+from fedloom.models.memory import can_recompute
 from fedloom.privacy import PrivacyConfig
 from fedloom.randomness import numpy_generator
 from fedloom.rounds import Schedule
@@ -70,6 +72,18 @@ def check_parallel(recipe: Recipe) -> None:
     if runtime.ranks == 1:
         return
     asked, strategy = f"runtime.ranks={runtime.ranks}", runtime.parallel or "ddp"
+    inside = [h.name for h in recipe.hooks if registry.hooks.get(h.name).points(CLIENT_POINTS)]
+    if inside:
+        raise UserError(
+            f"{asked} cannot be had with the hook {inside[0]}, which would see one rank's part of each step: leave one of "
+            "them out"
+        )
+    spared = "checkpointing=true" if recipe.train.checkpointing else f"loss_chunk={recipe.train.loss_chunk}"
+    if strategy == "fsdp" and (recipe.train.checkpointing or recipe.train.loss_chunk):
+        raise UserError(
+            f"train.{spared} cannot be had with runtime.parallel=fsdp, whose shards would be gathered again: leave it out, "
+            "or use runtime.parallel=ddp"
+        )
     cls = registry.algorithms.get(name)
     if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
         raise UserError(f"{asked} cannot be had with runtime.name={runtime.name}, whose clients are single processes")
@@ -285,6 +299,18 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
         raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
     say("this model does not keep packed sequences apart: batches are padded")
     return "off"
+
+
+def check_sparing(recipe: Recipe, model: AdaptedModel) -> None:
+    """Refuse to train in less memory where the result would be another. `recipe`: with its packing chosen."""
+    train = recipe.train
+    why = can_recompute(model, train.packing == "on") if train.checkpointing else ""
+    if why:
+        raise UserError(f"train.checkpointing=true cannot be had: {why}; set train.checkpointing=false")
+    if train.loss_chunk is not None and not supports_chunks(model):
+        raise UserError(
+            f"train.loss_chunk={train.loss_chunk} cannot be had: this model changes its logits after its head; leave it out"
+        )
 
 
 def check_positions(recipe: Recipe, model: AdaptedModel) -> None:

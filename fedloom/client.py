@@ -6,6 +6,7 @@ shares, and its own state for later. The recipe comes with the first assignment.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -27,11 +28,14 @@ from fedloom.errors import ClientFailed
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
+from fedloom.hooks.attached import SECTION, Hooks
+from fedloom.hooks.base import Fit
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
 from fedloom.training.objectives import OBJECTIVES
 from fedloom.training.parallel import ALONE, Ranks, bystander, deal
+from fedloom.training.precision import autocast
 from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
@@ -95,6 +99,20 @@ class Client:
         spent = Cost(wall_seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
         return replace(outcome, cost=outcome.cost + spent)
 
+    def beside(self, recipe: Mapping[str, Any], live: AdaptedModel) -> Client:
+        """A second client on the same data and store, under `recipe`, with a live model of its own on the same base."""
+        self._configure(recipe)
+        other = copy.copy(self)
+        other._models, other._model = self._models.holding(live), None
+        other._algorithm = make(self._recipe)
+        other._channel = ClientChannel(self._channel.chains, self._recipe.seed)
+        return other
+
+    @property
+    def live(self) -> AdaptedModel:
+        """The base with the adapter that this client trains."""
+        return self._models.adapted()
+
     def close(self) -> None:
         """Let go of the model, which the algorithm's client half holds too."""
         self._model = None
@@ -111,6 +129,7 @@ class Client:
         self._channel = ClientChannel(
             Chains.of(self._recipe.operators, self._recipe.privacy is not None), self._recipe.seed
         )
+        self._hooks = Hooks.of_client(self._recipe.hooks)
         self._objective = OBJECTIVES[self._recipe.train.objective](self._recipe.train)
 
     def _prepare(self, assignment: Assignment) -> None:
@@ -139,6 +158,8 @@ class Client:
         payload = self._channel.encoded(shared, client, round)
         kept = Payload(result.optimizer_state) if self._recipe.train.optimizer_state == "keep" else Payload()
         own = {"personal": self._algorithm.personal_state(), "optimizer": kept, "operators": self._channel.state()}
+        if self._hooks:
+            own[SECTION] = self._hooks.state()
         self._store.save(client, round, own)
         return Update(
             client,
@@ -146,7 +167,7 @@ class Client:
             payload,
             num_examples=len(data.train),
             num_tokens=data.sequences.supervised_tokens(data.train),
-            metrics={"loss": result.loss, "skipped_steps": result.skipped_steps},
+            metrics={"loss": result.loss, "skipped_steps": result.skipped_steps, **self._hooks.numbers()},
             cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps, cpu_seconds=others),
         )
 
@@ -159,10 +180,14 @@ class Client:
         passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
         packed = self._recipe.train.packing == "on"
         seen = [i for step in passes for p in step for i in p]
-        prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
+        with autocast(self._model.device, train.precision):  # a reference is compared with what it is computed like
+            prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
+        self._hooks.begin(client, round, self._state.get(SECTION))
+        fit = Fit(self._model, train)
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
         began = time.process_time()
         with forked_torch(self._recipe.seed, "dropout", round, ranks.stream(client)):
+            self._hooks.call("fit_start", fit)
             result = self._algorithm.local_training(
                 LocalRun(
                     self._model,
@@ -171,9 +196,13 @@ class Client:
                     first_step=(round - 1) * per_round,
                     total_steps=assignment.rounds * per_round,
                     optimizer_state=optimizer.tensors if optimizer else None,
+                    steps_per_epoch=per_round // train.epochs if train.epochs and not assignment.steps else None,
+                    hooks=self._hooks or None,
                     ranks=ranks,
                 )
             )
+            fit.result = result
+            self._hooks.call("fit_end", fit)
         ranks.check_alike(self._model.adapter.flat)
         result.flops += prepared
         spent = time.process_time() - began

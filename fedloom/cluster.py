@@ -65,7 +65,7 @@ class Cluster:
         self._recipe: dict[str, Any] = {}
         self._client: Client | None = None
 
-    def answer(self, kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    def answer(self, kind: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
         """A frame's header and body. An error that nobody foresaw ends this rank."""
         try:
             if kind == "prepare":

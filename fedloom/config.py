@@ -136,12 +136,47 @@ class TrainConfig(Section):
     packing: Literal["auto", "on", "off"] = Field(
         "auto", description="padding-free batches; auto tries the model once and falls back to padding"
     )
+    cohort: Literal["off", "auto"] | int = Field(
+        "off",
+        description="clients that train together in one pass over the base, in the simulator with LoRA: off, how many, "
+        "or auto, which measures some numbers on the recipe's own batches",
+    )
+
+    precision: Literal["fp32", "bf16", "fp16", "auto"] = Field(
+        "fp32",
+        description="of matrix products in training; what trains and the loss stay fp32. auto takes bf16 where the device "
+        "is faster in it",
+    )
+    checkpointing: bool = Field(
+        False,
+        description="keep each layer's input alone and compute the rest again in backward: less memory, more time",
+    )
+    loss_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="make the logits of so many supervised tokens at a time and again in backward, so that a large "
+        "vocabulary's are never all there; null makes them at once",
+    )
 
     @field_validator("packing", mode="before")
     @classmethod
     def _on_and_off(cls, value: Any) -> Any:
         """YAML 1.1 reads on and off as booleans."""
         return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("cohort", mode="before")
+    @classmethod
+    def _off_auto_or_some(cls, value: Any) -> Any:
+        """YAML 1.1 reads off as a boolean."""
+        value = "off" if value is False else value
+        if value in {"off", "auto"} or (isinstance(value, int) and not isinstance(value, bool) and value >= 2):
+            return value
+        raise ValueError(f"train.cohort={value!r} is not valid: it is off, auto, or a number of clients from 2 on")
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients that train together, of a resolved recipe; 1 where each trains alone."""
+        return self.cohort if isinstance(self.cohort, int) else 1
 
     @model_validator(mode="before")
     @classmethod
@@ -201,6 +236,13 @@ class FederationConfig(Section):
         return part_of(self.clients_per_round, clients)
 
 
+def _named(value: Any) -> Any:
+    """A list of mappings with a name each, from bare names and mappings, or one of them alone."""
+    if isinstance(value, str | Mapping):
+        value = [value]
+    return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+
 class OperatorConfig(Section):
     """`name`, and beside it the operator's own options."""
 
@@ -220,9 +262,18 @@ class OperatorsConfig(Section):
     @field_validator("initial", "up", "down", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
-        if isinstance(value, str | Mapping):
-            value = [value]
-        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+        return _named(value)
+
+
+class HookConfig(Section):
+    """`name`, and beside it the hook's own options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field(description="the hook")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
 
 
 class RayConfig(Section):
@@ -322,6 +373,9 @@ class Recipe(Section):
     )
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig, description="what is measured, and when")
     tracking: TrackingConfig = Field(default_factory=TrackingConfig, description="events, checkpoints and trackers")
+    hooks: list[HookConfig] = Field(
+        default_factory=list, description="hooks by name, with their own options beside it (docs/trainer.md)"
+    )
     seed: int = Field(42, ge=0, description="all randomness follows from it")
 
     @field_validator("model", mode="before")
@@ -333,6 +387,19 @@ class Recipe(Section):
     @classmethod
     def _algorithm_by_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("hooks", mode="before")
+    @classmethod
+    def _hooks_by_name(cls, value: Any) -> Any:
+        return _named(value)
+
+    @model_validator(mode="after")
+    def _each_hook_once(self) -> Recipe:
+        names = [h.name for h in self.hooks]
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice:
+            raise ValueError(f"hooks has {twice} twice: name each hook once")
+        return self
 
     @model_validator(mode="after")
     def _base_can_train(self) -> Recipe:
@@ -383,6 +450,20 @@ class Recipe(Section):
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """A copy with dotted keys replaced, validated again."""
         return Recipe.parse(self.resolved(), values)
+
+    def with_hook(self, name: str, **options: Any) -> Recipe:
+        """A copy with this hook in it; one that is there already is replaced, where it stands. Raises UserError."""
+        added = {"name": name, **options}
+        kept = [added if h.name == name else h.model_dump(mode="json") for h in self.hooks]
+        return self.with_values({"hooks": kept if added in kept else [*kept, added]})
+
+    def without_hook(self, name: str) -> Recipe:
+        """A copy without this hook. Raises UserError where it is not there."""
+        if name not in [h.name for h in self.hooks]:
+            raise UserError(
+                f"the recipe has no hook {name!r} to leave out: {suggest(name, [h.name for h in self.hooks])}"
+            )
+        return self.with_values({"hooks": [h.model_dump(mode="json") for h in self.hooks if h.name != name]})
 
     def to_yaml(self) -> str:
         return dump_yaml(self.resolved())

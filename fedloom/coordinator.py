@@ -26,11 +26,13 @@ from fedloom.checkpoint import Checkpoints, RoundState
 from fedloom.clock import Clock
 from fedloom.devices import Fleet, OnDevices, OnTheWay
 from fedloom.errors import RunFailed
+from fedloom.hooks.attached import SECTION, Hooks
+from fedloom.hooks.base import ServerRound
 from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
 from fedloom.tables import Tables
 from fedloom.tracking import Events
-from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Update, pooled_mean
+from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Payload, Update, pooled_mean
 
 
 class Runtime(Protocol):
@@ -69,6 +71,8 @@ class Coordinator:
         tick: called as clients come back.
         fleet: the devices that clients run on, where the recipe has some; the clock then follows them.
         clock: when outcomes arrive, where the runtime's time is virtual and the algorithm asynchronous.
+        hooks: the server's.
+        validating: clients that hold validation data, in order.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class Coordinator:
         tick: Tick = lambda what, round, done, total: None,
         clock: Clock | None = None,
         fleet: Fleet | None = None,
+        hooks: Hooks | None = None,
+        validating: Sequence[str] = (),
     ) -> None:
         self.algorithm = algorithm
         self.runtime = runtime if fleet is None else OnDevices(runtime, fleet)
@@ -99,6 +105,8 @@ class Coordinator:
         self.score = score
         self.server_measure = server_measure
         self.tick = tick
+        self.hooks = hooks or Hooks()
+        self.validating = validating
         self.progress = Progress(virtual=0.0 if fleet else None)
         self._arrived: dict[str, float] = {}  # client → when its outcome of this round was there, in virtual seconds
         self._contacted: set[str] = set()
@@ -123,7 +131,11 @@ class Coordinator:
         Args:
             lost: rounds that were finished after this checkpoint and are done again.
         """
-        self.algorithm.load_server_state(state.server)
+        prefix = f"{SECTION}/"
+        kept = {n.removeprefix(prefix): t for n, t in state.server.tensors.items() if n.startswith(prefix)}
+        server = {n: t for n, t in state.server.tensors.items() if not n.startswith(prefix)}
+        self.algorithm.load_server_state(Payload(server, state.server.meta))
+        self.hooks.load(Payload(kept, state.notes.get(SECTION, {})))
         self.progress = Progress.from_notes(state.round, state.notes)
         self.channel.load_notes(state.notes["channel"])
         if self.in_flight:
@@ -137,14 +149,19 @@ class Coordinator:
             self._checkpoint()  # so that an interrupted first evaluation or round leaves something to resume
         while True:
             finished = self.progress.finished
-            if self.schedule.evaluates(finished) and not self._evaluated(finished):
+            over = self._over(finished)
+            if (over or self.schedule.evaluates(finished)) and not self._evaluated(finished):
                 self._evaluate(finished)
                 self.checkpoints.amend(self._state())
-            if finished >= self.rounds:
+            if over:
                 if self.in_flight:
                     self.in_flight.close()
+                self.hooks.deploy(self.algorithm)
                 return self.progress
             self._round(finished + 1)
+
+    def _over(self, finished: int) -> bool:
+        return finished >= self.rounds or self.progress.stopped is not None
 
     def _evaluated(self, finished: int) -> bool:
         """Whether this evaluation is there; one in the middle of a longer run is no final one of personal models."""
@@ -153,12 +170,12 @@ class Coordinator:
 
     def _final_personal(self, finished: int) -> bool:
         """Whether each client's own model is now measured on everybody's test data, which only a simulation has."""
-        return self.algorithm.properties.personal and finished == self.rounds and self.runtime.pooled_tests
+        return self.algorithm.properties.personal and self._over(finished) and self.runtime.pooled_tests
 
     def save_personal(self) -> dict[str, str]:
         """Have every testing client write its own adapter; returns client → sha256 of it."""
         digests: dict[str, str] = {}
-        for outcome in self.runtime.run(self._assign(c, "save", self.rounds) for c in self.schedule.testing):
+        for outcome in self.runtime.run(self._assign(c, "save", self.progress.finished) for c in self.schedule.testing):
             self.progress.cost += outcome.cost
             if isinstance(outcome, Failure):
                 raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")
@@ -170,12 +187,15 @@ class Coordinator:
     def _round(self, number: int) -> None:
         started = time.perf_counter()
         tally = _Tally()
+        at = ServerRound(number, self.rounds, self.algorithm)
+        self.hooks.round_start(at)
         updates = self._at_once(number, tally) if self.in_flight is None else self._as_they_come(number, tally)
         metrics = dict(self.algorithm.aggregate(updates)) | (self.in_flight.metrics() if self.in_flight else {})
         if self.fleet and self.in_flight is None:
             metrics["virtual_seconds"] = max(self._arrived.values(), default=self.progress.virtual or 0.0)
         self.progress.virtual = metrics.get("virtual_seconds")
         self.algorithm.server_step()
+        stopped_by = self._hooks_after(at) if self.hooks else ""
         self.progress.finished = number
         self.progress.cost += tally.cost
         self.progress.failures += tally.failures
@@ -191,9 +211,22 @@ class Coordinator:
             upload_bytes=tally.cost.upload_bytes,
             download_bytes=tally.cost.download_bytes,
             seconds=round(time.perf_counter() - started, 3),
-            metrics=dict(metrics),
+            metrics={**metrics, **tally.told(), **self.hooks.numbers()},
         )
+        if stopped_by:
+            self.progress.stopped = {"round": number, "hook": stopped_by, "reason": at.stop}
+            self.events.write("run_stopped", **self.progress.stopped)
         self.events.write("checkpoint", round=number, path=self._checkpoint().name)
+
+    def _hooks_after(self, at: ServerRound) -> str:
+        """The server's hooks once a round is aggregated; the name of the one that ends the run, or the empty string."""
+        self.hooks.call("aggregated", at)
+        if self.hooks.validates(at.number):
+            sums, cost = self._measure(at.number, "validation", self.validating)
+            self.progress.cost += cost
+            self.progress.evaluation_cost += cost
+            at.validation = measured.together(sums)["loss"]
+        return self.hooks.stopped_by(at)
 
     def _at_once(self, number: int, tally: _Tally) -> Iterator[Update]:
         """A synchronous round: the usable updates of all clients that are sampled for it."""
@@ -270,6 +303,8 @@ class Coordinator:
             skipped = int(outcome.metrics.get("skipped_steps", 0))
             tally.updates += 1
             tally.skipped_steps += skipped
+            own = {k: v for k, v in outcome.metrics.items() if "/" in k}  # those of the client's hooks
+            tally.numbers.append((own, outcome.num_examples))
             tally.losses.append((outcome.metrics["loss"] * outcome.num_examples, outcome.num_examples))
             self.events.write(
                 "client_update",
@@ -283,6 +318,7 @@ class Coordinator:
                 upload_bytes=outcome.cost.upload_bytes,
                 download_bytes=outcome.cost.download_bytes,
                 seconds=round(outcome.cost.wall_seconds, 3),
+                metrics=own,
                 **self._told(outcome),
             )
             yield outcome
@@ -363,15 +399,14 @@ class Coordinator:
         pooled, emulator = self._final_personal(finished), None
         if self.algorithm.properties.offsite:
             emulator = measured.together(own)
-            here = self.server_measure(self.algorithm.deployed()) if self.server_measure else measured.total(())
-            found = measured.means(here)
+            found = measured.means(self._asked(self.server_measure) if self.server_measure else measured.total(()))
         elif pooled:
             sums, spent = self._measure(finished, "pooled")
             cost += spent
             found = measured.everywhere(sums)
         else:
             asks = self.server_measure if self.score and not (personal and finished) else None
-            found = measured.together(own, asks(self.algorithm.deployed()) if asks else None)
+            found = measured.together(own, self._asked(asks) if asks else None)
         result = {
             **{key: found[key] for key in ("loss", "score", "questions")},
             "tokens": int(sum(m["tokens"] for m in own.values())),
@@ -387,18 +422,26 @@ class Coordinator:
         self.progress.evaluations[finished] = result
         self.events.write("evaluation", round=finished, **result)
 
-    def _measure(self, finished: int, dataset: str) -> tuple[dict[str, Mapping[str, float]], Cost]:
+    def _asked(self, measure: ServerMeasure) -> Mapping[str, float]:
+        with self.hooks.deploying(self.algorithm):
+            return measure(self.algorithm.deployed())
+
+    def _measure(
+        self, finished: int, dataset: str, clients: Sequence[str] | None = None
+    ) -> tuple[dict[str, Mapping[str, float]], Cost]:
         """Client → sums (measured.py), of those that could be measured."""
         sums: dict[str, Mapping[str, float]] = {}
         cost = Cost()
-        for outcome in self._counted("evaluate", finished, self.schedule.measuring, dataset):
-            cost += outcome.cost
-            if isinstance(outcome, Failure):
-                self._failed(outcome, "evaluate")
-                self.progress.failures += 1
-            else:
-                sums[outcome.client] = outcome.metrics
-        return {c: sums[c] for c in self.schedule.measuring if c in sums}, cost
+        clients = self.schedule.measuring if clients is None else clients
+        with self.hooks.deploying(self.algorithm):
+            for outcome in self._counted("evaluate", finished, clients, dataset):
+                cost += outcome.cost
+                if isinstance(outcome, Failure):
+                    self._failed(outcome, "evaluate")
+                    self.progress.failures += 1
+                else:
+                    sums[outcome.client] = outcome.metrics
+        return {c: sums[c] for c in clients if c in sums}, cost
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -406,7 +449,12 @@ class Coordinator:
         notes, files = {**self.progress.notes(), "channel": self.channel.notes()}, {}
         if self.in_flight:
             notes["in_flight"], files = self.in_flight.notes(), self.in_flight.files()
-        return RoundState(self.progress.finished, self.algorithm.server_state(), notes, files)
+        server = self.algorithm.server_state()
+        if self.hooks:
+            kept = self.hooks.state()
+            server = Payload({**server.tensors, **{f"{SECTION}/{n}": t for n, t in kept.tensors.items()}}, server.meta)
+            notes[SECTION] = kept.meta
+        return RoundState(self.progress.finished, server, notes, files)
 
     def _checkpoint(self) -> Path:
         return self.checkpoints.save(self._state())
@@ -421,3 +469,10 @@ class _Tally:
     skipped_steps: int = 0
     cost: Cost = Cost()
     losses: list[tuple[float, float]] = field(default_factory=list)
+    numbers: list[tuple[Mapping[str, float], int]] = field(default_factory=list)
+
+    def told(self) -> dict[str, float]:
+        """What clients' hooks told: number → the mean over those that told it, weighted by their examples."""
+        names = dict.fromkeys(name for own, _ in self.numbers for name in own)
+        pairs = {name: [(own[name] * n, n) for own, n in self.numbers if name in own] for name in names}
+        return {name: mean for name, values in pairs.items() if (mean := pooled_mean(values)) is not None}

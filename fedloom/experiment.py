@@ -24,6 +24,7 @@ from fedloom.choices import (
     check_positions,
     check_ranks,
     check_runtime,
+    check_sparing,
     choose_packing,
     federated_data,
     load_data,
@@ -34,6 +35,7 @@ from fedloom.choices import (
 )
 from fedloom.client import Client
 from fedloom.clock import Speeds
+from fedloom.cohorts import check_cohort, choose_cohort
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, Runtime, Tick
 from fedloom.data.federated import FederatedData
@@ -44,6 +46,7 @@ from fedloom.devices import Fleet
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
 from fedloom.fleets import settle_fleet, with_room
+from fedloom.hooks.attached import Hooks, check_hooks, for_clients
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
@@ -54,6 +57,7 @@ from fedloom.runfolder import RunFolder, continued, opened
 from fedloom.runtimes.ranked import Ranked
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
+from fedloom.training.precision import choose_precision
 from fedloom.types import Corpus, Partition
 
 
@@ -145,7 +149,7 @@ class Remote(Protocol):
 class Setting:
     """All that a run needs before its first round.
 
-    `recipe` has every default and every choice of a probe written out; `split` is what split.json holds.
+    `recipe` has every default and choice written out; `split` is for split.json; data `elsewhere` are not measured here.
     """
 
     recipe: Recipe
@@ -161,6 +165,7 @@ class Setting:
     schedule: Schedule
     split: dict[str, Any]
     fleet: Fleet | None = None
+    elsewhere: bool = False
 
 
 def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setting:
@@ -175,6 +180,8 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     algorithm = make_algorithm(recipe)
     check_runtime(recipe, algorithm)
     Chains.of(recipe.operators, recipe.privacy is not None)
+    Hooks.of_server(recipe.hooks)
+    recipe = check_cohort(recipe, algorithm, watch.say)
 
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
@@ -195,9 +202,11 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         {
             "runtime.threads": threads,
             "data.template": template.style,
+            "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
             "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }
     )
+    check_sparing(recipe, model)
 
     # What each client holds of it, as tokens; what is scored, and by whom.
     suite, score_note = pick_suite(recipe, corpus)
@@ -205,7 +214,9 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         watch.say(note)
     recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
     holders = clients.pooled() if algorithm.properties.pooled else clients
+    check_hooks(recipe, algorithm, holders)
     data = federated_data(recipe, corpus, holders, template, suite, carriers.home() / "tokenised", watch.say)
+    recipe = choose_cohort(recipe, model, data, schedule, watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
         split_table(corpus, clients), fleet,
@@ -229,7 +240,6 @@ def assemble(
     folder.write("split.json", setting.split, rows="clients")
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
-    elsewhere = runtime is not None  # the data, too: nothing can be measured here
     if runtime is None and recipe.runtime.name in registry.openers:
         runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
     if runtime is None:
@@ -248,13 +258,15 @@ def assemble(
         setting.schedule,
         checkpoints,
         events,
-        recipe.resolved(),
+        for_clients(recipe),
         channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
         score=setting.suite is not None,
-        server_measure=None if elsewhere else measure,
+        server_measure=None if setting.elsewhere else measure,
         tick=watch.tick,
         clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
         fleet=setting.fleet,
+        hooks=Hooks.of_server(recipe.hooks),
+        validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
     )
     if state is None:
         events.write("run_started", **_headline(setting))
@@ -268,12 +280,12 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtim
     """Rounds, then results."""
     coordinator = assemble(setting, folder, resume, watch, runtime)
     try:
-        return _results(setting, folder, coordinator, watch, elsewhere=runtime is not None)
+        return _results(setting, folder, coordinator, watch)
     finally:
         coordinator.runtime.close()  # processes too, where clients have some
 
 
-def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch, *, elsewhere: bool) -> Result:
+def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch) -> Result:
     recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     settings = recipe.evaluation
     asker = Asker(
@@ -293,7 +305,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.runtime.close()
-    reference = _reference(setting, folder, watch) if not elsewhere else None  # it takes everybody's data
+    reference = None if setting.elsewhere else _reference(setting, folder, watch)
     load("")
     summary = summarise(
         recipe,

@@ -40,6 +40,9 @@ class Policy(Section):
     algorithms: list[str] | None = Field(None, description="algorithms that may run here; null: every installed one")
     operators: list[str] | None = Field(None, description="operators that may encode messages; null: every one")
     methods: list[str] | None = Field(None, description="PEFT methods that may be trained here; null: every one")
+    hooks: list[str] | None = Field(
+        None, description="hooks that may act in this site's training; null: every installed one, []: none"
+    )
     rounds: int | None = Field(None, ge=1, description="the most rounds that a recipe may have")
     ranks: int = Field(8, ge=1, description="the most processes that a recipe may have train together here")
     largest_epsilon: float | None = Field(
@@ -66,6 +69,7 @@ class Policy(Section):
         self._among("methods", self.methods, [recipe["adapter"]["method"]])
         chains = recipe.get("operators") or {}
         self._among("operators", self.operators, [str(o["name"]) for chain in chains.values() for o in chain or []])
+        self._among("hooks", self.hooks, [str(h["name"]) for h in recipe.get("hooks") or []])
         rounds = recipe["federation"]["rounds"]
         if self.rounds is not None and rounds > self.rounds:
             raise Refused(f"the recipe has {rounds} rounds and this site's policy allows {self.rounds} (rounds)")
@@ -128,13 +132,17 @@ class Audit:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def left(self, what: str, data: bytes, **about: str | int) -> None:
+    def left(self, what: str, *data: bytes, **about: str | int) -> None:
+        """A message that left; `data` are its parts in their order."""
+        digest = hashlib.sha256()
+        for part in data:
+            digest.update(part)
         line = {
             "time": round(time.time(), 3),
             "what": what,
             **about,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
+            "bytes": sum(map(len, data)),
+            "sha256": digest.hexdigest(),
         }
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

@@ -308,9 +308,22 @@ operators = Registry(
     "fedloom.operators.base:Operator",
 )
 
+hooks = Registry(
+    "hook",
+    "hooks",
+    {
+        "early_stopping": "fedloom.hooks.early_stopping:EarlyStopping",
+        "ema": "fedloom.hooks.ema:Ema",
+        "gradient_noise": "fedloom.hooks.gradient_noise:GradientNoise",
+    },
+    "fedloom.hooks.base:Hook",
+)
+
 
 def notes() -> list[str]:
     """What the user should know of all the names that were asked for, each sentence once in a process."""
     return [
-        note for table in (algorithms, corpora, splitters, suites, runtimes, operators) for note in table.take_notes()
+        note
+        for table in (algorithms, corpora, splitters, suites, runtimes, operators, hooks)
+        for note in table.take_notes()
     ]

@@ -29,17 +29,20 @@ from fedloom.checkpoint import write_json
 from fedloom.choices import (
     check_positions,
     check_ranks,
+    check_sparing,
     choose_packing,
     make_algorithm,
     make_schedule,
     settle_privacy,
 )
+from fedloom.cohorts import check_cohort
 from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Setting, Watch, run
+from fedloom.hooks.attached import Hooks, check_hooks, for_clients
 from fedloom.models import shipping
 from fedloom.models.adapters import Models
 from fedloom.models.loading import pick_device
@@ -52,6 +55,7 @@ from fedloom.runtimes.distributed import Distributed, Patience, StartAgain
 from fedloom.runtimes.flare.controller import RunController
 from fedloom.runtimes.flare.link import FlareLink
 from fedloom.runtimes.worker import end_with_parent
+from fedloom.training.precision import choose_precision
 from fedloom.types import Corpus, Partition, Shard
 
 #: Seconds that a site has to load model and data, whatever the round's deadline.
@@ -96,6 +100,7 @@ class Sites:
         threads = recipe.runtime.threads or environment.available_cores()
         torch.set_num_threads(threads)
         algorithm = checked(recipe)
+        recipe = check_cohort(recipe, algorithm, watch.say)
         everybody = Partition({c: Shard((0,), (), (0,)) for c in self.runtime.clients}, "sites", recipe.seed)
         check_ranks(recipe, everybody)
         schedule = make_schedule(recipe, algorithm, everybody)
@@ -109,15 +114,17 @@ class Sites:
             {
                 "runtime.threads": threads,
                 "data.template": template.style,
+                "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
                 "train.packing": choose_packing(recipe.train.packing, model, watch.say),
                 "evaluation.suite": suite_name,
                 "evaluation.answers": 0,  # texts stay where they are
             }
         )
+        check_sparing(recipe, model)
         watch.say("asking the sites about their data")
         # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
         files = shipping.tokenizer_files(model.tokenizer) if algorithm.properties.offsite else {}
-        counts = self.runtime.greet(recipe.resolved(), run_id(folder, recipe, self._resume), files)
+        counts = self.runtime.greet(for_clients(recipe), run_id(folder, recipe, self._resume), files)
         clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)
         if not clients.training_clients:
             raise RunFailed("no site with training data takes part: see the sites' own logs")
@@ -127,12 +134,13 @@ class Sites:
                 "again once they are there"
             )
         schedule = _schedule(recipe, algorithm, clients)
+        check_hooks(recipe, algorithm, clients)
         corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", "the sites")
         data = FederatedData(corpus, tokenise(corpus, template, recipe.data.max_length, None), clients, {})
         suite = registry.suites.get(suite_name) if suite_name else None
         return Setting(
             recipe, corpus, clients, data, models, model, algorithm, template, suite, note, schedule,
-            _split(clients),
+            _split(clients), elsewhere=True,
         )  # fmt: skip
 
 
@@ -151,6 +159,7 @@ def checked(recipe: Recipe) -> Any:
     """The recipe's algorithm. Raises UserError for what sites cannot do."""
     algorithm = make_algorithm(recipe)
     Chains.of(recipe.operators)
+    Hooks.of_server(recipe.hooks)
     if algorithm.properties.pooled:
         raise UserError(
             f"algorithm {recipe.algorithm.name} pools all clients' data, which no federation of sites can: run it in the "
@@ -240,6 +249,7 @@ def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> No
         patience(recipe.federation.round_deadline),
         lines.say,
         lambda dead: heard_again(Path(order.folder) / "heard.json", dead),
+        Path(order.out) / FEDERATION,
     )
     watch = Watch(lines.say, lines.event, lines.tick)
     remote = Sites(runtime, order.resume)

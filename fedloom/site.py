@@ -36,6 +36,7 @@ from fedloom.data.sources import load_corpus
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError, disk_trouble
+from fedloom.hooks.attached import Hooks
 from fedloom.models import shipping
 from fedloom.models.loading import load_tokenizer, pick_device
 from fedloom.policy import Policy, Refused
@@ -126,6 +127,7 @@ def open_site(
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
     recipe = localised(Recipe.parse(values), site, place.count)
+    Hooks.of_client(recipe.hooks)
     check_parallel(recipe)
     check_devices(recipe.runtime)
     torch.set_num_threads(recipe.runtime.threads_of_a_rank)
@@ -163,7 +165,7 @@ class Room:
         self._place = place
         self._opened: Opened | None = None
 
-    def answer(self, kind: str, body: bytes) -> tuple[dict[str, Any], bytes]:
+    def answer(self, kind: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
         """A frame's header and body. Whatever goes wrong is a code, and what more there is to say is in the log."""
         try:
             if kind == "prepare":
@@ -194,7 +196,7 @@ class Room:
         self._opened = open_site(orders["recipe"], str(orders["run"]), sites, self._site, self._place, files)
         return json.dumps(self._opened.counts).encode()
 
-    def _work(self, body: bytes) -> bytes:
+    def _work(self, body: bytes | bytearray) -> bytes:
         if self._opened is None:
             raise Refused("this site was given work before a recipe")
         assignment = wire.decode_assignment(body, self._policy.max_message_bytes)

@@ -75,6 +75,7 @@ def summarise(
         "cost": _cost(progress),
         "clients": len(partition.clients),
         "rounds": progress.finished,
+        "stopped": progress.stopped,
         "seed": recipe.seed,
         "failures": progress.failures,
         "skipped_steps": progress.skipped_steps,

@@ -22,7 +22,7 @@ SCHEMA: dict[str, tuple[str, ...]] = {
     "round_started": ("round", "clients"),
     "client_update": (
         "round", "client", "examples", "tokens", "steps", "skipped_steps", "loss",
-        "upload_bytes", "download_bytes", "seconds", "staleness", "arrived",
+        "upload_bytes", "download_bytes", "seconds", "staleness", "arrived", "metrics",
     ),
     "client_failed": ("round", "client", "kind", "reason", "detail"),
     "round_finished": (
@@ -32,6 +32,7 @@ SCHEMA: dict[str, tuple[str, ...]] = {
         "round", "loss", "score", "questions", "tokens", "clients", "spread", "seconds",
         "virtual_seconds", "pooled", "emulator", "preference",
     ),
+    "run_stopped": ("round", "hook", "reason"),
     "checkpoint": ("round", "path"),
     "run_finished": ("rounds", "adapter_sha256", "seconds"),
 }  # fmt: skip

@@ -142,8 +142,8 @@ def test_every_extra_of_an_image_is_among_the_collected_ones():
     assert match
     collected = set(requirements.requirements(match[1].split(",")))
     for name in ("libraries", "federation", "research"):
-        call = re.search(r"/run/containers/install\.sh((?: \w+)*)", text[name])
-        assert call
+        call = re.search(r" /run/containers/install\.sh((?: \w+)*)$", text[name].partition(" COPY ")[0])
+        assert call and bool(call[1]) == (name != "libraries")
         assert set(requirements.requirements(call[1].split())) <= collected
 
 

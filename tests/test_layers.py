@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach", "limits"},
     {"types", "overrides", "section", "methods", "privacy", "profiles", "config", "carriers", "project", "policy"},
     {"data", "corpora", "models", "operators", "evaluation"},
-    {"training", "algorithms"},
+    {"training", "algorithms", "hooks"},
     {
         "checkpoint",
         "arrival",
@@ -34,7 +34,7 @@ LAYERS = [
         "runfolder",
     },
     {"runtimes", "summary", "answers", "report"},
-    {"choices", "deployment", "catalogue"},
+    {"choices", "cohorts", "deployment", "catalogue"},
     {"fleets"},
     {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},

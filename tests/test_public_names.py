@@ -12,7 +12,7 @@ import torch
 
 import fedloom
 
-NAMES = ["Algorithm", "Recipe", "Result", "RunFailed", "UserError", "__version__", "run"]
+NAMES = ["Algorithm", "Hook", "Recipe", "Result", "RunFailed", "UserError", "__version__", "run"]
 
 
 def test_the_public_names_are_these():

@@ -14,7 +14,16 @@ from fedloom import Algorithm, Recipe, Result, RunFailed, UserError, run
 
 
 def test_public_names():
-    assert sorted(fedloom.__all__) == ["Algorithm", "Recipe", "Result", "RunFailed", "UserError", "__version__", "run"]
+    assert sorted(fedloom.__all__) == [
+        "Algorithm",
+        "Hook",
+        "Recipe",
+        "Result",
+        "RunFailed",
+        "UserError",
+        "__version__",
+        "run",
+    ]
     for name in fedloom.__all__:
         assert getattr(fedloom, name) is not None
     assert dir(fedloom) == sorted(fedloom.__all__)

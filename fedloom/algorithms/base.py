@@ -79,6 +79,8 @@ class Properties:
         neutral: options under which one client's run equals plain local training.
         offsite: clients hold an emulator of the model and not the model; they measure that, the server measures the
             result in the full model.
+        cohorts: clients may train several in one pass (train.cohort): they train by gradients, on the adapter alone, and
+            whatever they do to the base, all clients of a round do alike.
         parallel: how several ranks may train one client (training/parallel.py). None: in every way where `local_training`
             is the default, in none where it is not. An algorithm that computes losses or gradients of its own declares it
             once it takes `LocalRun.ranks` into account; one that writes into base weights cannot have them sharded.
@@ -95,6 +97,7 @@ class Properties:
     methods: frozenset[str] | None = None
     neutral: Mapping[str, Any] | None = None
     offsite: bool = False
+    cohorts: bool = True
     parallel: frozenset[str] | None = None
 
 

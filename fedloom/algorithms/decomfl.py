@@ -37,7 +37,7 @@ def _scalars(sizes: Sizes) -> int:
 
 
 class DeComFL(Replayed):
-    properties: ClassVar = base.Properties(parallel=base.ANY_PARALLEL)
+    properties: ClassVar = base.Properties(parallel=base.ANY_PARALLEL, cohorts=False)
     about: ClassVar = About(
         "low-traffic",
         "scalars of missed rounds",

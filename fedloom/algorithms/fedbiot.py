@@ -29,7 +29,11 @@ class BiLevelOptions(AlignOptions):
 
 class FedBiOT(fedot.FedOT):
     properties: ClassVar = base.Properties(
-        linear_sum=True, methods=frozenset({"full", "lora"}), neutral={"mu": 0.0, "drop": 0.0}, offsite=True
+        linear_sum=True,
+        methods=frozenset({"full", "lora"}),
+        neutral={"mu": 0.0, "drop": 0.0},
+        offsite=True,
+        cohorts=False,
     )
     about: ClassVar = About(
         "offsite",

@@ -44,7 +44,7 @@ class FedKSeed(base.Algorithm):
     coefficients: server half: a, [K] float64.
     """
 
-    properties: ClassVar = base.Properties(parallel=base.ANY_PARALLEL)
+    properties: ClassVar = base.Properties(parallel=base.ANY_PARALLEL, cohorts=False)
     about: ClassVar = About(
         "low-traffic",
         "seeds with scalars",

@@ -23,7 +23,7 @@ from fedloom.training.trainer import FitResult, LocalRun
 
 
 class FedMeZO(fedavg.FedAvg):
-    properties: ClassVar = base.Properties(linear_sum=True, parallel=base.ANY_PARALLEL)
+    properties: ClassVar = base.Properties(linear_sum=True, parallel=base.ANY_PARALLEL, cohorts=False)
     about: ClassVar = About("low-traffic", "adapter, both ways", "Ling et al. 2024, arXiv 2402.05926")
 
     class Options(fedavg.FedAvg.Options):

@@ -46,7 +46,11 @@ class FedOT(fedavg_outer.FedAvgOuter):
     """
 
     properties: ClassVar = base.Properties(
-        linear_sum=True, methods=frozenset({"full", "lora"}), neutral={"mu": 0.0, "drop": 0.0}, offsite=True
+        linear_sum=True,
+        methods=frozenset({"full", "lora"}),
+        neutral={"mu": 0.0, "drop": 0.0},
+        offsite=True,
+        cohorts=False,
     )
     about: ClassVar = About(
         "offsite",

@@ -48,7 +48,7 @@ class PFedMe(fedavg.FedAvg):
             self.model.adapter.load(self.personal.tensors)
 
     def local_training(self, run: LocalRun) -> FitResult:
-        self._seen: list[tuple[Batch, int]] = []
+        self._seen: dict[int, tuple[Batch, int]] = {}  # a step that a loss scale has computed again shows a batch twice
         self._extra = FitResult()
         self._flops = Flops(run.model)
         self._ranks = run.ranks
@@ -61,7 +61,7 @@ class PFedMe(fedavg.FedAvg):
         return result
 
     def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
-        self._seen.append((batch, step_units))
+        self._seen[id(batch)] = batch, step_units
         return super().local_loss(model, batch, step_units)
 
     def before_step(self, model: AdaptedModel) -> None:
@@ -71,14 +71,14 @@ class PFedMe(fedavg.FedAvg):
         for _ in range(self.options.inner_steps - 1):
             live.copy_(w - model.grad / self.options.lam)
             model.grad.zero_()
-            for batch, step_units in self._seen:
-                super().local_loss(model, batch, step_units).backward()  # type: ignore[no-untyped-call]
+            for batch, step_units in self._seen.values():
+                model.backward(super().local_loss(model, batch, step_units))
                 self._extra.tokens += batch.tokens
                 self._extra.flops += self._flops.of(batch)
             self._ranks.sum_(model.grad)
             penalty = model.penalty()
             if penalty is not None:
-                penalty.backward()  # type: ignore[no-untyped-call]
+                model.backward(penalty)
         self._seen.clear()
         self._candidate = w - model.grad / self.options.lam
         live.copy_(w)

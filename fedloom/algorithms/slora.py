@@ -58,7 +58,7 @@ class SLoRA(LoRAAlgorithm):
     """
 
     properties: ClassVar = base.Properties(
-        linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0}, parallel=frozenset({"ddp"})
+        linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0}, parallel=frozenset({"ddp"}), cohorts=False
     )
     about: ClassVar = About(
         "lora",
@@ -88,6 +88,12 @@ class SLoRA(LoRAAlgorithm):
             raise UserError(
                 f"slora trains weights of the base, which have to be float32, and model.dtype={model.dtype}: "
                 "set model.dtype=float32"
+            )
+
+        if train.precision in {"fp16", "auto"}:
+            raise UserError(
+                f"slora gathers gradients before a loss scale is divided out, so train.precision={train.precision} cannot "
+                "be had with it: set train.precision=fp32 or bf16"
             )
 
     def _known(self, model: AdaptedModel) -> AdaptedModel:

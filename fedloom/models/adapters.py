@@ -11,7 +11,7 @@ import contextlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class AdaptedModel:
             under the first of their names.
         virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
         prefixed: whether those are keys and values of every layer, not embeddings.
+        loss_chunk: how many tokens' logits are made at a time (models/memory.py); None makes them at once.
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -86,6 +87,7 @@ class AdaptedModel:
         self._base_weights: dict[str, torch.Tensor] = {}
         self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._swapped = False
+        self.loss_chunk: int | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -105,6 +107,10 @@ class AdaptedModel:
         adapter = Adapter(self.adapter.layout)
         adapter.flat.copy_(self.initial)
         return adapter
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient of `loss` to `grad`. All backward passes come through here."""
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def penalty(self) -> torch.Tensor | None:
         """AdaLoRA's γ · mean over its factors of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, as peft has it; None elsewhere.
@@ -327,3 +333,7 @@ class Models:
             made = attach(self.base(), config or self.adapter, self.seed, within)
             self._adapted = self.finish(made) if self.finish else made
         return self._adapted
+
+    def holding(self, adapted: AdaptedModel) -> Models:
+        """The same base, with another live adapter in it."""
+        return replace(self, _base=self.base(), _adapted=adapted)

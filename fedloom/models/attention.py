@@ -41,6 +41,8 @@ def packed_attention(
     """
     if segment_lengths is None or attention_mask is not None or softcap is not None:
         raise ValueError("packed attention needs segment_lengths, no mask and no softcap")
+    if prefix_states is None and len(set(segment_lengths)) == 1 < len(segment_lengths):
+        return _equal_segments(query, key, value, segment_lengths, dropout, scaling, sliding_window), None
     queries, keys, values = (list(torch.split(x, list(segment_lengths), 2)) for x in (query, key, value))
     before = 0
     if prefix_states is not None:
@@ -60,6 +62,29 @@ def packed_attention(
             )
         )
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _equal_segments(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lengths: tuple[int, ...],
+    dropout: float,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Segments of one length, through one call: they are a batch without padding. Shapes as in `packed_attention`."""
+    count, length = len(lengths), lengths[0]
+    q, k, v = (
+        x.reshape(x.shape[1], count, length, -1).transpose(0, 1) for x in (query, key, value)
+    )  # [N, heads, L, d]
+    if q.shape[1] > k.shape[1]:
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+    mask = _mask(length, 0, window, query.device)
+    found = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=scaling
+    )
+    return found.transpose(1, 2).reshape(1, count * length, q.shape[1], -1)
 
 
 def _mask(length: int, before: int, window: int | None, device: torch.device) -> torch.Tensor | None:

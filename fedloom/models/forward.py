@@ -17,6 +17,7 @@ from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.models import attention
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.memory import chunked_losses, headless, sparing
 from fedloom.models.virtual import packed_inputs
 
 #: How far packed and single losses of the probe may differ; a model that ignores segments is off by 1e-1 and more.
@@ -26,6 +27,10 @@ PROBE_TOLERANCE = 1e-3
 def token_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     """Cross-entropy at each supervised token: [S], float32, in the order of `batch.labels`."""
     batch = batch.to(model.device)
+    if model.loss_chunk is not None:
+        with headless(model) as head:
+            hidden = label_logits(model, batch)
+        return chunked_losses(head, hidden, batch.labels, model.loss_chunk)
     return cross_entropy(label_logits(model, batch).float(), batch.labels, reduction="none")
 
 
@@ -85,6 +90,17 @@ def supports_packing(model: AdaptedModel) -> bool:
     if not close:
         model.causal_lm.config._attn_implementation = plain_attention(model)
     return close
+
+
+@torch.no_grad()
+def supports_chunks(model: AdaptedModel) -> bool:
+    """Whether this model's logits are its head's output and nothing more is done to them. Two tiny forwards decide."""
+    ids = np.random.default_rng(0).integers(3, model.causal_lm.config.get_text_config().vocab_size, 9)
+    batch = collate([TokenSequence(ids.astype(np.int32), 1)], packed=False, pad=3)
+    whole = token_losses(model, batch)
+    with sparing(model, recompute=False, chunk=2):
+        parts = token_losses(model, batch)
+    return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max())
 
 
 def batches_by_length(

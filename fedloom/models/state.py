@@ -50,16 +50,16 @@ class Layout:
 
 
 class Adapter:
-    """The trainable part of a model: named fp32 tensors over one flat buffer.
+    """The trainable part of a model: named fp32 tensors over one flat buffer, a new one of zeros or `flat` itself.
 
     Attributes:
         flat: [numel], float32, aligned.
         views: name → window into `flat`.
     """
 
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu") -> None:
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu", flat: torch.Tensor | None = None) -> None:
         self.layout = layout
-        self.flat = torch.zeros(layout.numel, dtype=torch.float32, device=device)
+        self.flat = torch.zeros(layout.numel, dtype=torch.float32, device=device) if flat is None else flat
         self.views = layout.views(self.flat)
 
     @classmethod

@@ -131,6 +131,14 @@ def privacy_chart(events: Iterable[Event]) -> LineChart | None:
     return LineChart("Privacy spent over rounds", "digits", tuple(lines), zero=True) if lines else None
 
 
+def hook_charts(events: Iterable[Event]) -> list[LineChart]:
+    """Each number that a hook logged, over rounds; a client's as the mean over clients."""
+    rounds = [(e["round"], e["metrics"]) for e in events if e["event"] == "round_finished"]
+    names = dict.fromkeys(name for _, metrics in rounds for name in metrics if "/" in name)
+    found = [(name, _points((x, metrics.get(name)) for x, metrics in rounds)) for name in names]
+    return [LineChart(name, "digits", (Line(name, points, "all"),), zero=False) for name, points in found if points]
+
+
 def overlay_chart(runs: Mapping[str, Sequence[Event]], key: str) -> LineChart | None:
     """`key` over all clients, one line for each run."""
     lines = []

@@ -26,6 +26,8 @@ from fedloom.report.folder import FILES, RunFolder, read_run
 WIDE, NARROW = 860, 352
 #: Rows shown of tables that grow with the number of clients; the text below the table says what was left out.
 MOST_ROWS = 200
+#: Numbers of hooks that are drawn; all are in events.jsonl.
+MOST_CHARTS = 24
 
 Chart = svg.LineChart | svg.BarChart
 
@@ -69,6 +71,8 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "score": _figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
         "privacy": run.privacy,
         "spent": _figure(charts.privacy_chart(events), 260),
+        "stopped": next(iter(run.of("run_stopped")), None),
+        "hooks": [_figure(chart, 220, wide=NARROW + 68) for chart in charts.hook_charts(events)[:MOST_CHARTS]],
         "bytes": _figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
         "seconds": _figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
         "split": split and {"caption": split.caption(), **_matrix(split)},

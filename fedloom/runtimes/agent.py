@@ -41,7 +41,7 @@ class Work:
     deadline: float | None
     received: int = 0
     state: State = "arriving"
-    result: bytes = b""
+    result: bytes | bytearray = b""
     reason: str = ""
     detail: str = ""
     stopped: bool = False
@@ -85,7 +85,7 @@ class Agent:
         verbs = {"hello": self._hello, "put": self._put, "wait": self._wait, "fetch": self._fetch, "drop": self._drop}
         answer = verbs[verb](header, data) if verb in verbs else Answer({"state": "unknown"})
         text = json.dumps(answer.header, sort_keys=True).encode()
-        self._audit.left(f"answer to {verb if verb in verbs else 'an unknown question'}", text + answer.data)
+        self._audit.left(f"answer to {verb if verb in verbs else 'an unknown question'}", text, answer.data)
         return answer
 
     def close(self) -> None:
@@ -149,7 +149,7 @@ class Agent:
         offset, length = _whole(header.get("offset")), _whole(header.get("length"))
         if work is None or work.state != "done" or offset < 0 or length < 0:
             return Answer({"state": "unknown"})
-        return Answer({"state": "piece"}, work.result[offset : offset + min(length, PIECE)])
+        return Answer({"state": "piece"}, bytes(memoryview(work.result)[offset : offset + min(length, PIECE)]))
 
     def _drop(self, header: Mapping[str, Any], data: bytes) -> Answer:
         with self._lock:
@@ -206,7 +206,7 @@ class Agent:
             with contextlib.suppress(*TROUBLE):  # the next piece of work tries again, and says what is wrong
                 self._prepared()
 
-    def _done(self, work: Work) -> bytes:
+    def _done(self, work: Work) -> bytes | bytearray:
         if work.stopped:
             raise Stopped
         if work.kind == "prepare":
@@ -220,7 +220,7 @@ class Agent:
             self._worker = None
             self._prepared()
             raise WorkerLost("it had ended before this round, and was started again")
-        return self._ask("work", bytes(work.data), work.deadline, lambda: work.stopped or self._closed)
+        return self._ask("work", work.data, work.deadline, lambda: work.stopped or self._closed)
 
     def _check(self, orders: bytes | bytearray) -> None:
         try:
@@ -230,15 +230,19 @@ class Agent:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise Refused("the recipe that came cannot be read") from None
 
-    def _prepared(self) -> bytes:
+    def _prepared(self) -> bytes | bytearray:
         """A trainer that knows the recipe; its account of the site's data."""
         assert self._orders is not None
         self._worker = self._start(json.loads(self._orders)["recipe"])
         return self._ask("prepare", self._orders, PREPARE, lambda: self._closed)
 
     def _ask(
-        self, kind: str, data: bytes, deadline: float | None = None, stopped: Callable[[], bool] = lambda: False
-    ) -> bytes:
+        self,
+        kind: str,
+        data: bytes | bytearray,
+        deadline: float | None = None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> bytes | bytearray:
         assert self._worker is not None
         header, body = self._worker.ask({"kind": kind}, data, deadline, stopped)
         if header.get("state") == "refused":

@@ -22,11 +22,13 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fedloom.errors import RunFailed
 from fedloom.runtimes import versions, wire
 from fedloom.runtimes.link import CODE, PIECE, Answer, Link
+from fedloom.runtimes.outgoing import Message, Outgoing
 from fedloom.types import STARTED_ANEW, Assignment, Failure, Outcome
 
 #: A client's answer may be this large, and four times what it was sent on top of that.
@@ -93,6 +95,7 @@ class Distributed:
         say: told when a site is lost, comes back or is refused.
         leave: told which sites are lost, and since when (seconds since the epoch), before work is sent; true means that
             one of them is there again and out of this job's reach, so that the run goes on in another job.
+        scratch: the folder for messages that wait on disk.
     """
 
     virtual = False
@@ -107,6 +110,7 @@ class Distributed:
         patience: Patience,
         say: Callable[[str], None] = lambda text: None,
         leave: Callable[[Mapping[str, float]], bool] = lambda dead: False,
+        scratch: Path | None = None,
     ) -> None:
         self._link = link
         now = time.time()
@@ -114,6 +118,7 @@ class Distributed:
         self._patience = patience
         self._say = say
         self._leave = leave
+        self._outgoing = Outgoing(scratch)
         self._pool = ThreadPoolExecutor(max_workers=2 * max(1, len(sites)), thread_name_prefix="site")
         self._session = f"{time.time_ns():x}"
         self._numbers = itertools.count()  # one step of it is atomic
@@ -183,7 +188,7 @@ class Distributed:
         differs = versions.mismatch(versions.own(), told if isinstance(told, dict) else {})
         if differs:
             raise GaveUp("version", f"{differs}: install the same versions at the site")
-        reply = self._exchange(site, "prepare", self._orders, limit=1 << 20)
+        reply = self._exchange(site, "prepare", Message(self._orders), limit=1 << 20)
         try:
             counts = json.loads(reply)
             found = {key: int(counts[key]) for key in ("train", "validation", "test", "questions", "tokens")}
@@ -211,7 +216,7 @@ class Distributed:
                     break
                 else:
                     assert isinstance(assignment, Assignment)
-                    message = wire.encode_assignment(replace(assignment, recipe=None))
+                    message = self._outgoing.take(wire.stream_assignment(replace(assignment, recipe=None)))
                     pending.add(self._pool.submit(self._carry, assignment, message))
             if not pending:
                 return
@@ -235,8 +240,14 @@ class Distributed:
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _carry(self, assignment: Assignment, message: bytes) -> Outcome:
+    def _carry(self, assignment: Assignment, message: Message) -> Outcome:
         """One assignment to its site and its outcome back; a site that fails is a value."""
+        try:
+            return self._carried(assignment, message)
+        finally:
+            message.close()
+
+    def _carried(self, assignment: Assignment, message: Message) -> Outcome:
         site = self._sites[assignment.client]
         site.sent_most = max(site.sent_most, len(message))
         limit = SPARE_BYTES + 4 * site.sent_most
@@ -266,12 +277,11 @@ class Distributed:
         self._say(f"{site.name} is {'lost: it is asked again in the next round' if dead else 'back'}")
         site.dead_since = time.time() if dead else None
 
-    def _exchange(self, site: Site, kind: str, data: bytes, limit: int) -> bytes:
+    def _exchange(self, site: Site, kind: str, data: Message, limit: int) -> bytearray:
         """Hand `data` over, wait for the work, fetch what came of it. Raises GaveUp."""
         work = f"{self._session}-{next(self._numbers)}"
         deadline = self._patience.deadline if kind == "work" else self._patience.prepare
         for offset in range(0, max(1, len(data)), PIECE):
-            piece = data[offset : offset + PIECE]
             header = {
                 "verb": "put",
                 "work": work,
@@ -280,7 +290,7 @@ class Distributed:
                 "size": len(data),
                 "deadline": deadline,
             }
-            answer = self._asked(site, header, piece)
+            answer = self._asked(site, header, data.piece(offset))
             if answer.header.get("state") == "unprepared":
                 self._prepare(site)
                 raise GaveUp("lost", f"{site.name} was started again and knows nothing of the rounds before")
@@ -297,7 +307,7 @@ class Distributed:
                 raise GaveUp("bad_message", f"{site.name} sent a piece of another size than was asked for")
             result += answer.data
         self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
-        return bytes(result)
+        return result
 
     def _done(self, site: Site, work: str, deadline: float | None) -> int:
         """Wait until the work is done; the size of its result."""

@@ -1,40 +1,74 @@
-"""Every client on one machine, in one process, one after another on one frozen base.
+"""Every client on one machine, in one process, one after another on one frozen base, or some of them together.
 
 The base model and one adapter buffer are in memory once; a client's turn begins by copying its payload into the
-buffer. Messages are really encoded and decoded, so bytes are measured and a payload that could not travel fails here
-too. The simulator knows no algorithm: one `Client` plays all clients, or one trainer of several ranks does (ranked.py).
+buffer. Under `train.cohort` so many clients train in one pass over the base, each in a seat with a buffer of its own
+(training/cohort.py). Messages are really encoded and decoded, so bytes are measured and a payload that could not travel
+fails here too. The simulator knows no algorithm: one `Client` plays all clients, or one a seat does, or one trainer of
+several ranks (ranked.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
 
 from fedloom.client import Client
+from fedloom.config import Recipe
 from fedloom.runtimes import wire
 from fedloom.runtimes.ranked import Ranked
+from fedloom.training.cohort import Cohort
 from fedloom.types import Assignment, Outcome
 
 
 class Simulator:
     pooled_tests = True
     virtual = True
+    takes_cohorts = True
     takes_ranks = True
 
     def __init__(self, client: Client | Ranked, clients: tuple[str, ...]) -> None:
         self._client = client
         self._clients = clients
+        self._recipe: Mapping[str, Any] | None = None
+        self._size = 1
+        self._cohort: Cohort | None = None
+        self._seated: list[Client] = []  # who plays whoever has the cohort's seat of the same number
 
     @property
     def clients(self) -> tuple[str, ...]:
         return self._clients
 
     def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
+        waiting: list[bytes] = []
         for assignment in assignments:
-            if assignment is None:  # and nothing is ever under way here
+            if assignment is None and not waiting:  # and nothing is ever under way here
                 return
-            message = wire.encode_assignment(assignment)
-            reply = wire.encode_outcome(self._client.handle(wire.decode_assignment(message)))
+            if assignment is not None:
+                if assignment.recipe is not None and assignment.recipe is not self._recipe:
+                    self._recipe = assignment.recipe
+                    self._size = Recipe.parse(assignment.recipe).train.cohort_size
+                waiting.append(wire.encode_assignment(assignment))
+                if assignment.kind == "train" and len(waiting) < self._size:
+                    continue
+            yield from self._replies(waiting)
+            waiting = []
+        yield from self._replies(waiting)
+
+    def close(self) -> None:
+        self._cohort, self._seated = None, []
+        self._client.close()
+
+    def _replies(self, messages: Sequence[bytes]) -> Iterator[Outcome]:
+        """Outcomes of assignments that were sent, with what both messages weighed."""
+        received = [wire.decode_assignment(message) for message in messages]
+        outcomes = self._together(received) if len(received) > 1 else map(self._client.handle, received)
+        for message, done in zip(messages, outcomes, strict=True):
+            reply = wire.encode_outcome(done)
             outcome = wire.decode_outcome(reply)
             cost = replace(outcome.cost, upload_bytes=len(reply), download_bytes=len(message))
             del message, reply
@@ -42,5 +76,27 @@ class Simulator:
             yield outcome
             del outcome
 
-    def close(self) -> None:
-        self._client.close()
+    def _together(self, assignments: Sequence[Assignment]) -> Iterable[Outcome]:
+        """Outcomes of several clients' training in one cohort; where memory is too small for it, one after another."""
+        assert self._recipe is not None
+        assert isinstance(self._client, Client), "cohorts are refused with several ranks"
+        if self._cohort is None or len(self._cohort.seats) != self._size:
+            self._cohort = Cohort(self._client.live, self._size)
+            self._seated = [self._client.beside(self._recipe, seat) for seat in self._cohort.seats]
+        wall, cpu = time.perf_counter(), time.process_time()
+        jobs = [partial(c.handle, a) for c, a in zip(self._seated, assignments, strict=False)]
+        try:
+            outcomes = self._cohort.run(jobs)
+        except torch.OutOfMemoryError:
+            return map(self._client.handle, assignments)
+        return _shared(outcomes, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _shared(outcomes: Sequence[Outcome], wall: float, cpu: float) -> list[Outcome]:
+    """The cohort's time dealt out by the tokens that each client trained on; alone each was timed with all the others."""
+    tokens = [outcome.cost.train_tokens for outcome in outcomes]
+    shares = [n / sum(tokens) if any(tokens) else 1 / len(outcomes) for n in tokens]
+    return [
+        replace(outcome, cost=replace(outcome.cost, wall_seconds=wall * share, cpu_seconds=cpu * share))
+        for outcome, share in zip(outcomes, shares, strict=True)
+    ]

@@ -54,7 +54,7 @@ class Place:
 BY_ITSELF = Place("")
 
 
-def serve(place: Place, limit: int, answer: Callable[[str, bytes], tuple[dict[str, Any], bytes]]) -> None:
+def serve(place: Place, limit: int, answer: Callable[[str, bytes | bytearray], tuple[dict[str, Any], bytes]]) -> None:
     """Every rank does what is asked, and the first one says what came of it."""
     if place.count > 1:
         end_with_parent()

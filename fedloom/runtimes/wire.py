@@ -65,7 +65,7 @@ class Split(NamedTuple):
         return len(self.start) + len(self.body) + len(self.digest)
 
 
-def split(message: bytes) -> Split:
+def split(message: bytes | bytearray) -> Split:
     """The pieces of a message, the body a window into it. Raises WireError where its header's length cannot be."""
     if len(message) < 8 or message[:4] != MAGIC:
         raise WireError("this is no fedloom message, or one of another version")
@@ -73,7 +73,7 @@ def split(message: bytes) -> Split:
     if length > limits.HEADER_BYTES or 8 + length + DIGEST_BYTES > len(message):
         raise WireError(f"the header claims {length} bytes, more than there are or may be")
     body = memoryview(message)[8 + length : -DIGEST_BYTES]
-    return Split(message[: 8 + length], body, message[-DIGEST_BYTES:])
+    return Split(bytes(message[: 8 + length]), body, bytes(message[-DIGEST_BYTES:]))
 
 
 def stream_assignment(assignment: Assignment) -> Stream:
@@ -85,7 +85,7 @@ def encode_assignment(assignment: Assignment) -> bytes:
     return stream_assignment(assignment).joined()
 
 
-def decode_assignment(message: bytes | Split, max_bytes: int | None = None) -> Assignment:
+def decode_assignment(message: bytes | bytearray | Split, max_bytes: int | None = None) -> Assignment:
     header, payload = _unpack(message, ("assignment",), max_bytes)
     return _made(Assignment, header.get("fields"), payload=payload)
 
@@ -108,7 +108,7 @@ def encode_outcome(outcome: Outcome) -> bytes:
     return stream_outcome(outcome).joined()
 
 
-def decode_outcome(message: bytes | Split, max_bytes: int | None = None) -> Outcome:
+def decode_outcome(message: bytes | bytearray | Split, max_bytes: int | None = None) -> Outcome:
     header, payload = _unpack(message, ("update", "failure"), max_bytes)
     cost = _made(Cost, header.get("cost"))
     if header["message"] == "update":
@@ -168,7 +168,9 @@ def _chunks(start: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
 # ------------------------------------------------------------------ in
 
 
-def _unpack(message: bytes | Split, kinds: tuple[str, ...], max_bytes: int | None) -> tuple[dict[str, Any], Payload]:
+def _unpack(
+    message: bytes | bytearray | Split, kinds: tuple[str, ...], max_bytes: int | None
+) -> tuple[dict[str, Any], Payload]:
     total = message.total if isinstance(message, Split) else len(message)
     if max_bytes is not None and total > max_bytes:
         raise WireError(f"the message has {total} bytes; at most {max_bytes} are taken")

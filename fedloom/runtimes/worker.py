@@ -60,17 +60,18 @@ class Stopped(Exception):
     """The work was called off, and the trainer ended with it."""
 
 
-def send(connection: socket.socket, header: Mapping[str, Any], body: bytes = b"") -> None:
+def send(connection: socket.socket, header: Mapping[str, Any], body: bytes | bytearray = b"") -> None:
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header of a frame has {len(text)} bytes; at most {MAX_HEADER} are sent")
     connection.sendall(struct.pack("<IQ", len(text), len(body)) + text)
-    connection.sendall(body)
+    if body:  # the other end may have what it wanted, and be gone
+        connection.sendall(body)
 
 
 def receive(
     connection: socket.socket, limit: int, step: Callable[[], None] = lambda: None
-) -> tuple[dict[str, Any], bytes]:
+) -> tuple[dict[str, Any], bytearray]:
     """One frame. `step` is called while nothing comes, and may raise.
 
     Raises:
@@ -87,7 +88,7 @@ def receive(
     return header, _exactly(connection, body_length, step)
 
 
-def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) -> bytes:
+def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) -> bytearray:
     data = bytearray(count)
     view, done = memoryview(data), 0
     while done < count:
@@ -99,13 +100,11 @@ def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) ->
         if not got:
             raise EOFError("the other end of the socket is gone")
         done += got
-    return bytes(data)
+    return data
 
 
 class Worker:
-    """A trainer's processes, as the agent holds them.
-
-    Raises WorkerLost where they do not come up, OSError where they cannot be started.
+    """A trainer's processes, as the agent holds them. Raises WorkerLost or OSError where they do not come up.
 
     Args:
         command: what starts one; the socket's path is added, and for one of several ranks its number, their count and
@@ -121,24 +120,27 @@ class Worker:
         self._folder = Path(tempfile.mkdtemp(prefix="fedloom-"))
         self._connections: list[socket.socket] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        try:
+            self._start(command, log, ranks)
+        except OSError:  # a full disk, no more processes
+            self.close()
+            raise
+
+    def _start(self, command: Sequence[str], log: Path, ranks: int) -> None:
         with contextlib.ExitStack() as stack:
-            try:
-                out = stack.enter_context(log.open("ab"))
-                listeners = []
-                for rank in range(ranks):
-                    listener = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
-                    path = str(self._folder / f"trainer-{rank}")
-                    listener.bind(path)
-                    listener.listen(1)
-                    listener.settimeout(0.1)
-                    listeners.append(listener)
-                    place = [str(rank), str(ranks), str(self._folder / "meeting")] if ranks > 1 else []
-                    self._processes.append(
-                        subprocess.Popen([*command, path, *place], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-                    )
-            except OSError:  # a full disk, no more processes
-                self.close()
-                raise
+            out = stack.enter_context(log.open("ab"))
+            listeners = []
+            for rank in range(ranks):
+                listener = stack.enter_context(contextlib.closing(socket.socket(socket.AF_UNIX)))
+                path = str(self._folder / f"trainer-{rank}")
+                listener.bind(path)
+                listener.listen(1)
+                listener.settimeout(0.1)
+                listeners.append(listener)
+                place = [str(rank), str(ranks), str(self._folder / "meeting")] if ranks > 1 else []
+                self._processes.append(
+                    subprocess.Popen([*command, path, *place], stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+                )
             until = time.monotonic() + START
             for listener in listeners:
                 self._connections.append(self._accepted(listener, until))
@@ -171,10 +173,10 @@ class Worker:
     def ask(
         self,
         header: Mapping[str, Any],
-        body: bytes,
+        body: bytes | bytearray,
         deadline: float | None = None,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> tuple[dict[str, Any], bytes]:
+    ) -> tuple[dict[str, Any], bytes | bytearray]:
         """The trainer's answer. After an exception its processes are gone, and others have to be started.
 
         Raises:
@@ -240,7 +242,7 @@ def command() -> list[str]:
     return [sys.executable, "-m", "fedloom.site"]
 
 
-def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytes]]:
+def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytearray]]:
     """The trainer's end: one question after another until the agent is gone."""
     end_with_agent()
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -18,8 +18,13 @@ from fedloom.config import TrainConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.memory import sparing
 from fedloom.training.flops import Flops
 from fedloom.training.parallel import ALONE, Ranks
+from fedloom.training.precision import UNSCALED, LossScale, autocast
+
+if TYPE_CHECKING:
+    from fedloom.hooks.attached import FitHooks, Hooks
 
 
 class Learner(Protocol):
@@ -65,6 +70,8 @@ class LocalRun:
             which `ranks.own` has this one's.
         first_step, total_steps: where the round stands in the run, for schedules.
         optimizer_state: of the client's last round, where the recipe keeps it.
+        steps_per_epoch: None where the client counts steps.
+        hooks: the recipe's, called within `fit`.
         ranks: this process's place among those that train this client.
     """
 
@@ -74,6 +81,8 @@ class LocalRun:
     first_step: int
     total_steps: int
     optimizer_state: Mapping[str, torch.Tensor] | None = None
+    steps_per_epoch: int | None = None
+    hooks: Hooks | None = None
     ranks: Ranks = ALONE
 
     def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
@@ -87,6 +96,7 @@ class LocalRun:
             total_steps=self.total_steps,
             optimizer_state=self.optimizer_state,
             parameter=parameter,
+            hooks=self.hooks.fit(self.model, self.steps_per_epoch) if self.hooks else None,
             ranks=self.ranks,
         )
 
@@ -147,6 +157,7 @@ def fit(
     total_steps: int,
     optimizer_state: Mapping[str, torch.Tensor] | None = None,
     parameter: torch.nn.Parameter | None = None,
+    hooks: FitHooks | None = None,
     ranks: Ranks = ALONE,
 ) -> FitResult:
     """Train the live adapter over `steps`, each a list of forward passes.
@@ -157,6 +168,7 @@ def fit(
         optimizer_state: from an earlier `FitResult`, to go on from it.
         parameter: what the optimiser steps in place of the adapter, with a gradient of its own: `before_step` fills
             that in from `model.grad`, `after_step` puts the new values into the model.
+        hooks: what acts at the points within; None costs nothing.
         ranks: who takes which passes of a step; what comes after the sum of their gradients, each does alike.
 
     Raises:
@@ -169,15 +181,19 @@ def fit(
     if optimizer_state:
         load_optimizer_tensors(optimizer, parameter, optimizer_state)
     flops = Flops(model)
-    result = FitResult()
+    result, scale = FitResult(), LossScale(config.precision)
     weighted, weight = 0.0, 0
     model.module.train()
     try:
         for number, batches in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, first_step + number, total_steps)
-            loss = _accumulate(model, learner, batches, result, flops, ranks)
+            if hooks:
+                hooks.step(number, batches, learning_rate(config, first_step + number, total_steps))
+            loss = _gradient(model, learner, batches, config, result, flops, ranks, hooks, scale)
             learner.before_step(model)
+            if hooks:
+                hooks.before_step(loss)
             norm = float(gradient.norm())
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
@@ -187,9 +203,13 @@ def fit(
                 gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
             optimizer.step()
             learner.after_step(model)
+            if hooks:
+                hooks.after_step()
             tokens = sum(b.units for b in batches)
             weighted, weight = weighted + loss * tokens, weight + tokens
             result.steps += 1
+        if hooks:
+            hooks.end()
     finally:
         model.module.eval()
         model.grad.zero_()
@@ -199,19 +219,57 @@ def fit(
     return result
 
 
-def _accumulate(
-    model: AdaptedModel, learner: Learner, batches: Sequence[Batch], result: FitResult, flops: Flops, ranks: Ranks
+def _gradient(
+    model: AdaptedModel,
+    learner: Learner,
+    batches: Sequence[Batch],
+    config: TrainConfig,
+    result: FitResult,
+    flops: Flops,
+    ranks: Ranks,
+    hooks: FitHooks | None,
+    scale: LossScale,
 ) -> float:
-    """Forward and backward over one step's batches; the gradient stands in `model.grad`. Returns the step's loss.
+    """One step's gradient in `model.grad`, in the recipe's precision, computed again where the scale was too large.
 
-    Each rank goes over its own batches, dividing by the units of all; the sum over ranks is the step's.
+    Returns the step's loss.
+    """
+    with sparing(model, config.checkpointing, config.loss_chunk), autocast(model.device, config.precision):
+        loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
+        while scale.overflowed(model.grad):
+            loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
+    return loss
+
+
+def _accumulate(
+    model: AdaptedModel,
+    learner: Learner,
+    batches: Sequence[Batch],
+    result: FitResult,
+    flops: Flops,
+    ranks: Ranks = ALONE,
+    hooks: FitHooks | None = None,
+    scale: LossScale = UNSCALED,
+) -> float:
+    """Forward and backward over one step's batches; the gradient, times the scale, stands in `model.grad`.
+
+    Each rank goes over its own batches, dividing by the units of all; the sum over ranks is the step's. Returns the step's
+    loss.
     """
     model.grad.zero_()
     step_units = max(1, sum(b.units for b in batches))
     total = 0.0
     for batch in ranks.own(batches):
+        if hooks:
+            hooks.batch(batch)
         loss = learner.local_loss(model, batch, step_units)
-        loss.backward()  # type: ignore[no-untyped-call]
+        if hooks:
+            loss = hooks.forward(loss)
+        _backward(model, loss, scale)
+        if hooks:
+            model.grad.mul_(1.0 / scale.value)  # hooks see it as it is; powers of two go out and in exactly
+            hooks.backward()
+            model.grad.mul_(scale.value)
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
@@ -219,8 +277,13 @@ def _accumulate(
     total = ranks.total(total)
     penalty = model.penalty()  # every rank has all of it
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
-        penalty.backward()  # type: ignore[no-untyped-call]
+        _backward(model, penalty, scale)
     return total
+
+
+def _backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale) -> None:
+    with torch.autocast(loss.device.type, enabled=False):
+        model.backward(loss * scale.value if scale.value != 1.0 else loss)
 
 
 def _skip_or_fail(config: TrainConfig, number: int, batches: Sequence[Batch], what: str) -> None:

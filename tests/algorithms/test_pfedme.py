@@ -8,6 +8,7 @@ from federation import Federation
 
 from fedloom.algorithms.pfedme import PFedMe
 from fedloom.models.forward import token_losses
+from fedloom.training import precision
 from fedloom.types import Payload, Update
 
 SGD = {"train.optimizer": "sgd", "train.lr": 0.1, "train.clip": None, "train.schedule": "constant"}
@@ -114,3 +115,18 @@ def test_accumulated_batches_all_enter_the_inner_steps(tiny_recipe, tmp_path):
         federation.round(1)
         ends.append(federation.evaluated("copy", 1))
     assert torch.allclose(ends[0], ends[1], atol=1e-5)
+
+
+def test_a_step_that_is_computed_again_for_its_loss_scale_shows_each_batch_once(tiny_recipe, tmp_path, monkeypatch):
+    """Twice the inner gradient would leave the personal model twice as far from the shared one."""
+    more = {"algorithm": {"name": "pfedme", "lam": 5.0, "inner_steps": 3}, "train.precision": "fp16"}
+    ends, tokens = [], []
+    for first in (1.0, 2.0**30):  # no overflow, and many
+        monkeypatch.setattr(precision, "FIRST_SCALE", first)
+        federation = Federation(tiny_recipe(more), tmp_path / str(first))
+        updates = federation.round(1)
+        ends.append(federation.server.shared.flat.clone())
+        tokens.append(sum(u.cost.train_tokens for u in updates))
+    assert tokens[1] > tokens[0]
+    begun = Federation(tiny_recipe(more), tmp_path / "begun").server.shared.flat
+    assert float((ends[1] - ends[0]).norm()) < 0.02 * float((ends[0] - begun).norm())

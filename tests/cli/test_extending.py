@@ -24,7 +24,14 @@ from fedloom.types import Payload, Update
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
-TABLES = (registry.algorithms, registry.corpora, registry.splitters, registry.suites, registry.operators)
+TABLES = (
+    registry.algorithms,
+    registry.corpora,
+    registry.splitters,
+    registry.suites,
+    registry.operators,
+    registry.hooks,
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -87,6 +94,10 @@ def test_the_page_runs_and_each_part_does_its_work(page, tiny_model, tmp_path):
     (first, second) = [e for e in events if e["event"] == "round_finished"]
     assert first["failures"] == second["failures"] == 0
     assert summary["loss"]["after"] != summary["loss"]["before"]
+
+    told = {(e["client"], e["round"]): e["metrics"] for e in events if e["event"] == "client_update"}
+    assert told == {(f"client-{c}", r): {"gentle_start/limit": r / 2} for c in (1, 2, 3, 4) for r in (1, 2)}
+    assert Recipe.parse(made["values"]).hooks[0].options == {"steps": 4}  # two steps in each of two rounds
 
     owed = ClientStore(tmp_path / "run" / "clients").load("client-1", 2)["personal"].tensors["owed"]
     assert owed.abs().sum() > 0

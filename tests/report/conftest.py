@@ -135,6 +135,7 @@ def _write_events(
                 "seconds": 4.2,
                 "staleness": 0,
                 "arrived": None,
+                "metrics": {},
             }
             events.write("client_update", round=r, client=name, **work, **sent)
         moved = {"upload_bytes": 2_441_100 * len(losses), "download_bytes": 2_441_096 * len(names)}
@@ -190,7 +191,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "adaptive": False, "population": len(rows), "expected_clients": len(rows), "sampling_rate": 1.0,
             "releases": 2, "seeded": False,
         },
-        "clients": len(rows), "rounds": recipe.federation.rounds, "seed": 42, "failures": 1, "skipped_steps": 0,
+        "clients": len(rows), "rounds": recipe.federation.rounds, "stopped": None, "seed": 42, "failures": 1, "skipped_steps": 0,
         "data": {
             "examples": sum(sizes.values()), **sizes, "dropped": {"empty_answer": 3}, "truncated": 11,
             "truncated_tokens": 1904, "max_length": 512,

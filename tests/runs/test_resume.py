@@ -146,7 +146,7 @@ os.replace = dying
     assert_no_round_twice(tmp_path / "run", kept)
 
 
-@pytest.mark.parametrize("event", [e for e in SCHEMA if e not in {"run_resumed", "client_failed"}])
+@pytest.mark.parametrize("event", [e for e in SCHEMA if e not in {"run_resumed", "run_stopped", "client_failed"}])
 def test_killed_after_an_event(cli, undisturbed, tmp_path, event):
     recipe, expected = undisturbed
     assert cli("run", recipe, "--out", "run", setup=KILL_AT_EVENT.format(event=event)).code == -signal.SIGKILL

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedloom.runtimes import wire
-from fedloom.runtimes.simulator import Simulator
+from fedloom.runtimes.simulator import Simulator, _shared
 from fedloom.types import Assignment, Cost, Failure, Payload, Update
 
 
@@ -67,3 +67,11 @@ def test_closing_reaches_the_client():
     client = Echo()
     Simulator(client, ()).close()
     assert client.closed
+
+
+def test_a_cohorts_time_is_dealt_out_by_tokens_and_evenly_where_nobody_trained():
+    done = [Update(n, 1, Payload(), cost=Cost(train_tokens=t, cpu_seconds=9.0)) for n, t in (("a", 30), ("b", 10))]
+    shared = _shared([*done, Failure("c", 1, "test", "as asked", Cost(cpu_seconds=9.0))], wall=8.0, cpu=4.0)
+    assert [(o.cost.wall_seconds, o.cost.cpu_seconds) for o in shared] == [(6.0, 3.0), (2.0, 1.0), (0.0, 0.0)]
+    failed = [Failure(n, 1, "test", "as asked") for n in "ab"]
+    assert [o.cost.wall_seconds for o in _shared(failed, wall=8.0, cpu=4.0)] == [4.0, 4.0]

@@ -6,6 +6,7 @@ filters are not used. This file does not know recipes or algorithms.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 from nvflare.apis.fl_context import FLContext
@@ -18,9 +19,9 @@ from fedloom.runtimes.flare.link import FlareLink
 class RunController(Controller):
     """A job that is one call of `conduct`."""
 
+    @abstractmethod
     def conduct(self, link: FlareLink, sites: list[str]) -> None:
         """Do the run. `sites`: those that the engine has started a job process for."""
-        raise NotImplementedError
 
     def start_controller(self, fl_ctx: FLContext) -> None:
         pass

@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from nvflare.apis.fl_exception import FLCommunicationError
 from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, NoConnection
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
@@ -104,7 +105,7 @@ class Admin:
                 with contextlib.redirect_stdout(io.StringIO()):
                     self._session: Session = new_secure_session(user, str(kit.resolve()), timeout=5.0)
                 return
-            except (NoConnection, InternalError, ConnectionError, TimeoutError) as error:
+            except (NoConnection, InternalError, FLCommunicationError, ConnectionError, TimeoutError) as error:
                 if time.monotonic() > until:
                     raise RunFailed(f"the server did not come up within {patience:g} seconds") from error
                 time.sleep(0.5)
