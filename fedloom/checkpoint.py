@@ -23,10 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedloom.errors import RunFailed
+from fedloom.errors import RunFailed, UserError
 from fedloom.types import Payload
 
-VERSION = 1
+#: Of what is written here. 2: what a round gathers from has its notes under `gathering`, virtual time among them.
+VERSION = 2
 
 
 class Damaged(ValueError):
@@ -161,7 +162,7 @@ class Checkpoints:
         write_json(self.path(state.round) / "state.json", _described(state, data))
 
     def load(self, round: int) -> RoundState:
-        """One round's checkpoint. Raises Damaged."""
+        """One round's checkpoint. Raises Damaged, and UserError for one that another version of fedloom wrote."""
         folder = self.path(round)
         try:
             described = json.loads((folder / "state.json").read_text())
@@ -171,7 +172,10 @@ class Checkpoints:
         if not isinstance(described, dict) or described.pop("sha256", None) != _json_digest(described):
             raise Damaged("state.json was altered")
         if described["version"] != VERSION:
-            raise Damaged(f"it has version {described['version']}; this is fedloom's version {VERSION}")
+            raise UserError(
+                f"the checkpoints in {self.folder} have version {described['version']}, and this fedloom reads version "
+                f"{VERSION}: resume with the fedloom that began the run, or start again with --overwrite"
+            )
         if len(data) != described["tensors"]["bytes"]:
             raise Damaged(f"server.safetensors has {len(data)} of {described['tensors']['bytes']} bytes")
         if hashlib.sha256(data).hexdigest() != described["tensors"]["sha256"]:

@@ -3,8 +3,8 @@
     before the first round, after every k-th and after the last: evaluate
     each round: sample clients → send → gather → aggregate → server step → checkpoint
 
-Under an asynchronous algorithm clients are not sampled for a round: asynchronous.py keeps them at work, and a round is
-gathered when enough of them have come back.
+Who is asked and which updates make a round is the gathering's: all sampled clients behind one barrier (gathering.py), or
+those that have come back of clients who are always at work (asynchronous.py).
 
 A round is finished once its checkpoint is on disk; whatever kills the process after that costs nothing of it. The
 coordinator does not know where clients run nor what is in a payload.
@@ -20,12 +20,11 @@ from typing import Any, Protocol
 
 from fedloom import measured
 from fedloom.algorithms.base import Algorithm, Deployed
-from fedloom.arrival import in_order
 from fedloom.asynchronous import InFlight
 from fedloom.checkpoint import Checkpoints, RoundState
-from fedloom.clock import Clock
-from fedloom.devices import Fleet, OnDevices, OnTheWay
+from fedloom.clock import Pace, Timed
 from fedloom.errors import RunFailed
+from fedloom.gathering import AtOnce, Gathering
 from fedloom.hooks.attached import SECTION, Hooks
 from fedloom.hooks.base import ServerRound
 from fedloom.operators.channel import ServerChannel
@@ -53,9 +52,6 @@ class Runtime(Protocol):
 #: questions are asked).
 ServerMeasure = Callable[[Deployed], Mapping[str, float]]
 
-#: Seconds between two times that a lost client is asked whether it is back, where a round is below quorum.
-PAUSE = 1.0
-
 #: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
 Tick = Callable[[str, int, int, int], None]
 
@@ -69,8 +65,7 @@ class Coordinator:
         score: whether clients answer questions besides the loss.
         server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
         tick: called as clients come back.
-        fleet: the devices that clients run on, where the recipe has some; the clock then follows them.
-        clock: when outcomes arrive, where the runtime's time is virtual and the algorithm asynchronous.
+        pace: how long clients' work takes, where that counts; a runtime whose time is real needs none.
         hooks: the server's.
         validating: clients that hold validation data, in order.
     """
@@ -88,14 +83,13 @@ class Coordinator:
         score: bool,
         server_measure: ServerMeasure | None = None,
         tick: Tick = lambda what, round, done, total: None,
-        clock: Clock | None = None,
-        fleet: Fleet | None = None,
+        pace: Pace | None = None,
         hooks: Hooks | None = None,
         validating: Sequence[str] = (),
     ) -> None:
         self.algorithm = algorithm
-        self.runtime = runtime if fleet is None else OnDevices(runtime, fleet)
-        self.fleet = fleet
+        timed = Timed(runtime, pace) if pace is not None and runtime.virtual else None
+        self.runtime: Runtime = timed or runtime
         self.schedule = schedule
         self.checkpoints = checkpoints
         self.events = events
@@ -107,19 +101,31 @@ class Coordinator:
         self.tick = tick
         self.hooks = hooks or Hooks()
         self.validating = validating
-        self.progress = Progress(virtual=0.0 if fleet else None)
-        self._arrived: dict[str, float] = {}  # client → when its outcome of this round was there, in virtual seconds
+        self.progress = Progress()
         self._contacted: set[str] = set()
-        self.in_flight: InFlight | None = None
-        if algorithm.properties.asynchronous:
-            self.in_flight = InFlight(
-                lambda assignments: channel.opening(self.runtime.run(assignments)),
+        self.gathering = self._gathering(timed)
+
+    def _gathering(self, timed: Timed | None) -> Gathering:
+        """The algorithm's way of coming by a round's updates."""
+        if self.algorithm.properties.asynchronous:
+            return InFlight(
+                lambda assignments: self.channel.opening(self.runtime.run(assignments)),
                 lambda client, round: self._assign(client, "train", round),
-                schedule,
-                algorithm.buffer(schedule.sampled()),
-                (OnTheWay(fleet, lambda: channel.moved) if fleet else clock) if runtime.virtual else None,
-                checkpoints.folder / "in-flight",
+                self.schedule,
+                self.algorithm.buffer(self.schedule.sampled()),
+                timed,
+                lambda done, total: self.tick("train", self.progress.finished + 1, done, total),
+                self.checkpoints.folder / "in-flight",
             )
+        return AtOnce(
+            lambda round, clients: self._counted("train", round, clients),
+            lambda failure: self._failed(failure, "train"),
+            self._contacted.discard,
+            self.schedule,
+            timed,
+            0.0 if self.runtime.virtual else self.schedule.federation.round_deadline or 0.0,
+            self.checkpoints.folder,
+        )
 
     @property
     def rounds(self) -> int:
@@ -138,8 +144,7 @@ class Coordinator:
         self.hooks.load(Payload(kept, state.notes.get(SECTION, {})))
         self.progress = Progress.from_notes(state.round, state.notes)
         self.channel.load_notes(state.notes["channel"])
-        if self.in_flight:
-            self.in_flight.load(state.notes["in_flight"], state.files)
+        self.gathering.load(state.notes["gathering"], state.files)
         if self.algorithm.repeated(lost):
             self._checkpoint()
 
@@ -154,8 +159,7 @@ class Coordinator:
                 self._evaluate(finished)
                 self.checkpoints.amend(self._state())
             if over:
-                if self.in_flight:
-                    self.in_flight.close()
+                self.gathering.close()
                 self.hooks.deploy(self.algorithm)
                 return self.progress
             self._round(finished + 1)
@@ -189,11 +193,11 @@ class Coordinator:
         tally = _Tally()
         at = ServerRound(number, self.rounds, self.algorithm)
         self.hooks.round_start(at)
-        updates = self._at_once(number, tally) if self.in_flight is None else self._as_they_come(number, tally)
-        metrics = dict(self.algorithm.aggregate(updates)) | (self.in_flight.metrics() if self.in_flight else {})
-        if self.fleet and self.in_flight is None:
-            metrics["virtual_seconds"] = max(self._arrived.values(), default=self.progress.virtual or 0.0)
-        self.progress.virtual = metrics.get("virtual_seconds")
+        self.events.write("round_started", round=number, clients=self.gathering.begin(number))
+        updates = self.gathering.gather(lambda outcomes: self._accepted(outcomes, number, tally))
+        metrics = dict(self.algorithm.aggregate(updates))
+        if self.gathering.now is not None:
+            metrics["virtual_seconds"] = self.gathering.now
         self.algorithm.server_step()
         stopped_by = self._hooks_after(at) if self.hooks else ""
         self.progress.finished = number
@@ -228,68 +232,6 @@ class Coordinator:
             at.validation = measured.together(sums)["loss"]
         return self.hooks.stopped_by(at)
 
-    def _at_once(self, number: int, tally: _Tally) -> Iterator[Update]:
-        """A synchronous round: the usable updates of all clients that are sampled for it."""
-        clients = self.schedule.sample(number)
-        self.events.write("round_started", round=number, clients=list(clients))
-        outcomes = self._insisted(number, clients)
-        if self.fleet:
-            outcomes = self._timed(outcomes, self.fleet)
-        return self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
-
-    def _timed(self, outcomes: Iterator[Outcome], fleet: Fleet) -> Iterator[Outcome]:
-        """Outcomes as the round's virtual deadline leaves them. Times count from the end of the round before."""
-        began, self._arrived = self.progress.virtual or 0.0, {}
-        for outcome in outcomes:
-            seconds = 0.0 if isinstance(outcome, Failure) else fleet.seconds(
-                outcome.client, outcome.cost, self.channel.moved
-            )  # fmt: skip
-            if fleet.late(seconds):
-                detail = f"{seconds:.4g} virtual seconds, and devices.deadline is {fleet.deadline:g}"
-                outcome = Failure(outcome.client, outcome.round, "too_late", detail, outcome.cost)
-                seconds = fleet.deadline or 0.0
-            self._arrived[outcome.client] = began + seconds
-            yield outcome
-            del outcome
-
-    def _told(self, outcome: Update) -> dict[str, Any]:
-        """What an event says of when an update came."""
-        if self.in_flight:
-            return self.in_flight.about(outcome)
-        arrived = self._arrived.get(outcome.client)
-        return {"staleness": 0, "arrived": None if arrived is None else round(arrived, 3)}
-
-    def _insisted(self, number: int, clients: Sequence[str]) -> Iterator[Outcome]:
-        """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's deadline."""
-        federation = self.schedule.federation
-        waits = 0.0 if self.runtime.virtual else federation.round_deadline or 0.0
-        until, usable, asked = time.monotonic() + waits, 0, clients
-        while True:
-            lost: list[Failure] = []
-            for outcome in self._counted("train", number, asked):
-                if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW:
-                    lost.append(outcome)
-                    continue
-                usable += isinstance(outcome, Update)
-                yield outcome
-            if not lost or usable >= federation.min_clients or time.monotonic() + PAUSE > until:
-                yield from lost
-                return
-            for failure in lost if asked is clients else ():
-                self._failed(failure, "train")
-            self._contacted.difference_update(f.client for f in lost)
-            asked = [f.client for f in lost]
-            time.sleep(PAUSE)
-
-    def _as_they_come(self, number: int, tally: _Tally) -> Iterator[Update]:
-        """An asynchronous round: the first usable updates to arrive, whichever round their clients started in."""
-        assert self.in_flight is not None
-        self.events.write("round_started", round=number, clients=self.in_flight.begin(number))
-        return self.in_flight.gather(
-            lambda outcomes: self._accepted(outcomes, number, tally),
-            lambda done, total: self.tick("train", number, done, total),
-        )
-
     def _accepted(self, outcomes: Iterator[Outcome], number: int, tally: _Tally) -> Iterator[Update]:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
         for outcome in outcomes:
@@ -319,7 +261,7 @@ class Coordinator:
                 download_bytes=outcome.cost.download_bytes,
                 seconds=round(outcome.cost.wall_seconds, 3),
                 metrics=own,
-                **self._told(outcome),
+                **self.gathering.about(outcome),
             )
             yield outcome
             del outcome
@@ -413,7 +355,7 @@ class Coordinator:
             **self.tables.told(finished, {name: measured.means(m) for name, m in own.items()}),
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
-            "virtual_seconds": self.progress.virtual,
+            "virtual_seconds": self.gathering.now,
             "emulator": emulator,
             "preference": measured.preference(own),
         }
@@ -446,15 +388,15 @@ class Coordinator:
     # ------------------------------------------------------------------ checkpoints
 
     def _state(self) -> RoundState:
-        notes, files = {**self.progress.notes(), "channel": self.channel.notes()}, {}
-        if self.in_flight:
-            notes["in_flight"], files = self.in_flight.notes(), self.in_flight.files()
+        notes = {
+            **self.progress.notes(), "channel": self.channel.notes(), "gathering": self.gathering.notes(),
+        }  # fmt: skip
         server = self.algorithm.server_state()
         if self.hooks:
             kept = self.hooks.state()
             server = Payload({**server.tensors, **{f"{SECTION}/{n}": t for n, t in kept.tensors.items()}}, server.meta)
             notes[SECTION] = kept.meta
-        return RoundState(self.progress.finished, server, notes, files)
+        return RoundState(self.progress.finished, server, notes, self.gathering.files())
 
     def _checkpoint(self) -> Path:
         return self.checkpoints.save(self._state())

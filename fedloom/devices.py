@@ -14,17 +14,16 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from fedloom.errors import UserError
 from fedloom.profiles import DevicesConfig, Spread
 from fedloom.randomness import numpy_generator
-from fedloom.types import Assignment, Cost, Failure, Outcome
+from fedloom.types import Cost
 
 #: What is drawn from a distribution, each with its own stream of numbers; a trace may name these and the two below.
 DRAWN = ("speed", "download", "upload", "memory")
@@ -47,7 +46,7 @@ class Device:
 
 
 class Fleet:
-    """All clients' devices: how long work takes, who is there, who has room.
+    """All clients' devices, as a `Pace` (clock.py): how long work takes, who is lost; and who is there, who has room.
 
     Args:
         clients: in their fixed order.
@@ -61,12 +60,9 @@ class Fleet:
         self.devices = {c: _drawn(config, c, seed, traced.get(c, {})) for c in self.clients}
         self._available = np.array([self.devices[c].available for c in self.clients])
 
-    def seconds(self, client: str, cost: Cost, moved: tuple[int, int]) -> float:
-        """Of a piece of work, from when it is sent to when its outcome arrives. `moved`: bytes down and up."""
-        return self.devices[client].seconds(cost.train_flops, *moved)
-
-    def late(self, seconds: float) -> bool:
-        return self.deadline is not None and seconds > self.deadline
+    def seconds(self, client: str, cost: Cost, down: int, up: int) -> float:
+        """Of a piece of work, from when it is sent to when its update arrives."""
+        return self.devices[client].seconds(cost.train_flops, down, up)
 
     def there(self, round: int) -> frozenset[str]:
         """Who can be reached as a round begins."""
@@ -91,50 +87,6 @@ class Fleet:
         size = {c: d.memory if limited else d.speed for c, d in self.devices.items()}
         largest = max(size.values())
         return {c: max(1, highest >> max(0, round(math.log2(largest / own)))) for c, own in size.items()}
-
-
-class OnDevices:
-    """A runtime with virtual time whose clients vanish now and then: they are sent nothing, and the server hears of it."""
-
-    virtual = True
-
-    def __init__(self, runtime: Any, fleet: Fleet) -> None:
-        self._runtime = runtime
-        self._fleet = fleet
-
-    @property
-    def pooled_tests(self) -> bool:
-        return bool(self._runtime.pooled_tests)
-
-    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
-        pending, lost = iter(assignments), list[Failure]()
-
-        def up_to_the_next_lost() -> Iterator[Assignment | None]:
-            for a in pending:
-                if a is not None and a.kind == "train" and self._fleet.vanishes(a.client, a.round):
-                    lost.append(Failure(a.client, a.round, "vanished", "its device was lost in the middle of the work"))
-                    return
-                yield a
-
-        while True:
-            yield from self._runtime.run(up_to_the_next_lost())
-            if not lost:
-                return
-            yield lost.pop()
-
-    def close(self) -> None:
-        self._runtime.close()
-
-
-class OnTheWay:
-    """The fleet as an asynchronous algorithm's clock: with the bytes of the outcome that came last."""
-
-    def __init__(self, fleet: Fleet, moved: Callable[[], tuple[int, int]]) -> None:
-        self._fleet = fleet
-        self._moved = moved
-
-    def seconds(self, client: str, round: int, cost: Cost) -> float:
-        return self._fleet.seconds(client, cost, self._moved())
 
 
 def _drawn(config: DevicesConfig, client: str, seed: int, said: Mapping[str, float]) -> Device:

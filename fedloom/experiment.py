@@ -34,7 +34,7 @@ from fedloom.choices import (
     settle_privacy,
 )
 from fedloom.client import Client
-from fedloom.clock import Speeds
+from fedloom.clock import Pace
 from fedloom.cohorts import check_cohort, choose_cohort
 from fedloom.config import Recipe
 from fedloom.coordinator import Coordinator, Runtime, Tick
@@ -42,10 +42,9 @@ from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
 from fedloom.deployment import result_loader, save_result, server_measure
-from fedloom.devices import Fleet
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
-from fedloom.fleets import settle_fleet, with_room
+from fedloom.fleets import pace_of, settle_fleet, with_room
 from fedloom.hooks.attached import Hooks, check_hooks, for_clients
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
@@ -164,7 +163,7 @@ class Setting:
     score_note: str
     schedule: Schedule
     split: dict[str, Any]
-    fleet: Fleet | None = None
+    pace: Pace | None = None
     elsewhere: bool = False
 
 
@@ -219,7 +218,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     recipe = choose_cohort(recipe, model, data, schedule, watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
-        split_table(corpus, clients), fleet,
+        split_table(corpus, clients), pace_of(recipe, algorithm, fleet),
     )  # fmt: skip
 
 
@@ -263,8 +262,7 @@ def assemble(
         score=setting.suite is not None,
         server_measure=None if setting.elsewhere else measure,
         tick=watch.tick,
-        clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
-        fleet=setting.fleet,
+        pace=setting.pace,
         hooks=Hooks.of_server(recipe.hooks),
         validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
     )

@@ -11,6 +11,7 @@ from fedloom import registry
 from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.making import make
 from fedloom.choices import Say
+from fedloom.clock import Pace, Speeds
 from fedloom.config import Recipe
 from fedloom.devices import Fleet
 from fedloom.errors import UserError
@@ -54,6 +55,13 @@ def settle_fleet(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> tu
         recipe = recipe.with_values({"adapter.ranks": fleet.ranks(recipe.adapter.rank)})
         algorithm = make(recipe)
     return fleet, recipe, algorithm
+
+
+def pace_of(recipe: Recipe, algorithm: Algorithm, fleet: Fleet | None) -> Pace | None:
+    """How long clients' work takes: as their devices say; else, where the order of arrival counts, by a speed each."""
+    if fleet is None and algorithm.properties.asynchronous:
+        return Speeds(recipe.seed, recipe.runtime.speed_spread)
+    return fleet
 
 
 def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: AdaptedModel, say: Say) -> Schedule:

@@ -99,7 +99,6 @@ class Progress:
         evaluation_cost: the part of it that evaluation took.
         evaluations: rounds finished → what was measured then.
         failures, skipped_steps: counted over the run.
-        virtual: virtual seconds so far; None where time is real.
         stopped: the round, the hook and the sentence of a run that a hook ended before its last round.
         earlier: (wall, CPU) seconds of the sessions before this one.
     """
@@ -110,7 +109,6 @@ class Progress:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     failures: int = 0
     skipped_steps: int = 0
-    virtual: float | None = None
     stopped: dict[str, Any] | None = None
     earlier: tuple[float, float] = (0.0, 0.0)
     _started: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
@@ -127,7 +125,6 @@ class Progress:
             "evaluations": {str(k): v for k, v in self.evaluations.items()},
             "failures": self.failures,
             "skipped_steps": self.skipped_steps,
-            "virtual": self.virtual,
             "stopped": self.stopped,
             "elapsed": list(self.elapsed()),
         }
@@ -141,7 +138,6 @@ class Progress:
             {int(k): v for k, v in notes["evaluations"].items()},
             notes["failures"],
             notes["skipped_steps"],
-            notes["virtual"],
             notes["stopped"],
             (notes["elapsed"][0], notes["elapsed"][1]),
         )

@@ -140,10 +140,9 @@ def _pair(measured: Mapping[str, Any]) -> dict[str, Any]:
 
 def _virtual(progress: Progress) -> dict[str, Any] | None:
     """Where time is made up: how long it took, and the loss over it."""
-    if progress.virtual is None:
-        return None
-    curve = [[e["virtual_seconds"] or 0.0, e["loss"]] for _, e in sorted(progress.evaluations.items())]
-    return {"seconds": progress.virtual, "loss": curve}
+    curve = [[e["virtual_seconds"], e["loss"]] for _, e in sorted(progress.evaluations.items())]
+    seconds = curve[-1][0]
+    return None if seconds is None else {"seconds": seconds, "loss": curve}
 
 
 def _cost(progress: Progress) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fedloom.checkpoint import (
     write_bytes,
     write_json,
 )
-from fedloom.errors import RunFailed
+from fedloom.errors import RunFailed, UserError
 from fedloom.types import Payload
 
 VALUES = {
@@ -139,7 +139,7 @@ def test_another_version_is_refused(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedloom.checkpoint.VERSION", 99)
         store.save(state(1))
-    with pytest.raises(Damaged, match="version 99"):
+    with pytest.raises(UserError, match="version 99"):
         store.load(1)
 
 

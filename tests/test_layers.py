@@ -24,6 +24,7 @@ LAYERS = [
         "arrival",
         "clock",
         "devices",
+        "gathering",
         "asynchronous",
         "rounds",
         "measured",

@@ -70,18 +70,12 @@ class Chains:
 
 
 class ServerChannel:
-    """The server's end.
-
-    Attributes:
-        moved: bytes of encoded tensors that went down for the outcome that was opened last, and came up with it.
-    """
+    """The server's end."""
 
     def __init__(self, chains: Chains, seed: int) -> None:
         self.chains = chains
         self.seed = seed
         self._met: set[str] = set()
-        self._down: dict[str, int] = {}  # client → bytes of the tensors that it was sent to train from
-        self.moved = (0, 0)
         self._references: dict[str, dict[int, dict[str, torch.Tensor]]] = {}  # client → round → what it got
         self._last: dict[str, torch.Tensor] | None = None
 
@@ -103,14 +97,10 @@ class ServerChannel:
             held[assignment.round] = self._held((assignment.payload if chain.lossless else chain.decode(coded)).tensors)
             for old in sorted(held)[:-HELD]:
                 del held[old]
-        if assignment.kind == "train":
-            self._down[client] = _tensor_bytes(coded)
         return replace(assignment, payload=coded)
 
     def opened(self, outcome: Outcome) -> Outcome:
         """The outcome of training with its payload decoded, or a `Failure` that says what is wrong with it."""
-        down = self._down.pop(outcome.client, 0)
-        self.moved = (down, _tensor_bytes(outcome.payload) if isinstance(outcome, Update) else 0)
         if not isinstance(outcome, Update):
             return outcome
         try:
@@ -181,10 +171,6 @@ class ClientChannel:
     def state(self) -> Payload:
         """What error feedback has to send later, for the client's own store."""
         return Payload(dict(self._residual))
-
-
-def _tensor_bytes(payload: Payload) -> int:
-    return sum(t.numel() * t.element_size() for t in payload.tensors.values())
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -181,7 +181,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
         },
-        "virtual": None,
+        "virtual": recipe.devices and {"seconds": 93.5, "loss": [[0.0, first["loss"]], [93.5, last["loss"]]]},
         "preference": (recipe.train.objective == "dpo" and {
             "accuracy": {"before": 0.0, "after": 0.8125}, "loss": {"before": 0.6931, "after": 0.4321},
             "margin": {"before": 0.0, "after": 1.234}, "pairs": 48,

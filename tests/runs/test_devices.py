@@ -77,7 +77,7 @@ def test_times_of_two_clients_by_hand(tiny_recipe, tmp_path):
 def test_a_devices_time_is_a_sum_of_three_quotients():
     config = DevicesConfig.model_validate(alike())
     fleet = Fleet(config, CLIENTS, 1)
-    assert fleet.seconds("client-1", Cost(train_flops=3_000_000, wall_seconds=9.0), (2000, 250)) == 2.0 + 3.0 + 0.5
+    assert fleet.seconds("client-1", Cost(train_flops=3_000_000, wall_seconds=9.0), 2000, 250) == 2.0 + 3.0 + 0.5
 
 
 def test_devices_that_are_alike_and_always_there_change_nothing(tiny_recipe, tmp_path):
@@ -221,24 +221,46 @@ Events.write = dying
 """
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedbuff"])
-def test_a_killed_run_has_the_same_times_and_bits(name, cli, recipe_file, tiny_recipe, tmp_path):
+@pytest.mark.parametrize(("name", "deadline"), [("fedavg", 10.0), ("fedbuff", None)])
+def test_a_killed_run_has_the_same_times_and_bits(name, deadline, cli, recipe_file, tiny_recipe, tmp_path):
     values = {
         "split.splitter": "uniform", "split.num_clients": 6, "federation.clients_per_round": 4, "federation.rounds": 4,
         "algorithm": {"name": name}, "train.steps": 1, "train.optimizer_state": "keep", "evaluation.every": 2,
-        "devices": {"speed": {"median": 1e6, "spread": 1.0}, "available": 0.8, "dropout": 0.1},
+        "devices": {"speed": {"median": 1e6, "spread": 1.0}, "available": 0.8, "dropout": 0.1, "deadline": deadline},
         "operators": {"up": ["delta", {"name": "quantize", "bits": 8}, "zstd"]},
     }  # fmt: skip
     whole = run(tiny_recipe(values), out=tmp_path / "whole")
     recipe = recipe_file(values)
     assert cli("run", recipe, "--out", "run", setup=KILL_AT_THE_FOURTH_UPDATE).code == -signal.SIGKILL
     assert cli("run", "run", "--resume").code == 0
-    ended = json.loads((tmp_path / "run" / "summary.json").read_text())
+    resumed = tmp_path / "run"
+    (again,) = events_of(resumed, "run_resumed")
+    assert 0 < again["round"] < 4
+    ended = json.loads((resumed / "summary.json").read_text())
     assert ended["adapter_sha256"] == whole.summary["adapter_sha256"]
     assert ended["virtual"] == whole.summary["virtual"]
-    keys = ("round", "client", "loss", "staleness", "arrived")
-    told = [[[e[k] for k in keys] for e in events_of(f, "client_update")] for f in (tmp_path / "run", whole.folder)]
-    assert told[0] == told[1]
+    kinds = {
+        "client_update": ("round", "client", "loss", "staleness", "arrived"),
+        "client_failed": ("round", "client", "reason", "detail"),
+        "round_finished": ("round", "metrics"),
+    }
+    for kind, keys in kinds.items():
+        told = [[[e[k] for k in keys] for e in events_of(f, kind)] for f in (resumed, whole.folder)]
+        assert told[0] == told[1]
+    late = [f for f in events_of(resumed, "client_failed") if f["reason"] == "too_late"]
+    stale = [u for u in events_of(resumed, "client_update") if u["staleness"]]
+    assert bool(late) == (name == "fedavg") and bool(stale) == (name == "fedbuff")
+
+
+def test_a_run_of_an_older_checkpoint_format_is_refused_in_one_sentence(cli, recipe_file, tmp_path):
+    """Version 1 had no virtual time of synchronous rounds: going on from it would begin the clock anew."""
+    older = "import fedloom.checkpoint\nfedloom.checkpoint.VERSION = 1\n"
+    assert cli("run", recipe_file({**TWO, "federation.rounds": 1}), "--out", "run", setup=older).code == 0
+    before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
+    said = cli("run", "run", "--resume", "federation.rounds=2")
+    assert said.code == 2
+    assert "have version 1, and this fedloom reads version 2" in " ".join(said.err.split())
+    assert {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()} == before
 
 
 @pytest.mark.parametrize(
