@@ -13,47 +13,27 @@ coordinator does not know where clients run nor what is in a payload.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedloom import measured
-from fedloom.algorithms.base import Algorithm, Deployed
+from fedloom.algorithms.base import Algorithm
 from fedloom.asynchronous import InFlight
 from fedloom.checkpoint import Checkpoints, RoundState
 from fedloom.clock import Pace, Timed
 from fedloom.errors import RunFailed
+from fedloom.evaluations import Evaluations, ServerMeasure
 from fedloom.gathering import AtOnce, Gathering
 from fedloom.hooks.attached import SECTION, Hooks
 from fedloom.hooks.base import ServerRound
 from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
+from fedloom.sending import Runtime, Sender, Tick
 from fedloom.tables import Tables
 from fedloom.tracking import Events
-from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Payload, Update, pooled_mean
-
-
-class Runtime(Protocol):
-    """What the coordinator needs of a runtime (runtimes/base.py)."""
-
-    @property
-    def pooled_tests(self) -> bool: ...
-
-    @property
-    def virtual(self) -> bool: ...
-
-    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]: ...
-
-    def close(self) -> None: ...
-
-
-#: Measures a deployed model on data that the server holds: sums, as clients send them (without the loss's where only
-#: questions are asked).
-ServerMeasure = Callable[[Deployed], Mapping[str, float]]
-
-#: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
-Tick = Callable[[str, int, int, int], None]
+from fedloom.types import Cost, Failure, Outcome, Payload, Update, pooled_mean
 
 
 class Coordinator:
@@ -87,30 +67,31 @@ class Coordinator:
         hooks: Hooks | None = None,
         validating: Sequence[str] = (),
     ) -> None:
-        self.algorithm = algorithm
         timed = Timed(runtime, pace) if pace is not None and runtime.virtual else None
         self.runtime: Runtime = timed or runtime
+        self.algorithm = algorithm
         self.schedule = schedule
         self.checkpoints = checkpoints
         self.events = events
         self.tables = Tables(events.path.parent / "evaluations")
-        self.recipe = recipe
         self.channel = channel
-        self.score = score
-        self.server_measure = server_measure
         self.tick = tick
         self.hooks = hooks or Hooks()
         self.validating = validating
         self.progress = Progress()
-        self._contacted: set[str] = set()
+        self.sender = Sender(algorithm, self.runtime, schedule, channel, events, recipe, score, tick)
+        self.evaluations = Evaluations(
+            algorithm, self.hooks, self.sender, self.tables, schedule.measuring, score, server_measure
+        )
         self.gathering = self._gathering(timed)
 
     def _gathering(self, timed: Timed | None) -> Gathering:
         """The algorithm's way of coming by a round's updates."""
+        sender = self.sender
         if self.algorithm.properties.asynchronous:
             return InFlight(
-                lambda assignments: self.channel.opening(self.runtime.run(assignments)),
-                lambda client, round: self._assign(client, "train", round),
+                sender.trained,
+                lambda client, round: sender.assignment(client, "train", round),
                 self.schedule,
                 self.algorithm.buffer(self.schedule.sampled()),
                 timed,
@@ -118,9 +99,7 @@ class Coordinator:
                 self.checkpoints.folder / "in-flight",
             )
         return AtOnce(
-            lambda round, clients: self._counted("train", round, clients),
-            lambda failure: self._failed(failure, "train"),
-            self._contacted.discard,
+            sender,
             self.schedule,
             timed,
             0.0 if self.runtime.virtual else self.schedule.federation.round_deadline or 0.0,
@@ -179,7 +158,8 @@ class Coordinator:
     def save_personal(self) -> dict[str, str]:
         """Have every testing client write its own adapter; returns client → sha256 of it."""
         digests: dict[str, str] = {}
-        for outcome in self.runtime.run(self._assign(c, "save", self.progress.finished) for c in self.schedule.testing):
+        finished, assigned = self.progress.finished, self.sender.assignment
+        for outcome in self.runtime.run(assigned(c, "save", finished) for c in self.schedule.testing):
             self.progress.cost += outcome.cost
             if isinstance(outcome, Failure):
                 raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")
@@ -226,9 +206,8 @@ class Coordinator:
         """The server's hooks once a round is aggregated; the name of the one that ends the run, or the empty string."""
         self.hooks.call("aggregated", at)
         if self.hooks.validates(at.number):
-            sums, cost = self._measure(at.number, "validation", self.validating)
-            self.progress.cost += cost
-            self.progress.evaluation_cost += cost
+            sums, cost, failures = self.evaluations.measure(at.number, "validation", self.validating)
+            self._measured(cost, failures)
             at.validation = measured.together(sums)["loss"]
         return self.hooks.stopped_by(at)
 
@@ -239,7 +218,7 @@ class Coordinator:
             refused = self._refused(outcome)
             if refused is not None:
                 tally.failures += 1
-                self._failed(replace(refused, round=number), "train")  # the round that it is missing from
+                self.sender.failed(replace(refused, round=number), "train")  # the round that it is missing from
                 continue
             assert isinstance(outcome, Update)
             skipped = int(outcome.metrics.get("skipped_steps", 0))
@@ -280,110 +259,19 @@ class Coordinator:
             return Failure(outcome.client, outcome.round, "bad_payload", str(error))
         return None
 
-    def _failed(self, failure: Failure, kind: str) -> None:
-        if failure.reason in STARTED_ANEW:
-            self._contacted.discard(failure.client)
-        self.events.write(
-            "client_failed",
-            round=failure.round,
-            client=failure.client,
-            kind=kind,
-            reason=failure.reason,
-            detail=failure.detail,
-        )
-
-    def _counted(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
-        """Send one assignment to each client; outcomes as they arrive."""
-        self.tick(kind, round, 0, len(clients))
-        outcomes = self.runtime.run(self._assign(client, kind, round, dataset) for client in clients)
-        if kind == "train":
-            outcomes = self.channel.opening(outcomes)
-        done = 0
-        for outcome in outcomes:
-            done += 1  # noqa: SIM113  (its tuple would hold on to the outcome)
-            self.tick(kind, round, done, len(clients))
-            yield outcome
-            del outcome  # as everywhere on an update's way: two of them in memory would be one too many
-
-    def _assign(self, client: str, kind: Any, round: int, dataset: Any = "test") -> Assignment:
-        """One assignment; the first one to a client carries the recipe and the initial broadcast."""
-        first = client not in self._contacted
-        self._contacted.add(client)
-        payload = self.algorithm.initial_payload(client) if first else self.algorithm.round_payload(client)
-        assignment = Assignment(
-            kind=kind,
-            client=client,
-            round=round,
-            rounds=self.rounds,
-            payload=payload,
-            steps=self.schedule.steps if kind == "train" else None,
-            dataset=dataset,
-            score=self.score,
-            recipe=self.recipe if first else None,
-        )
-        return self.channel.sent(assignment, first and self.algorithm.own_initial)
-
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate(self, finished: int) -> None:
-        """Loss and score of what is deployed, on each client's own test data and on all of it together.
-
-        Personal models differ from client to client, so after the last round each is also measured on everybody's test
-        data: the mean of that is what other settings are compared with. Where clients hold an emulator, what they measure
-        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data,
-        where it has them.
-        """
-        started = time.perf_counter()
-        cost = Cost()
-        own, spent = self._measure(finished, "test")
-        cost += spent
-        personal = self.algorithm.properties.personal
-        pooled, emulator = self._final_personal(finished), None
-        if self.algorithm.properties.offsite:
-            emulator = measured.together(own)
-            found = measured.means(self._asked(self.server_measure) if self.server_measure else measured.total(()))
-        elif pooled:
-            sums, spent = self._measure(finished, "pooled")
-            cost += spent
-            found = measured.everywhere(sums)
-        else:
-            asks = self.server_measure if self.score and not (personal and finished) else None
-            found = measured.together(own, self._asked(asks) if asks else None)
-        result = {
-            **{key: found[key] for key in ("loss", "score", "questions")},
-            "tokens": int(sum(m["tokens"] for m in own.values())),
-            **self.tables.told(finished, {name: measured.means(m) for name, m in own.items()}),
-            "seconds": round(time.perf_counter() - started, 3),
-            "pooled": pooled,
-            "virtual_seconds": self.gathering.now,
-            "emulator": emulator,
-            "preference": measured.preference(own),
-        }
-        self.progress.cost += cost
-        self.progress.evaluation_cost += cost
+        result, cost, failures = self.evaluations.after(finished, self._final_personal(finished))
+        result["virtual_seconds"] = self.gathering.now
+        self._measured(cost, failures)
         self.progress.evaluations[finished] = result
         self.events.write("evaluation", round=finished, **result)
 
-    def _asked(self, measure: ServerMeasure) -> Mapping[str, float]:
-        with self.hooks.deploying(self.algorithm):
-            return measure(self.algorithm.deployed())
-
-    def _measure(
-        self, finished: int, dataset: str, clients: Sequence[str] | None = None
-    ) -> tuple[dict[str, Mapping[str, float]], Cost]:
-        """Client → sums (measured.py), of those that could be measured."""
-        sums: dict[str, Mapping[str, float]] = {}
-        cost = Cost()
-        clients = self.schedule.measuring if clients is None else clients
-        with self.hooks.deploying(self.algorithm):
-            for outcome in self._counted("evaluate", finished, clients, dataset):
-                cost += outcome.cost
-                if isinstance(outcome, Failure):
-                    self._failed(outcome, "evaluate")
-                    self.progress.failures += 1
-                else:
-                    sums[outcome.client] = outcome.metrics
-        return {c: sums[c] for c in clients if c in sums}, cost
+    def _measured(self, cost: Cost, failures: int) -> None:
+        self.progress.cost += cost
+        self.progress.evaluation_cost += cost
+        self.progress.failures += failures
 
     # ------------------------------------------------------------------ checkpoints
 

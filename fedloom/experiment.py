@@ -37,7 +37,7 @@ from fedloom.client import Client
 from fedloom.clock import Pace
 from fedloom.cohorts import check_cohort, choose_cohort
 from fedloom.config import Recipe
-from fedloom.coordinator import Coordinator, Runtime, Tick
+from fedloom.coordinator import Coordinator
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
@@ -54,6 +54,7 @@ from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
 from fedloom.runtimes.ranked import Ranked
+from fedloom.sending import Runtime, Tick
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.training.precision import choose_precision

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from fedloom.arrival import in_order
 from fedloom.clock import Timed
 from fedloom.rounds import Schedule
+from fedloom.sending import Sender
 from fedloom.types import STARTED_ANEW, Failure, Outcome, Update
 
 #: Seconds between two times that a lost client is asked whether it is back, where a round is below quorum.
@@ -66,9 +67,6 @@ class AtOnce:
     """All clients that are sampled for a round, behind one barrier: the round ends with the last of them.
 
     Args:
-        ask: (round, clients) → their outcomes, as they arrive.
-        lost: told once of each client that was lost and is asked again.
-        forget: told every time.
         timed: the runtime, where time is virtual. With its deadline an update that takes longer is dropped, and such a
             round ends at the deadline.
         waits: real seconds from the round's start in which lost clients are asked again, where it is below quorum.
@@ -77,16 +75,14 @@ class AtOnce:
 
     def __init__(
         self,
-        ask: Callable[[int, Sequence[str]], Iterator[Outcome]],
-        lost: Callable[[Failure], None],
-        forget: Callable[[str], None],
+        sender: Sender,
         schedule: Schedule,
         timed: Timed | None,
         waits: float,
         folder: Path,
     ) -> None:
         self.now = None if timed is None else 0.0
-        self._ask, self._lost, self._forget, self._schedule = ask, lost, forget, schedule
+        self._sender, self._schedule = sender, schedule
         self._timed, self._waits, self._folder = timed, waits, folder
         self._round = 0
         self._clients: tuple[str, ...] = ()
@@ -137,7 +133,7 @@ class AtOnce:
         asked: Sequence[str] = self._clients
         while True:
             lost: list[Failure] = []
-            for outcome in self._ask(self._round, asked):
+            for outcome in self._sender.outcomes("train", self._round, asked):
                 if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW:
                     lost.append(outcome)
                     continue
@@ -148,8 +144,8 @@ class AtOnce:
                 yield from lost
                 return
             for failure in lost:
-                if asked is self._clients:
-                    self._lost(failure)
-                self._forget(failure.client)
+                if asked is self._clients:  # said once
+                    self._sender.failed(failure, "train")
+                self._sender.forget(failure.client)
             asked = [f.client for f in lost]
             time.sleep(PAUSE)
