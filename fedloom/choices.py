@@ -13,7 +13,7 @@ import torch
 from fedloom import registry
 from fedloom.algorithms.base import Algorithm, parse_options
 from fedloom.algorithms.making import make, settled
-from fedloom.config import Recipe, RuntimeConfig, part_of
+from fedloom.config import Recipe, RuntimeConfig
 from fedloom.data.examples import paired
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -30,6 +30,7 @@ from fedloom.models.memory import can_recompute
 from fedloom.privacy import PrivacyConfig
 from fedloom.randomness import numpy_generator
 from fedloom.rounds import Schedule
+from fedloom.sections import part_of
 from fedloom.types import Corpus, Partition
 
 Say = Callable[[str], None]

@@ -16,7 +16,20 @@ ROOT = Path(fedloom.__file__).parent
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
     {"errors", "environment", "randomness", "registry", "reach", "limits"},
-    {"types", "overrides", "section", "methods", "privacy", "profiles", "config", "carriers", "project", "policy"},
+    {
+        "types",
+        "overrides",
+        "section",
+        "methods",
+        "privacy",
+        "profiles",
+        "train_section",
+        "sections",
+        "config",
+        "carriers",
+        "project",
+        "policy",
+    },
     {"data", "corpora", "models", "operators", "evaluation"},
     {"training", "algorithms", "hooks"},
     {
