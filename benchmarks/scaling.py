@@ -1,22 +1,27 @@
 """What the time of a round follows: the clients in it and nothing else; and what folding one update in costs.
 
 CPU seconds of this process, from `round_started` to `checkpoint`. Every client has the same work. Runs take turns, so that a
-slow spell of the machine falls on all; a run's number is the median of its rounds, a setting's that of its turns. S is the model.
+slow spell of the machine falls on all; a run's number is the median of its rounds, a setting's that of its turns. S is the
+model.
 
 The last part decodes, checks and folds updates of 10 MB (a LoRA of 420 tensors) as the coordinator does: message → update →
-in client order → `accept` → FedAvg. Its peak of memory is counted in updates, the message that was received included.
+in client order → `accept` → FedAvg; as in the simulator, whose messages stay in its process and have no digest, and as
+messages from other processes and sites, whose digest is checked (docs/adr/0006-unsealed-messages.md). The two take turns.
+The peak of memory is counted in updates, the message that was received included.
 
     python benchmarks/scaling.py                     about four minutes
     python benchmarks/scaling.py --updates 100 --turns 1
 
 Prints round_seconds_SAMPLED= for each, r_squared= and seconds_per_client= of the line through them,
-population_POPULATION_round_seconds= and population_time_ratio=, aggregate_ms_per_update=, its part digest_ms_per_update=
-(the message's sha256) and aggregate_memory_updates=.
+population_POPULATION_round_seconds= and population_time_ratio=, aggregate_ms_per_update= (in process),
+aggregate_sealed_ms_per_update= (from elsewhere), digest_ms_per_update= (sha256 of the message alone) and
+aggregate_memory_updates=.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import tempfile
 import time
@@ -95,51 +100,66 @@ def peak_since(reset: bool = False) -> int:
     return int(line.split()[1]) * 1024
 
 
-def aggregate(updates: int, scratch: Path) -> None:
-    """Fold `updates` messages, each received in memory of its own."""
-    layout = large_layout()
-    flat = torch.randn(layout.numel)
-    sent = Update("", 1, Payload(layout.views(flat)), num_examples=3, metrics={"loss": 1.0})
-    message = wire.encode_outcome(sent)
-    server: Algorithm = FedAvg(FedAvg.Options(), 0, AdapterConfig())
-    server.shared = Adapter(layout)
-    server.model = SimpleNamespace()  # type: ignore[assignment]
-    order = [f"client-{k}" for k in range(updates)]
-    receiving = 0.0
+class Folding:
+    """A FedAvg server that messages are folded into, each received in memory of its own."""
 
-    def arriving() -> Iterator[Update]:
-        nonlocal receiving
-        for client in order:
-            began = time.process_time()
-            received = b"".join([memoryview(message)[:-1], message[-1:]])  # one copy
-            receiving += time.process_time() - began
-            update = replace(wire.decode_outcome(received), client=client)
-            del received
-            assert isinstance(update, Update)
-            server.accept(update)
-            yield update
-            del update
+    def __init__(self, flat: torch.Tensor, scratch: Path, sealed: bool) -> None:
+        layout = large_layout()
+        self.sealed, self.scratch, self.spent = sealed, scratch, []
+        sent = Update("", 1, Payload(layout.views(flat)), num_examples=3, metrics={"loss": 1.0})
+        self.message = wire.encode_outcome(sent, sealed=sealed)
+        self.server: Algorithm = FedAvg(FedAvg.Options(), 0, AdapterConfig())
+        self.server.shared = Adapter(layout)
+        self.server.model = SimpleNamespace()  # type: ignore[assignment]
 
-    def fold() -> None:
-        server.aggregate(cast(Iterator[Update], in_order(arriving(), order, scratch)))
+    def fold(self, updates: int) -> None:
+        """One round of so many updates. Adds its CPU seconds for each to `spent`, receiving left out."""
+        order, receiving = [f"client-{k}" for k in range(updates)], 0.0
 
-    order, everybody = order[:3], order
-    fold()
-    order = everybody
-    before, receiving = peak_since(reset=True), 0.0
-    began = time.process_time()
-    fold()
-    seconds = time.process_time() - began - receiving
+        def arriving() -> Iterator[Update]:
+            nonlocal receiving
+            for client in order:
+                began = time.process_time()
+                received = b"".join([memoryview(self.message)[:-1], self.message[-1:]])  # one copy
+                receiving += time.process_time() - began
+                update = replace(wire.decode_outcome(received, sealed=self.sealed), client=client)
+                del received
+                assert isinstance(update, Update)
+                self.server.accept(update)
+                yield update
+                del update
+
+        began = time.process_time()
+        self.server.aggregate(cast(Iterator[Update], in_order(arriving(), order, self.scratch)))
+        self.spent.append((time.process_time() - began - receiving) / updates)
+
+
+def aggregate(updates: int, scratch: Path, rounds: int = 10) -> None:
+    """Fold `updates` messages of each kind, in rounds that take turns."""
+    flat = torch.randn(large_layout().numel)
+    ways = [Folding(flat, scratch, sealed) for sealed in (False, True)]
+    digests = []
+    for way in ways:
+        way.fold(3)
+        way.spent.clear()
+    gc.freeze()  # as experiment.run does
+    before = peak_since(reset=True)
+    for _ in range(rounds):
+        for way in ways:
+            way.fold(max(1, updates // rounds))
+        began = time.process_time()
+        for _ in range(5):
+            hashlib.sha256(ways[0].message).digest()
+        digests.append((time.process_time() - began) / 5)
     peak = peak_since() - before
-    began = time.process_time()
-    for _ in range(50):
-        hashlib.sha256(message).digest()
-    digest = (time.process_time() - began) / 50
-    assert torch.equal(server.shared.flat, flat), "the mean of equal updates is not the update"
-    print(f"update_bytes={len(message)}")
-    print(f"aggregate_ms_per_update={seconds / updates * 1e3:.2f}")
-    print(f"digest_ms_per_update={digest * 1e3:.2f}")
-    print(f"aggregate_memory_updates={peak / (layout.numel * 4):.2f}", flush=True)
+    gc.unfreeze()
+    assert all(torch.equal(way.server.shared.flat, flat) for way in ways), "the mean of equal updates is not the update"
+    plain, sealed = (median(way.spent) for way in ways)
+    print(f"update_bytes={len(ways[0].message)}")
+    print(f"aggregate_ms_per_update={plain * 1e3:.2f}")
+    print(f"aggregate_sealed_ms_per_update={sealed * 1e3:.2f}")
+    print(f"digest_ms_per_update={median(digests) * 1e3:.2f}")
+    print(f"aggregate_memory_updates={peak / (flat.numel() * 4):.2f}", flush=True)
 
 
 def main() -> int:

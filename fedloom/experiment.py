@@ -8,6 +8,7 @@ coordinator to its clients; `run` drives both and keeps the results. No arithmet
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,9 +279,11 @@ def assemble(
 def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
     """Rounds, then results."""
     coordinator = assemble(setting, folder, resume, watch, runtime)
+    gc.freeze()  # libraries, data and model live as long as the run: looking through them over and over finds nothing
     try:
         return _results(setting, folder, coordinator, watch)
     finally:
+        gc.unfreeze()
         coordinator.runtime.close()  # processes too, where clients have some
 
 

@@ -67,6 +67,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "missing": [f"{name} {why}: {FILES[name]}" for name, why in run.missing.items()],
         "loss": _figure(charts.evaluation_chart(events, "loss", worst, order), 380),
         "virtual": _figure(charts.virtual_chart(events), 300),
+        "measured": _measured(run),
         "training": _figure(charts.training_chart(events, worst, order), 300),
         "score": _figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
         "privacy": run.privacy,
@@ -178,6 +179,12 @@ def _ages(run: RunFolder) -> dict[str, Any] | None:
     ages = [e["staleness"] for e in run.of("client_update")]
     virtual = rounds[-1]["metrics"].get("virtual_seconds")
     return {"mean": f"{sum(ages) / len(ages):.1f}", "oldest": max(ages), "virtual": virtual}
+
+
+def _measured(run: RunFolder) -> int:
+    """How many clients the last evaluation measured."""
+    last = next(iter(reversed(run.of("evaluation"))), None)
+    return 0 if last is None else (last.get("spread") or {}).get("clients") or len(last["clients"])
 
 
 def _strip(run: RunFolder) -> list[tuple[str, int, str]]:

@@ -16,6 +16,7 @@ from fedloom.devices import Fleet
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Watch, prepare
 from fedloom.report import charts
+from fedloom.report.formats import duration
 from fedloom.rounds import Schedule
 from fedloom.tracking import read_events
 from fedloom.types import Cost
@@ -71,7 +72,9 @@ def test_times_of_two_clients_by_hand(tiny_recipe, tmp_path):
     chart = charts.virtual_chart(read_events(done.folder / "events.jsonl"))
     assert chart is not None and chart.across == "virtual seconds"
     assert chart.lines[0].points == tuple((round(s), loss) for s, loss in zip(evaluated, losses, strict=True))
-    assert "over virtual seconds" in done.report.read_text()
+    page = done.report.read_text()
+    assert "over virtual seconds" in page and f"{duration(finished[-1])}</data> of virtual time" in page
+    assert "clients are measured" not in page
 
 
 def test_a_devices_time_is_a_sum_of_three_quotients():
