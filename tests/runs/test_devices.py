@@ -9,17 +9,20 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from fedloom import run
+from fedloom.clock import Timed
 from fedloom.config import DevicesConfig, FederationConfig
 from fedloom.devices import Fleet
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Watch, prepare
+from fedloom.gathering import AtOnce
 from fedloom.report import charts
 from fedloom.report.formats import duration
 from fedloom.rounds import Schedule
 from fedloom.tracking import read_events
-from fedloom.types import Cost
+from fedloom.types import Assignment, Cost, Failure, Payload, Update
 
 CLIENTS = tuple(f"client-{k}" for k in range(1, 9))
 TWO = {"split.splitter": "uniform", "split.num_clients": 2, "federation.rounds": 3}
@@ -129,6 +132,54 @@ def test_who_is_late_is_dropped_and_the_round_ends_with_the_deadline(tiny_recipe
     assert {u["client"] for u in events_of(done.folder, "client_update")} == {"client-1"}
     with pytest.raises(RunFailed, match="round 1 got 0 usable updates"):
         run(tiny_recipe({**values, "devices": alike(deadline=1e-6)}), out=tmp_path / "none")
+
+
+class Exactly:
+    """A pace with a deadline of 8 seconds and each client's seconds from a table."""
+
+    deadline = 8.0
+
+    def __init__(self, seconds):
+        self.table = seconds
+
+    def seconds(self, client, cost, down, up):
+        return self.table[client]
+
+    def vanishes(self, client, round):
+        return client == "gone"
+
+
+class Answering:
+    """Sender and runtime in one, whose clients answer at once; `refuses` fails."""
+
+    def run(self, assignments):
+        for a in assignments:
+            if a.client == "refuses":
+                yield Failure(a.client, a.round, "test", "as asked", Cost(train_flops=9))
+            else:
+                yield Update(a.client, a.round, Payload({"w": torch.ones(2)}), num_examples=1)
+
+    def outcomes(self, kind, round, clients):
+        return self.timed.run(Assignment(kind, c, round, 9, Payload()) for c in clients)
+
+
+def test_the_deadlines_edge_belongs_to_those_in_time_and_failures_take_none(tmp_path):
+    table = {"edge": 8.0, "over": math.nextafter(8.0, 9.0), "quick": 2.0, "refuses": 5.0, "gone": 5.0}
+    plan = Schedule(tuple(table), (), FederationConfig(), 1, 0, 0)
+    runtime = Answering()
+    runtime.timed = Timed(runtime, Exactly(table))
+    gathering = AtOnce(runtime, plan, runtime.timed, 0.0, tmp_path)
+    for number, ends in ((1, 8.0), (2, 16.0)):
+        assert gathering.begin(number) == list(table)
+        seen = {o.client: o for o in gathering.gather(lambda outcomes: outcomes)}
+        assert {c for c, o in seen.items() if isinstance(o, Update)} == {"edge", "quick"}
+        reasons = {c: o.reason for c, o in seen.items() if isinstance(o, Failure)}
+        assert reasons == {"over": "too_late", "refuses": "test", "gone": "vanished"}
+        assert [gathering.about(seen[c])["arrived"] for c in ("edge", "quick")] == [ends, ends - 6.0]
+        assert gathering.now == ends
+    resumed = AtOnce(runtime, plan, runtime.timed, 0.0, tmp_path)
+    resumed.load(json.loads(json.dumps(gathering.notes())), {})
+    assert resumed.now == 16.0
 
 
 def test_clients_are_there_as_often_as_they_are_said_to_be():
