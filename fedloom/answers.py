@@ -32,7 +32,7 @@ def pick(data: FederatedData, count: int) -> list[Sample]:
     if not count:
         return []
     queues = []
-    for client in data.partition.testing_clients:
+    for client in data.measured:
         own = data.client(client)
         queues.append([Sample(client, e) for e in own.questions or [data.corpus.examples[i] for i in own.test]])
     picked: list[Sample] = []

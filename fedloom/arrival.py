@@ -29,6 +29,7 @@ def in_order(outcomes: Iterator[Outcome], order: Sequence[str], folder: Path) ->
                 waiting[outcome.client] = outcome
                 continue
             yield outcome
+            del outcome  # what was folded is let go of before the next one is decoded
             turn += 1
             while turn < len(order) and order[turn] in waiting:
                 yield _fetched(waiting.pop(order[turn]), Path(scratch) / str(turn))

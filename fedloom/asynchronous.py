@@ -12,14 +12,15 @@ version rather than train on the same model twice; where clients are many, the n
 and round name a piece of work: a client's state, data and schedule are keyed as in synchronous rounds. When nobody is
 in flight and nobody may be asked, the round has what it has.
 
-Under a clock (`Runtime.virtual`) work is done as soon as it is sent, and its outcome waits on disk until its virtual time
-of arrival; what waits is part of the checkpoint. Without one, outcomes are taken as the runtime hands them over, and
+In virtual time (clock.py) work is done as soon as it is sent, and its outcome waits on disk until its virtual time
+of arrival; what waits is part of the checkpoint. In real time outcomes are taken as the runtime hands them over, and
 what was in flight when the server died is asked anew. This file knows no algorithm and no message.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -28,7 +29,8 @@ from typing import Any
 
 from fedloom.arrival import by_client
 from fedloom.checkpoint import folder_name, from_bytes, link, to_bytes, write_bytes
-from fedloom.clock import Clock
+from fedloom.clock import Timed
+from fedloom.gathering import Accept
 from fedloom.rounds import Schedule
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
@@ -49,7 +51,8 @@ class InFlight:
         run: the runtime's; it is called once, and goes on from round to round.
         assign: (client, round) → an assignment that starts from the model as it is now.
         buffer: how many usable updates make a round.
-        clock: None where the runtime hands outcomes over as they really arrive.
+        timed: the runtime, where time is virtual; None where it hands outcomes over as they really arrive.
+        tick: called with (usable updates of the round so far, `buffer`).
         folder: where outcomes wait; emptied here and at the end.
     """
 
@@ -59,14 +62,17 @@ class InFlight:
         assign: Callable[[str, int], Assignment],
         schedule: Schedule,
         buffer: int,
-        clock: Clock | None,
+        timed: Timed | None,
+        tick: Callable[[int, int], None],
         folder: Path,
     ) -> None:
         self.buffer = buffer
-        self.now = 0.0
-        self._run, self._assign, self._schedule, self._clock, self._folder = run, assign, schedule, clock, folder
+        self.now = None if timed is None else 0.0
+        self._run, self._assign, self._schedule = run, assign, schedule
+        self._timed, self._tick, self._folder = timed, tick, folder
         self._round = 0
-        self._queue: list[str] = []  # who may still be asked to start from this version, in the order of asking
+        self._queue: deque[str] = deque()  # who may still be asked to start from this version, in the order of asking
+        self._position = {client: i for i, client in enumerate(schedule.training)}
         self._working: dict[str, int] = {}  # client → round of what was sent and is not back
         self._waiting: dict[str, Waiting] = {}
         self._stream: Iterator[Outcome] | None = None
@@ -77,30 +83,27 @@ class InFlight:
     def begin(self, round: int) -> list[str]:
         """A new version is there, and everybody may start from it. Returns those in flight once free slots are given."""
         self._round = round
-        self._queue = list(self._schedule.queue(round))
-        asked = self._next_clients(self._schedule.sampled() - len(self._busy()))
-        return sorted({*self._busy(), *asked}, key=self._schedule.training.index)
+        self._queue = deque(self._schedule.queue(round))
+        busy = self._busy()
+        idle = (client for client in self._queue if client not in busy)
+        asked = islice(idle, max(0, self._schedule.sampled() - len(busy)))
+        return sorted({*busy, *asked}, key=self._position.__getitem__)
 
-    def gather(
-        self, accepted: Callable[[Iterator[Outcome]], Iterator[Update]], tick: Callable[[int, int], None]
-    ) -> Iterator[Update]:
+    def gather(self, accepted: Accept) -> Iterator[Update]:
         """The round's updates in client order: the first `buffer` of those that `accepted` lets through."""
 
         def counted() -> Iterator[Update]:
-            tick(0, self.buffer)
+            self._tick(0, self.buffer)
             for done, update in enumerate(islice(accepted(self._arrivals()), self.buffer), 1):
-                tick(done, self.buffer)
+                self._tick(done, self.buffer)
                 yield update
 
         return by_client(counted(), self._schedule.training, self._folder)
 
     def about(self, outcome: Outcome) -> dict[str, Any]:
         """What an event says of the outcome that arrived last."""
-        arrived = None if self._clock is None else round(self.now, 3)
+        arrived = None if self.now is None else round(self.now, 3)
         return {"staleness": self._round - outcome.round, "arrived": arrived}
-
-    def metrics(self) -> dict[str, float]:
-        return {} if self._clock is None else {"virtual_seconds": self.now}
 
     def close(self) -> None:
         """The run is over. Work in flight is given up; the last checkpoint has what waited."""
@@ -114,13 +117,12 @@ class InFlight:
     def _busy(self) -> set[str]:
         return self._working.keys() | self._waiting.keys()
 
-    def _next_clients(self, slots: int) -> list[str]:
-        busy = self._busy()
-        return [client for client in self._queue if client not in busy][: max(0, slots)]
-
     def _free(self) -> str | None:
         """Who is asked next; None where every slot is taken or nobody idle is left."""
-        return next(iter(self._next_clients(min(1, self._schedule.sampled() - len(self._busy())))), None)
+        busy = self._busy()
+        if len(busy) >= self._schedule.sampled():
+            return None
+        return next((client for client in self._queue if client not in busy), None)
 
     def _assignments(self) -> Iterator[Assignment | None]:
         """What the runtime pulls while it is waited for: work for each free slot, then None."""
@@ -136,7 +138,7 @@ class InFlight:
     def _arrivals(self) -> Iterator[Outcome]:
         """Outcomes as they arrive, for as long as any can."""
         while self._busy() or self._free():
-            yield self._received() if self._clock is None else self._arrived(self._clock)
+            yield self._received() if self._timed is None else self._arrived(self._timed)
 
     def _received(self) -> Outcome:
         """The next outcome that the runtime hands over."""
@@ -153,11 +155,11 @@ class InFlight:
             return Failure(client, asked, "bad_payload", detail, outcome.cost)
         return outcome
 
-    def _arrived(self, clock: Clock) -> Outcome:
+    def _arrived(self, timed: Timed) -> Outcome:
         """The next outcome in virtual time: all that is sent is done first, then the earliest is taken."""
         while self._working or self._free():
             outcome = self._received()
-            arrives = self.now + clock.seconds(outcome.client, outcome.round, outcome.cost)
+            arrives = (self.now or 0.0) + timed.took(outcome.client)
             self._waiting[outcome.client] = self._kept(outcome, arrives)
         first = min(self._waiting.values(), key=lambda w: (w.arrives, w.outcome.round, w.outcome.client))
         del self._waiting[first.outcome.client]
@@ -188,7 +190,7 @@ class InFlight:
 
     def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """Go on from `notes` and `files` of a checkpoint. Where time is real, who was in flight is asked anew."""
-        if self._clock is None:
+        if self._timed is None:
             return
         self.now = notes["now"]
         for name, path in files.items():

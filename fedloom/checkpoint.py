@@ -23,10 +23,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from fedloom.errors import RunFailed
+from fedloom.errors import RunFailed, UserError
 from fedloom.types import Payload
 
-VERSION = 1
+#: Of what is written here. 2: what a round gathers from has its notes under `gathering`, virtual time among them.
+VERSION = 2
 
 
 class Damaged(ValueError):
@@ -60,9 +61,13 @@ def link(path: Path, to: Path) -> None:
         shutil.copyfile(path, to)
 
 
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """`write_bytes` of readable JSON; refuses numbers that are not finite."""
-    write_bytes(path, (json.dumps(values, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+def write_json(path: Path, values: Mapping[str, Any], rows: str | None = None) -> None:
+    """`write_bytes` of readable JSON; refuses numbers that are not finite. A list under `rows` has one line an item."""
+    text = json.dumps({**values, rows: []} if rows else values, indent=2, allow_nan=False, ensure_ascii=False)
+    if rows and values[rows]:
+        lines = ",\n    ".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in values[rows])
+        text = text.replace(f'"{rows}": []', f'"{rows}": [\n    {lines}\n  ]')
+    write_bytes(path, (text + "\n").encode())
 
 
 def to_bytes(payload: Payload) -> bytes:
@@ -157,7 +162,7 @@ class Checkpoints:
         write_json(self.path(state.round) / "state.json", _described(state, data))
 
     def load(self, round: int) -> RoundState:
-        """One round's checkpoint. Raises Damaged."""
+        """One round's checkpoint. Raises Damaged, and UserError for one that another version of fedloom wrote."""
         folder = self.path(round)
         try:
             described = json.loads((folder / "state.json").read_text())
@@ -167,7 +172,10 @@ class Checkpoints:
         if not isinstance(described, dict) or described.pop("sha256", None) != _json_digest(described):
             raise Damaged("state.json was altered")
         if described["version"] != VERSION:
-            raise Damaged(f"it has version {described['version']}; this is fedloom's version {VERSION}")
+            raise UserError(
+                f"the checkpoints in {self.folder} have version {described['version']}, and this fedloom reads version "
+                f"{VERSION}: resume with the fedloom that began the run, or start again with --overwrite"
+            )
         if len(data) != described["tensors"]["bytes"]:
             raise Damaged(f"server.safetensors has {len(data)} of {described['tensors']['bytes']} bytes")
         if hashlib.sha256(data).hexdigest() != described["tensors"]["sha256"]:
@@ -226,7 +234,8 @@ class Store(Protocol):
 class ClientStore:
     """What clients keep between rounds, on their own disk: `clients/<client>/round-0003.safetensors`.
 
-    One state more than the server keeps checkpoints, so that a server that falls back a round finds its clients' past.
+    What is kept is what a server that falls back to any of its checkpoints finds again: with `keep` - 1 of those, at most
+    `keep` states of a client that trains in every round, and two of one that comes rarely.
     A client without state has no file: ten thousand clients of a stateless algorithm cost nothing.
     """
 
@@ -250,8 +259,9 @@ class ClientStore:
     def put(self, client: str, round: int, data: bytes) -> None:
         """`save` of what `packed` made."""
         write_bytes(self._folder(client) / f"round-{round:04d}.safetensors", data)
-        older = [r for r in self._rounds(client) if r <= round]
-        for old in older[self.keep :]:
+        boundary = round - self.keep + 1  # nobody goes back further than to the state that held after this round
+        settled = [r for r in self._rounds(client) if r <= boundary]
+        for old in settled[1:]:
             (self._folder(client) / f"round-{old:04d}.safetensors").unlink(missing_ok=True)
 
     def load(self, client: str, up_to: int) -> dict[str, Payload]:

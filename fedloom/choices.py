@@ -29,7 +29,9 @@ from fedloom.models.forward import supports_chunks, supports_packing
 from fedloom.models.loading import pick_device
 from fedloom.models.memory import can_recompute
 from fedloom.privacy import PrivacyConfig
+from fedloom.randomness import numpy_generator
 from fedloom.rounds import Schedule
+from fedloom.sections import part_of
 from fedloom.types import Corpus, Partition
 
 Say = Callable[[str], None]
@@ -174,17 +176,34 @@ def for_objective(corpus: Corpus, objective: str, say: Say) -> Corpus:
 
 def check_ranks(recipe: Recipe, clients: Partition) -> None:
     """Refuse a rank of its own for a client that there is not: it would silently have everybody's."""
+    assert not isinstance(recipe.adapter.ranks, str), "settled by settle_fleet"
     for client in recipe.adapter.ranks or {}:
         if client not in clients.clients:
             raise UserError(f"adapter.ranks names {client}, which is no client: {suggest(client, clients.clients)}")
 
 
+def measured_clients(recipe: Recipe, clients: Partition) -> tuple[str, ...]:
+    """Those that hold test data, or as many of them as evaluation.clients says, in order: the same ones every time."""
+    testing = clients.testing_clients
+    wanted = recipe.evaluation.clients
+    count = part_of(wanted, len(testing))
+    if count > len(testing):
+        raise UserError(
+            f"evaluation.clients={wanted} but only {len(testing)} clients hold test data: ask for fewer, or null for all"
+        )
+    if count == len(testing):
+        return testing
+    chosen = numpy_generator(recipe.seed, "measured").choice(len(testing), count, replace=False)
+    return tuple(testing[i] for i in sorted(chosen))
+
+
 def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
-    """Who trains when. Under a pooled baseline one client takes everybody's steps."""
+    """Who trains when, and who is measured. Under a pooled baseline one client takes everybody's steps."""
     federation = recipe.federation
     training = clients.training_clients
     schedule = Schedule(
-        training, clients.testing_clients, federation, recipe.train.steps, recipe.evaluation.every, recipe.seed
+        training, clients.testing_clients, federation, recipe.train.steps, recipe.evaluation.every, recipe.seed,
+        measured=measured_clients(recipe, clients),
     )  # fmt: skip
     if schedule.sampled() > len(training):
         raise UserError(
@@ -210,9 +229,7 @@ def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> S
         return schedule
     alone = federation.model_copy(update={"clients_per_round": None, "min_clients": 1})
     steps = recipe.train.steps * schedule.sampled() if recipe.train.steps else None
-    return Schedule(
-        clients.pooled().training_clients, clients.testing_clients, alone, steps, schedule.every, schedule.seed
-    )  # fmt: skip
+    return replace(schedule, training=clients.pooled().training_clients, federation=alone, steps=steps)
 
 
 def _private_schedule(schedule: Schedule, privacy: PrivacyConfig) -> Schedule:
@@ -264,15 +281,17 @@ def federated_data(
             f"{sequences.truncated_tokens} tokens in all (prompts from their start, answers from their end)"
         )
     limit = recipe.evaluation.limit
+    measured = measured_clients(recipe, clients)
     if suite is None:
-        return FederatedData(corpus, sequences, clients, {})
+        return FederatedData(corpus, sequences, clients, {}, measured=measured)
     if corpus.test:
         asked = [corpus.test[i] for i in select_test_set(corpus, limit, recipe.seed)]
         suite.check(asked)
-        return FederatedData(corpus, sequences, clients, {}, asked)
-    questions = select_questions(corpus, clients, limit, recipe.seed)
+        return FederatedData(corpus, sequences, clients, {}, asked, measured)
+    asking = replace(clients, shards={client: clients.shards[client] for client in measured})
+    questions = select_questions(corpus, asking, limit, recipe.seed)
     suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
-    return FederatedData(corpus, sequences, clients, questions)
+    return FederatedData(corpus, sequences, clients, questions, measured=measured)
 
 
 def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:

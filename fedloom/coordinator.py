@@ -3,8 +3,8 @@
     before the first round, after every k-th and after the last: evaluate
     each round: sample clients → send → gather → aggregate → server step → checkpoint
 
-Under an asynchronous algorithm clients are not sampled for a round: asynchronous.py keeps them at work, and a round is
-gathered when enough of them have come back.
+Who is asked and which updates make a round is the gathering's: all sampled clients behind one barrier (gathering.py), or
+those that have come back of clients who are always at work (asynchronous.py).
 
 A round is finished once its checkpoint is on disk; whatever kills the process after that costs nothing of it. The
 coordinator does not know where clients run nor what is in a payload.
@@ -13,49 +13,27 @@ coordinator does not know where clients run nor what is in a payload.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedloom import measured
-from fedloom.algorithms.base import Algorithm, Deployed
-from fedloom.arrival import in_order
+from fedloom.algorithms.base import Algorithm
 from fedloom.asynchronous import InFlight
 from fedloom.checkpoint import Checkpoints, RoundState
-from fedloom.clock import Clock
+from fedloom.clock import Pace, Timed
 from fedloom.errors import RunFailed
+from fedloom.evaluations import Evaluations, ServerMeasure
+from fedloom.gathering import AtOnce, Gathering
 from fedloom.hooks.attached import SECTION, Hooks
 from fedloom.hooks.base import ServerRound
 from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Progress, Schedule
+from fedloom.sending import Runtime, Sender, Tick
+from fedloom.tables import Tables
 from fedloom.tracking import Events
-from fedloom.types import STARTED_ANEW, Assignment, Cost, Failure, Outcome, Payload, Update, pooled_mean
-
-
-class Runtime(Protocol):
-    """What the coordinator needs of a runtime (runtimes/base.py)."""
-
-    @property
-    def pooled_tests(self) -> bool: ...
-
-    @property
-    def virtual(self) -> bool: ...
-
-    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]: ...
-
-    def close(self) -> None: ...
-
-
-#: Measures a deployed model on data that the server holds: sums, as clients send them (without the loss's where only
-#: questions are asked).
-ServerMeasure = Callable[[Deployed], Mapping[str, float]]
-
-#: Seconds between two times that a lost client is asked whether it is back, where a round is below quorum.
-PAUSE = 1.0
-
-#: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
-Tick = Callable[[str, int, int, int], None]
+from fedloom.types import Cost, Failure, Outcome, Payload, Update, pooled_mean
 
 
 class Coordinator:
@@ -67,7 +45,7 @@ class Coordinator:
         score: whether clients answer questions besides the loss.
         server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
         tick: called as clients come back.
-        clock: when outcomes arrive, where the runtime's time is virtual and the algorithm asynchronous.
+        pace: how long clients' work takes, where that counts; a runtime whose time is real needs none.
         hooks: the server's.
         validating: clients that hold validation data, in order.
     """
@@ -85,34 +63,48 @@ class Coordinator:
         score: bool,
         server_measure: ServerMeasure | None = None,
         tick: Tick = lambda what, round, done, total: None,
-        clock: Clock | None = None,
+        pace: Pace | None = None,
         hooks: Hooks | None = None,
         validating: Sequence[str] = (),
     ) -> None:
+        timed = Timed(runtime, pace) if pace is not None and runtime.virtual else None
+        self.runtime: Runtime = timed or runtime
         self.algorithm = algorithm
-        self.runtime = runtime
         self.schedule = schedule
         self.checkpoints = checkpoints
         self.events = events
-        self.recipe = recipe
+        self.tables = Tables(events.path.parent / "evaluations")
         self.channel = channel
-        self.score = score
-        self.server_measure = server_measure
         self.tick = tick
         self.hooks = hooks or Hooks()
         self.validating = validating
         self.progress = Progress()
-        self._contacted: set[str] = set()
-        self.in_flight: InFlight | None = None
-        if algorithm.properties.asynchronous:
-            self.in_flight = InFlight(
-                lambda assignments: channel.opening(runtime.run(assignments)),
-                lambda client, round: self._assign(client, "train", round),
-                schedule,
-                algorithm.buffer(schedule.sampled()),
-                clock if runtime.virtual else None,
-                checkpoints.folder / "in-flight",
+        self.sender = Sender(algorithm, self.runtime, schedule, channel, events, recipe, score, tick)
+        self.evaluations = Evaluations(
+            algorithm, self.hooks, self.sender, self.tables, schedule.measuring, score, server_measure
+        )
+        self.gathering = self._gathering(timed)
+
+    def _gathering(self, timed: Timed | None) -> Gathering:
+        """The algorithm's way of coming by a round's updates."""
+        sender = self.sender
+        if self.algorithm.properties.asynchronous:
+            return InFlight(
+                sender.trained,
+                lambda client, round: sender.assignment(client, "train", round),
+                self.schedule,
+                self.algorithm.buffer(self.schedule.sampled()),
+                timed,
+                lambda done, total: self.tick("train", self.progress.finished + 1, done, total),
+                self.checkpoints.folder / "in-flight",
             )
+        return AtOnce(
+            sender,
+            self.schedule,
+            timed,
+            0.0 if self.runtime.virtual else self.schedule.federation.round_deadline or 0.0,
+            self.checkpoints.folder,
+        )
 
     @property
     def rounds(self) -> int:
@@ -131,8 +123,7 @@ class Coordinator:
         self.hooks.load(Payload(kept, state.notes.get(SECTION, {})))
         self.progress = Progress.from_notes(state.round, state.notes)
         self.channel.load_notes(state.notes["channel"])
-        if self.in_flight:
-            self.in_flight.load(state.notes["in_flight"], state.files)
+        self.gathering.load(state.notes["gathering"], state.files)
         if self.algorithm.repeated(lost):
             self._checkpoint()
 
@@ -147,8 +138,7 @@ class Coordinator:
                 self._evaluate(finished)
                 self.checkpoints.amend(self._state())
             if over:
-                if self.in_flight:
-                    self.in_flight.close()
+                self.gathering.close()
                 self.hooks.deploy(self.algorithm)
                 return self.progress
             self._round(finished + 1)
@@ -168,7 +158,8 @@ class Coordinator:
     def save_personal(self) -> dict[str, str]:
         """Have every testing client write its own adapter; returns client → sha256 of it."""
         digests: dict[str, str] = {}
-        for outcome in self.runtime.run(self._assign(c, "save", self.progress.finished) for c in self.schedule.testing):
+        finished, assigned = self.progress.finished, self.sender.assignment
+        for outcome in self.runtime.run(assigned(c, "save", finished) for c in self.schedule.testing):
             self.progress.cost += outcome.cost
             if isinstance(outcome, Failure):
                 raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")
@@ -182,8 +173,11 @@ class Coordinator:
         tally = _Tally()
         at = ServerRound(number, self.rounds, self.algorithm)
         self.hooks.round_start(at)
-        updates = self._at_once(number, tally) if self.in_flight is None else self._as_they_come(number, tally)
-        metrics = dict(self.algorithm.aggregate(updates)) | (self.in_flight.metrics() if self.in_flight else {})
+        self.events.write("round_started", round=number, clients=self.gathering.begin(number))
+        updates = self.gathering.gather(lambda outcomes: self._accepted(outcomes, number, tally))
+        metrics = dict(self.algorithm.aggregate(updates))
+        if self.gathering.now is not None:
+            metrics["virtual_seconds"] = self.gathering.now
         self.algorithm.server_step()
         stopped_by = self._hooks_after(at) if self.hooks else ""
         self.progress.finished = number
@@ -212,49 +206,10 @@ class Coordinator:
         """The server's hooks once a round is aggregated; the name of the one that ends the run, or the empty string."""
         self.hooks.call("aggregated", at)
         if self.hooks.validates(at.number):
-            sums, cost = self._measure(at.number, "validation", self.validating)
-            self.progress.cost += cost
-            self.progress.evaluation_cost += cost
+            sums, cost, failures = self.evaluations.measure(at.number, "validation", self.validating)
+            self._measured(cost, failures)
             at.validation = measured.together(sums)["loss"]
         return self.hooks.stopped_by(at)
-
-    def _at_once(self, number: int, tally: _Tally) -> Iterator[Update]:
-        """A synchronous round: the usable updates of all clients that are sampled for it."""
-        clients = self.schedule.sample(number)
-        self.events.write("round_started", round=number, clients=list(clients))
-        outcomes = self._insisted(number, clients)
-        return self._accepted(in_order(outcomes, clients, self.checkpoints.folder), number, tally)
-
-    def _insisted(self, number: int, clients: Sequence[str]) -> Iterator[Outcome]:
-        """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's deadline."""
-        federation = self.schedule.federation
-        waits = 0.0 if self.runtime.virtual else federation.round_deadline or 0.0
-        until, usable, asked = time.monotonic() + waits, 0, clients
-        while True:
-            lost: list[Failure] = []
-            for outcome in self._counted("train", number, asked):
-                if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW:
-                    lost.append(outcome)
-                    continue
-                usable += isinstance(outcome, Update)
-                yield outcome
-            if not lost or usable >= federation.min_clients or time.monotonic() + PAUSE > until:
-                yield from lost
-                return
-            for failure in lost if asked is clients else ():
-                self._failed(failure, "train")
-            self._contacted.difference_update(f.client for f in lost)
-            asked = [f.client for f in lost]
-            time.sleep(PAUSE)
-
-    def _as_they_come(self, number: int, tally: _Tally) -> Iterator[Update]:
-        """An asynchronous round: the first usable updates to arrive, whichever round their clients started in."""
-        assert self.in_flight is not None
-        self.events.write("round_started", round=number, clients=self.in_flight.begin(number))
-        return self.in_flight.gather(
-            lambda outcomes: self._accepted(outcomes, number, tally),
-            lambda done, total: self.tick("train", number, done, total),
-        )
 
     def _accepted(self, outcomes: Iterator[Outcome], number: int, tally: _Tally) -> Iterator[Update]:
         """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
@@ -263,7 +218,7 @@ class Coordinator:
             refused = self._refused(outcome)
             if refused is not None:
                 tally.failures += 1
-                self._failed(replace(refused, round=number), "train")  # the round that it is missing from
+                self.sender.failed(replace(refused, round=number), "train")  # the round that it is missing from
                 continue
             assert isinstance(outcome, Update)
             skipped = int(outcome.metrics.get("skipped_steps", 0))
@@ -285,9 +240,10 @@ class Coordinator:
                 download_bytes=outcome.cost.download_bytes,
                 seconds=round(outcome.cost.wall_seconds, 3),
                 metrics=own,
-                **(self.in_flight.about(outcome) if self.in_flight else {"staleness": 0, "arrived": None}),
+                **self.gathering.about(outcome),
             )
             yield outcome
+            del outcome
         if tally.updates < self.schedule.federation.min_clients:
             raise RunFailed(
                 f"round {number} got {tally.updates} usable updates and needs {self.schedule.federation.min_clients} "
@@ -303,119 +259,32 @@ class Coordinator:
             return Failure(outcome.client, outcome.round, "bad_payload", str(error))
         return None
 
-    def _failed(self, failure: Failure, kind: str) -> None:
-        if failure.reason in STARTED_ANEW:
-            self._contacted.discard(failure.client)
-        self.events.write(
-            "client_failed",
-            round=failure.round,
-            client=failure.client,
-            kind=kind,
-            reason=failure.reason,
-            detail=failure.detail,
-        )
-
-    def _counted(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
-        """Send one assignment to each client; outcomes as they arrive."""
-        self.tick(kind, round, 0, len(clients))
-        outcomes = self.runtime.run(self._assign(client, kind, round, dataset) for client in clients)
-        if kind == "train":
-            outcomes = self.channel.opening(outcomes)
-        for done, outcome in enumerate(outcomes, 1):
-            self.tick(kind, round, done, len(clients))
-            yield outcome
-
-    def _assign(self, client: str, kind: Any, round: int, dataset: Any = "test") -> Assignment:
-        """One assignment; the first one to a client carries the recipe and the initial broadcast."""
-        first = client not in self._contacted
-        self._contacted.add(client)
-        payload = self.algorithm.initial_payload(client) if first else self.algorithm.round_payload(client)
-        assignment = Assignment(
-            kind=kind,
-            client=client,
-            round=round,
-            rounds=self.rounds,
-            payload=payload,
-            steps=self.schedule.steps if kind == "train" else None,
-            dataset=dataset,
-            score=self.score,
-            recipe=self.recipe if first else None,
-        )
-        return self.channel.sent(assignment, first and self.algorithm.own_initial)
-
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate(self, finished: int) -> None:
-        """Loss and score of what is deployed, on each client's own test data and on all of it together.
-
-        Personal models differ from client to client, so after the last round each is also measured on everybody's test
-        data: the mean of that is what other settings are compared with. Where clients hold an emulator, what they measure
-        is that (`emulator`, and `clients`), and the server measures the result on everybody's test data,
-        where it has them.
-        """
-        started = time.perf_counter()
-        cost = Cost()
-        own, spent = self._measure(finished, "test")
-        cost += spent
-        personal = self.algorithm.properties.personal
-        pooled, emulator = self._final_personal(finished), None
-        if self.algorithm.properties.offsite:
-            emulator = measured.together(own)
-            found = measured.means(self._asked(self.server_measure) if self.server_measure else measured.total(()))
-        elif pooled:
-            sums, spent = self._measure(finished, "pooled")
-            cost += spent
-            found = measured.everywhere(sums)
-        else:
-            asks = self.server_measure if self.score and not (personal and finished) else None
-            found = measured.together(own, self._asked(asks) if asks else None)
-        result = {
-            **{key: found[key] for key in ("loss", "score", "questions")},
-            "tokens": int(sum(m["tokens"] for m in own.values())),
-            "clients": {name: measured.means(m) for name, m in own.items()},
-            "seconds": round(time.perf_counter() - started, 3),
-            "pooled": pooled,
-            "emulator": emulator,
-            "preference": measured.preference(own),
-        }
-        self.progress.cost += cost
-        self.progress.evaluation_cost += cost
+        result, cost, failures = self.evaluations.after(finished, self._final_personal(finished))
+        result["virtual_seconds"] = self.gathering.now
+        self._measured(cost, failures)
         self.progress.evaluations[finished] = result
         self.events.write("evaluation", round=finished, **result)
 
-    def _asked(self, measure: ServerMeasure) -> Mapping[str, float]:
-        with self.hooks.deploying(self.algorithm):
-            return measure(self.algorithm.deployed())
-
-    def _measure(
-        self, finished: int, dataset: str, clients: Sequence[str] | None = None
-    ) -> tuple[dict[str, Mapping[str, float]], Cost]:
-        """Client → sums (measured.py), of those that could be measured."""
-        sums: dict[str, Mapping[str, float]] = {}
-        cost = Cost()
-        clients = self.schedule.testing if clients is None else clients
-        with self.hooks.deploying(self.algorithm):
-            for outcome in self._counted("evaluate", finished, clients, dataset):
-                cost += outcome.cost
-                if isinstance(outcome, Failure):
-                    self._failed(outcome, "evaluate")
-                    self.progress.failures += 1
-                else:
-                    sums[outcome.client] = outcome.metrics
-        return {c: sums[c] for c in clients if c in sums}, cost
+    def _measured(self, cost: Cost, failures: int) -> None:
+        self.progress.cost += cost
+        self.progress.evaluation_cost += cost
+        self.progress.failures += failures
 
     # ------------------------------------------------------------------ checkpoints
 
     def _state(self) -> RoundState:
-        notes, files = {**self.progress.notes(), "channel": self.channel.notes()}, {}
-        if self.in_flight:
-            notes["in_flight"], files = self.in_flight.notes(), self.in_flight.files()
+        notes = {
+            **self.progress.notes(), "channel": self.channel.notes(), "gathering": self.gathering.notes(),
+        }  # fmt: skip
         server = self.algorithm.server_state()
         if self.hooks:
             kept = self.hooks.state()
             server = Payload({**server.tensors, **{f"{SECTION}/{n}": t for n, t in kept.tensors.items()}}, server.meta)
             notes[SECTION] = kept.meta
-        return RoundState(self.progress.finished, server, notes, files)
+        return RoundState(self.progress.finished, server, notes, self.gathering.files())
 
     def _checkpoint(self) -> Path:
         return self.checkpoints.save(self._state())

@@ -11,12 +11,13 @@ from pathlib import Path
 from fedloom.algorithms.base import Algorithm, Deployed
 from fedloom.checkpoint import folder_name
 from fedloom.config import Recipe
-from fedloom.coordinator import Coordinator, ServerMeasure
+from fedloom.coordinator import Coordinator
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
+from fedloom.evaluations import ServerMeasure
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.results import save_base_delta
 from fedloom.runfolder import RunFolder

@@ -89,8 +89,8 @@ def evaluate(
         )
         return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right), **preferred}
 
-    say(f"measuring {target} on {corpus.name}, {len(clients.testing_clients)} clients")
-    sums = {name: measured(data.client(name)) for name in clients.testing_clients}
+    say(f"measuring {target} on {corpus.name}, {len(data.measured)} clients")
+    sums = {name: measured(data.client(name)) for name in data.measured}
     everything = list(sums.values())
     if data.server_questions:
         everything.append(measured(ClientData(data.sequences, (), (), (), data.server_questions)))

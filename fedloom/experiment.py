@@ -8,6 +8,7 @@ coordinator to its clients; `run` drives both and keeps the results. No arithmet
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,16 +35,17 @@ from fedloom.choices import (
     settle_privacy,
 )
 from fedloom.client import Client
-from fedloom.clock import Speeds
+from fedloom.clock import Pace
 from fedloom.cohorts import check_cohort, choose_cohort
 from fedloom.config import Recipe
-from fedloom.coordinator import Coordinator, Runtime, Tick
+from fedloom.coordinator import Coordinator
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition, split_table
 from fedloom.deployment import result_loader, save_result, server_measure
 from fedloom.errors import RunFailed, UserError, disk_trouble
 from fedloom.evaluation.suites import Suite
+from fedloom.fleets import pace_of, settle_fleet, with_room
 from fedloom.hooks.attached import Hooks, check_hooks, for_clients
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.forward import release
@@ -53,6 +55,7 @@ from fedloom.report.html import write_report
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
 from fedloom.runtimes.ranked import Ranked
+from fedloom.sending import Runtime, Tick
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.training.precision import choose_precision
@@ -162,6 +165,7 @@ class Setting:
     score_note: str
     schedule: Schedule
     split: dict[str, Any]
+    pace: Pace | None = None
     elsewhere: bool = False
 
 
@@ -183,6 +187,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     # A corpus, split among clients.
     corpus, recipe = load_data(recipe, watch.say)
     clients = partition(corpus, recipe.split, recipe.seed)
+    fleet, recipe, algorithm = settle_fleet(recipe, algorithm, clients)
     check_ranks(recipe, clients)
     schedule = make_schedule(recipe, algorithm, clients)
     recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
@@ -191,6 +196,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     if models is None:
         models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
     model = algorithm.server_model(models)
+    schedule = with_room(recipe, schedule, fleet, model, watch.say)
     check_positions(recipe, model)
     template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
     recipe = recipe.with_values(
@@ -214,7 +220,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
     recipe = choose_cohort(recipe, model, data, schedule, watch.say)
     return Setting(
         recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
-        split_table(corpus, clients),
+        split_table(corpus, clients), pace_of(recipe, algorithm, fleet),
     )  # fmt: skip
 
 
@@ -232,7 +238,7 @@ def assemble(
             f"federation.rounds={recipe.federation.rounds} but {state.round} rounds are finished: ask for more, not fewer"
         )
     folder.write_recipe(recipe)
-    folder.write("split.json", setting.split)
+    folder.write("split.json", setting.split, rows="clients")
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
     if runtime is None and recipe.runtime.name in registry.openers:
@@ -258,7 +264,7 @@ def assemble(
         score=setting.suite is not None,
         server_measure=None if setting.elsewhere else measure,
         tick=watch.tick,
-        clock=Speeds(recipe.seed, recipe.runtime.speed_spread),
+        pace=setting.pace,
         hooks=Hooks.of_server(recipe.hooks),
         validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
     )
@@ -273,9 +279,11 @@ def assemble(
 def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
     """Rounds, then results."""
     coordinator = assemble(setting, folder, resume, watch, runtime)
+    gc.freeze()  # libraries, data and model live as long as the run: looking through them over and over finds nothing
     try:
         return _results(setting, folder, coordinator, watch)
     finally:
+        gc.unfreeze()
         coordinator.runtime.close()  # processes too, where clients have some
 
 
@@ -306,6 +314,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
         setting.data,
         setting.clients,
         progress,
+        coordinator.tables,
         algorithm.deployed().adapter,
         digest,
         setting.suite.name if setting.suite else None,

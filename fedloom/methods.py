@@ -66,9 +66,10 @@ class AdapterConfig(Section):
 
     method: str = Field("lora", description=f"the PEFT method: {', '.join(METHODS)}")
     rank: int = Field(8, ge=1, description="LoRA's rank r; under adalora the fixed budget of every module")
-    ranks: dict[str, Annotated[int, Field(ge=1)]] | None = Field(
+    ranks: dict[str, Annotated[int, Field(ge=1)]] | Literal["by device"] | None = Field(
         None,
-        description="client → its own rank, at most `rank`, for algorithms that take mixed ranks; others have `rank`",
+        description="client → its own rank, at most `rank`, for algorithms that take mixed ranks; others have `rank`; "
+        "`by device` gives each what its device's class allows (docs/devices.md)",
     )
     alpha: float = Field(16.0, gt=0, description="LoRA's α; its scale is α/r, the same for clients of a lower rank")
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="dropout on the adapter's input (lora, adalora)")
@@ -116,6 +117,7 @@ class AdapterConfig(Section):
 
     def rank_of(self, client: str) -> int:
         """A client's own rank."""
+        assert not isinstance(self.ranks, str), "settled before anybody asks"
         return (self.ranks or {}).get(client, self.rank)
 
     @model_validator(mode="before")
@@ -162,7 +164,8 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _ranks_fit(self) -> AdapterConfig:
-        high = {c: r for c, r in (self.ranks or {}).items() if r > self.rank}
+        own = {} if isinstance(self.ranks, str) else self.ranks or {}
+        high = {c: r for c, r in own.items() if r > self.rank}
         if high:
             client, rank = next(iter(high.items()))
             raise ValueError(

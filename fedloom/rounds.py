@@ -6,7 +6,7 @@ Both are plain data with a little arithmetic: they do not send, train or measure
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,6 +29,8 @@ class Schedule:
         independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
             sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
         secret: the sample comes from the operating system's entropy and not from the seed.
+        there: round → the clients that can be reached as it begins; None where all always can.
+        measured: those of `testing` that evaluations measure, in order; None is all of them.
     """
 
     training: tuple[str, ...]
@@ -39,6 +41,13 @@ class Schedule:
     seed: int
     independent: bool = False
     secret: bool = False
+    measured: tuple[str, ...] | None = None
+    there: Callable[[int], frozenset[str]] | None = None
+
+    @property
+    def measuring(self) -> tuple[str, ...]:
+        """The clients of an evaluation."""
+        return self.testing if self.measured is None else self.measured
 
     def sampled(self) -> int:
         """Clients in a round, on average where they are sampled independently."""
@@ -46,19 +55,26 @@ class Schedule:
 
     def sample(self, round: int) -> tuple[str, ...]:
         """The clients of one round, in their fixed order."""
-        count = self.sampled()
-        if count >= len(self.training):
-            return self.training
+        count, pool = self.sampled(), self._reachable(round)
+        if count >= len(pool):
+            return pool
         if self.independent:
             numbers = self._numbers(round)
             return tuple(c for c, u in zip(self.training, numbers, strict=True) if u <= count / len(self.training))
         rng = numpy_generator(self.seed, "sample", round)
-        return tuple(self.training[i] for i in sorted(rng.choice(len(self.training), count, replace=False)))
+        return tuple(pool[i] for i in sorted(rng.choice(len(pool), count, replace=False)))
 
     def queue(self, round: int) -> tuple[str, ...]:
         """All clients that can be sampled, in the order in which an asynchronous round asks them."""
-        order = numpy_generator(self.seed, "sample", round).permutation(len(self.training))
-        return tuple(self.training[i] for i in order)
+        pool = self._reachable(round)
+        order = numpy_generator(self.seed, "sample", round).permutation(len(pool))
+        return tuple(pool[i] for i in order)
+
+    def _reachable(self, round: int) -> tuple[str, ...]:
+        if self.there is None:
+            return self.training
+        there = self.there(round)
+        return tuple(client for client in self.training if client in there)
 
     def _numbers(self, round: int) -> np.ndarray:
         """One for each client, uniform in (0, 1]."""
@@ -122,6 +138,6 @@ class Progress:
             {int(k): v for k, v in notes["evaluations"].items()},
             notes["failures"],
             notes["skipped_steps"],
-            notes.get("stopped"),
+            notes["stopped"],
             (notes["elapsed"][0], notes["elapsed"][1]),
         )

@@ -24,7 +24,7 @@ from fedloom.overrides import load_yaml
 #: What a run writes, and all that `--overwrite` deletes.
 CONTENTS = (
     "events.jsonl", "summary.json", "split.json", "answers.json", "report.html",
-    "checkpoints", "clients", "adapter", "adapters", "trackers", "reference",
+    "evaluations", "checkpoints", "clients", "adapter", "adapters", "trackers", "reference",
     "ranks.log",
     "recipe.yaml",  # last: what is deleted by half can still be overwritten
 )  # fmt: skip
@@ -58,8 +58,9 @@ class RunFolder:
     def write_recipe(self, recipe: Recipe) -> None:
         write_bytes(self.path / "recipe.yaml", recipe.to_yaml().encode())
 
-    def write(self, name: str, values: Mapping[str, Any]) -> None:
-        write_json(self.path / name, values)
+    def write(self, name: str, values: Mapping[str, Any], rows: str | None = None) -> None:
+        """A JSON file of the run; the list under the key `rows` has a line for each item."""
+        write_json(self.path / name, values, rows)
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run, None where it is not there or cannot be read."""
@@ -135,6 +136,10 @@ CHANGEABLE = (
 )  # fmt: skip
 
 
+#: Values that are filled in as a run begins: of these the stored ones stay.
+OPEN = (None, "auto", "by device")
+
+
 def continued(stored: Recipe, given: Recipe) -> Recipe:
     """The stored recipe with what `given` may change. Raises UserError for anything else that differs.
 
@@ -143,15 +148,13 @@ def continued(stored: Recipe, given: Recipe) -> Recipe:
     before, now = _flat(stored.resolved()), _flat(given.resolved())
     changes = {k: v for k, v in now.items() if v != before.get(k)}
     for key, value in changes.items():
-        if key.startswith(CHANGEABLE) or value in (None, "auto"):
+        if key.startswith(CHANGEABLE) or value in OPEN:
             continue
         raise UserError(
             f"{key} is {before.get(key)!r} in the run and cannot become {value!r} when it is resumed: "
             "start another run with --out"
         )
-    return stored.with_values(
-        {k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in (None, "auto")}
-    )
+    return stored.with_values({k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in OPEN})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from fedloom.config import Recipe
 from fedloom.data.federated import FederatedData
 from fedloom.models.state import Adapter
 from fedloom.rounds import Progress
+from fedloom.tables import MANY, Clients, Tables
 from fedloom.types import Partition
 
 
@@ -21,6 +22,7 @@ def summarise(
     data: FederatedData,
     partition: Partition,
     progress: Progress,
+    tables: Tables,
     adapter: Adapter,
     adapter_sha256: str,
     suite: str | None,
@@ -33,6 +35,7 @@ def summarise(
 
     Args:
         partition: the clients of the recipe, before the `global` baseline pools them.
+        tables: where evaluations of many clients lie.
         adapter_sha256: of the deployed tensors; of all personal ones together where clients end with their own.
         score_note: why there is no score, or the empty string.
         privacy: what the algorithm guarantees.
@@ -40,7 +43,8 @@ def summarise(
         reference: the summary of the ordinary run beside it.
     """
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
-    clients = {name: _client(name, partition, first, last) for name in partition.clients}
+    before, after = tables.clients(0, first), tables.clients(progress.finished, last)
+    clients = {name: _client(name, partition, before, after) for name in partition.clients}
     corpus = data.corpus
     return {
         "name": recipe.name,
@@ -67,6 +71,7 @@ def summarise(
         "preference": _preference(first["preference"], last["preference"]),
         "privacy": None if privacy is None else dict(privacy),
         "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
+        "virtual": _virtual(progress),
         "cost": _cost(progress),
         "clients": len(partition.clients),
         "rounds": progress.finished,
@@ -75,7 +80,7 @@ def summarise(
         "failures": progress.failures,
         "skipped_steps": progress.skipped_steps,
         "data": _data(data, partition, recipe.data.max_length),
-        "per_client": clients,
+        "per_client": _named(clients),
         "adapter_sha256": adapter_sha256,
         "versions": environment.versions(),
         "environment": environment.describe(),
@@ -133,6 +138,13 @@ def _pair(measured: Mapping[str, Any]) -> dict[str, Any]:
     return {"loss": measured["loss"], "score": measured["score"]}
 
 
+def _virtual(progress: Progress) -> dict[str, Any] | None:
+    """Where time is made up: how long it took, and the loss over it."""
+    curve = [[e["virtual_seconds"], e["loss"]] for _, e in sorted(progress.evaluations.items())]
+    seconds = curve[-1][0]
+    return None if seconds is None else {"seconds": seconds, "loss": curve}
+
+
 def _cost(progress: Progress) -> dict[str, Any]:
     """All messages and work of the run; the part that evaluation took stands beside it."""
     total, evaluation = asdict(progress.cost), progress.evaluation_cost
@@ -149,9 +161,18 @@ def _cost(progress: Progress) -> dict[str, Any]:
     }
 
 
-def _client(name: str, partition: Partition, first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+def _named(clients: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All clients; of more than a summary names, those that end with the highest loss, in the partition's order."""
+    if len(clients) <= MANY:
+        return clients
+    losses = {name: c["loss"]["after"] for name, c in clients.items() if c["loss"]["after"] is not None}
+    kept = set(sorted(losses, key=lambda name: -losses[name])[:MANY])
+    return {name: c for name, c in clients.items() if name in kept}
+
+
+def _client(name: str, partition: Partition, first: Clients, last: Clients) -> dict[str, Any]:
     shard = partition.shards[name]
-    before, after = first["clients"].get(name, {}), last["clients"].get(name, {})
+    before, after = first.get(name, {}), last.get(name, {})
     return {
         "train": len(shard.train),
         "test": len(shard.test),

@@ -29,7 +29,8 @@ SCHEMA: dict[str, tuple[str, ...]] = {
         "round", "updates", "failures", "loss", "upload_bytes", "download_bytes", "seconds", "metrics",
     ),
     "evaluation": (
-        "round", "loss", "score", "questions", "tokens", "clients", "seconds", "pooled", "emulator", "preference",
+        "round", "loss", "score", "questions", "tokens", "clients", "spread", "seconds",
+        "virtual_seconds", "pooled", "emulator", "preference",
     ),
     "run_stopped": ("round", "hook", "reason"),
     "checkpoint": ("round", "path"),

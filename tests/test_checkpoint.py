@@ -20,7 +20,7 @@ from fedloom.checkpoint import (
     write_bytes,
     write_json,
 )
-from fedloom.errors import RunFailed
+from fedloom.errors import RunFailed, UserError
 from fedloom.types import Payload
 
 VALUES = {
@@ -139,7 +139,7 @@ def test_another_version_is_refused(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedloom.checkpoint.VERSION", 99)
         store.save(state(1))
-    with pytest.raises(Damaged, match="version 99"):
+    with pytest.raises(UserError, match="version 99"):
         store.load(1)
 
 
@@ -164,6 +164,20 @@ def test_client_state_of_the_right_round(tmp_path):
     store.save("a", 3, {"personal": Payload({}, {"r": 33})})  # a server that fell back does round 3 again
     assert store.load("a", 3)["personal"].meta == {"r": 33}
     assert store.load("b", 9) == {}
+
+
+def test_a_client_that_comes_rarely_keeps_two_states(tmp_path):
+    """At round 900 the checkpoints of 898 and 899 may be gone back to, whose newest state is that of round 50."""
+    store = ClientStore(tmp_path, keep=3)
+    for round in (1, 50, 900):
+        store.save("a", round, {"personal": Payload({}, {"r": round})})
+    assert [store.load("a", up_to).get("personal", Payload()).meta for up_to in (49, 898, 899, 900)] == [
+        {}, {"r": 50}, {"r": 50}, {"r": 900},
+    ]  # fmt: skip
+    for round in (901, 902):
+        store.save("a", round, {"personal": Payload({}, {"r": round})})
+    assert store.load("a", 899) == {}  # round 902's server goes back to 900 at most
+    assert [store.load("a", up_to)["personal"].meta["r"] for up_to in (900, 901, 902)] == [900, 901, 902]
 
 
 def test_clients_without_state_have_no_file(tmp_path):

@@ -28,6 +28,8 @@ def evaluated(events: Events, round: int, loss: float) -> None:
         "questions": 0,
         "tokens": 5,
         "clients": {},
+        "spread": None,
+        "virtual_seconds": None,
         "seconds": 0.1,
         "pooled": False,
         "emulator": None,

@@ -38,6 +38,7 @@ class FedAvg(base.Algorithm):
         mean = WeightedMean(self.shared.layout)
         for update in updates:
             mean.add(update.payload.tensors, self.options.weight(update))
+            del update  # so that no two of them are in memory while the next one is decoded
         return mean.result()
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:

@@ -29,6 +29,7 @@ class FederatedData:
     Args:
         questions: client → indices of its test examples that are scored; empty where the corpus has a test set of its
             own, which the server holds.
+        measured: the clients whose test data evaluations use; None is all.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class FederatedData:
         partition: Partition,
         questions: Mapping[str, Sequence[int]],
         server_questions: Sequence[Example] = (),
+        measured: Sequence[str] | None = None,
     ) -> None:
         self.corpus = corpus
         self.sequences = sequences
         self.partition = partition
         self.server_questions = tuple(server_questions)
         self._questions = questions
+        self.measured = partition.testing_clients if measured is None else tuple(measured)
 
     def client(self, name: str) -> ClientData:
         shard = self.partition.shards[name]
@@ -51,7 +54,7 @@ class FederatedData:
         return ClientData(self.sequences, shard.train, shard.validation, shard.test, questions)
 
     def pooled(self) -> ClientData:
-        """All clients' test data and every question, as the baselines are scored on it."""
-        test = tuple(i for shard in self.partition.shards.values() for i in shard.test)
-        asked = [self.corpus.examples[i] for client in self.partition.clients for i in self._questions.get(client, ())]
+        """The test data of all clients that are measured, and every question, as the baselines are scored on it."""
+        test = tuple(i for client in self.measured for i in self.partition.shards[client].test)
+        asked = [self.corpus.examples[i] for client in self.measured for i in self._questions.get(client, ())]
         return ClientData(self.sequences, (), (), test, tuple(asked) + self.server_questions)

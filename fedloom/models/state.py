@@ -7,7 +7,8 @@ know what made the names (LoRA, prefix tuning, a whole model) or what the number
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import torch
@@ -16,6 +17,8 @@ import torch
 SUM_BLOCK = 32_768
 #: Elements that two tensors exchange at a time.
 SWAP_BLOCK = 1 << 20
+#: Elements that are added at a time.
+ADD_BLOCK = 1 << 17
 
 
 class Layout:
@@ -99,6 +102,8 @@ class Adapter:
 
 def check_names(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
     """Raise ValueError unless `tensors` has exactly the names and shapes of `layout`."""
+    if tensors.keys() == layout.shapes.keys() and all(tensors[n].shape == s for n, s in layout.shapes.items()):
+        return
     missing = [n for n in layout.shapes if n not in tensors]
     unexpected = [n for n in tensors if n not in layout.shapes]
     misshapen = [
@@ -121,6 +126,31 @@ def block_sum(values: torch.Tensor) -> torch.Tensor:
     while values.numel() > SUM_BLOCK:
         values = torch.stack([block.sum() for block in torch.split(values, SUM_BLOCK)])
     return values.sum()
+
+
+def one_window(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """[numel]: one window over all of `tensors`, where they lie one after another in one memory, as a message leaves them.
+
+    None where they do not: then whoever asks goes through them one by one.
+    """
+    if not tensors:
+        return None
+    first = tensors[0]
+    start, numel = first.data_ptr(), 0
+    for tensor in tensors:
+        place = start + numel * first.element_size()
+        if tensor.dtype != first.dtype or tensor.data_ptr() != place or not tensor.is_contiguous():
+            return None
+        numel += tensor.numel()
+    storage = first.untyped_storage()
+    if first.device.type != "cpu" or start + numel * first.element_size() > storage.data_ptr() + storage.nbytes():
+        return None
+    return first.detach().as_strided((numel,), (1,))
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether every element is. A sum tells in one pass; where it is not finite it may be the sum's own overflow."""
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 @torch.no_grad()
@@ -150,12 +180,18 @@ class WeightedMean:
         if weight < 1:
             raise ValueError(f"weight is {weight}; an update counts at least one example")
         check_names(self.layout, tensors)
-        for name, view in self._views.items():
-            view.add_(tensors[name].detach().to("cpu", torch.float64), alpha=weight * scale)
+        # torch adds fp32 to fp64 by way of a copy in fp64: of a block, which stays in the cache, and not of all of it.
+        whole = one_window([tensors[name] for name in self._views])
+        if whole is not None:
+            for block, values in zip(torch.split(self._sum, ADD_BLOCK), torch.split(whole, ADD_BLOCK), strict=True):
+                block.add_(values, alpha=weight * scale)
+        else:
+            for name, view in self._views.items():
+                view.add_(tensors[name].detach().cpu(), alpha=weight * scale)
         self.total += weight
 
     def result(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The mean, [numel]. Raises ValueError where nothing was added."""
         if not self.total:
             raise ValueError("the mean of no updates does not exist")
-        return (self._sum / self.total).to(dtype)
+        return torch.div(self._sum, self.total, out=torch.empty(self.layout.numel, dtype=dtype))

@@ -112,7 +112,9 @@ class ServerChannel:
     def opening(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
         """`opened`, of each as it comes from the runtime: what waits or rests anywhere after that is plain."""
         for outcome in outcomes:
-            yield self.opened(outcome)
+            outcome = self.opened(outcome)
+            yield outcome
+            del outcome  # nobody holds on to what was handed over
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint has to hold: who got a first payload, where that differs from later ones."""

@@ -109,17 +109,15 @@ class Table:
 def _row(dtype: object, row: object, seen: set[str]) -> tuple[str, tuple[int, ...]]:
     if dtype not in DTYPES:
         raise BadPayload(f"the table has the dtype {str(dtype)[:20]!r}, which is not known")
-    match row:
-        case [str(name), list(shape)] if len(name) <= limits.NAME_CHARACTERS:
-            pass
-        case _:
-            raise BadPayload("a row of the table is not [name, shape]")
+    if type(row) is not list or [type(x) for x in row] != [str, list] or len(row[0]) > limits.NAME_CHARACTERS:
+        raise BadPayload("a row of the table is not [name, shape]")
+    name, shape = row
     if name in seen:
         raise BadPayload(f"the table names {name[:80]!r} twice")
     seen.add(name)
     if len(shape) > limits.DIMENSIONS or not all(type(n) is int and 0 <= n <= limits.PAYLOAD_BYTES for n in shape):
         raise BadPayload(f"the shape of {name[:80]!r} is not made of at most {limits.DIMENSIONS} sizes from 0 up")
-    if prod(n for n in shape if n) > limits.PAYLOAD_BYTES:
+    if prod(shape) > limits.PAYLOAD_BYTES or (0 in shape and prod(n for n in shape if n) > limits.PAYLOAD_BYTES):
         raise BadPayload(f"the shape of {name[:80]!r} is larger than any payload may be")
     return name, tuple(shape)
 

@@ -17,9 +17,16 @@ from markupsafe import Markup
 from fedloom.errors import UserError
 from fedloom.report import formats, matrix
 from fedloom.report.svg import Band, BarChart, Line, LineChart, Points
+from fedloom.tables import quantile
 
 COLOURED = 9
 DRAWN = 30
+
+#: Units of virtual time, the coarsest first.
+TIMES = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0), ("milliseconds", 1e-3))
+
+#: The bands' names, each that of its lower and its upper edge.
+OUTER, INNER = "lowest client to highest client", "lower quartile to upper quartile"
 
 Event = Mapping[str, Any]
 
@@ -44,13 +51,43 @@ def evaluation_chart(
     """
     evaluations = [e for e in events if e["event"] == "evaluation"]
     together = tuple((e["round"], float(e[key])) for e in evaluations if e[key] is not None)
+    title = "Loss on the test data over rounds" if key == "loss" else "Score over rounds"
+    unit = "loss" if key == "loss" else "percent"
+    if any(e.get("spread") for e in evaluations):
+        return _spread_chart(title, unit, together, evaluations, key)
     clients: dict[str, list[tuple[int, float]]] = {}
     for e in evaluations:
         for client, values in e["clients"].items():
             if values.get(key) is not None:
                 clients.setdefault(client, []).append((e["round"], float(values[key])))
-    title = "Loss on the test data over rounds" if key == "loss" else "Score over rounds"
-    return _lines(title, "loss" if key == "loss" else "percent", together, clients, worst, order)
+    return _lines(title, unit, together, clients, worst, order)
+
+
+def _spread_chart(title: str, unit: str, together: Points, evaluations: Sequence[Event], key: str) -> LineChart | None:
+    """The same where clients are so many that events hold their spread alone."""
+    edges = {e["round"]: e["spread"][key] for e in evaluations if e.get("spread") and e["spread"][key]}
+    low, lower, upper, high = (
+        tuple((x, float(values[name])) for x, values in edges.items())
+        for name in ("lowest", "lower_quartile", "upper_quartile", "highest")
+    )
+    bands = (Band(OUTER, low, high, "outer"), Band(INNER, lower, upper, "inner")) if edges else ()
+    lines = (Line("all clients", together, "all"),)
+    return LineChart(title, unit, lines, bands, zero=unit == "percent") if together else None
+
+
+def virtual_chart(events: Iterable[Event]) -> LineChart | None:
+    """Loss on the test data over virtual time, in a unit that gives whole numbers; None where time is real."""
+    known = [
+        (e["virtual_seconds"] or 0.0, float(e["loss"]))
+        for e in events
+        if e["event"] == "evaluation" and e["loss"] is not None
+    ]
+    if not known or not (last := max(seconds for seconds, _ in known)):
+        return None
+    name, unit = next((n, u) for n, u in TIMES if last >= 20 * u or u == TIMES[-1][1])
+    points = tuple(sorted({round(seconds / unit): loss for seconds, loss in known}.items()))
+    lines = (Line("all clients", points, "all"),)
+    return LineChart(f"Loss on the test data over virtual {name}", "loss", lines, across=f"virtual {name}")
 
 
 def training_chart(events: Iterable[Event], worst: str | None, order: Sequence[str] = ()) -> LineChart | None:
@@ -149,20 +186,12 @@ def _bands(clients: Mapping[str, Sequence[tuple[int, float]]]) -> list[Band]:
             by_round.setdefault(x, []).append(y)
 
     def edge(share: float) -> Points:
-        return tuple((x, _quantile(sorted(ys), share)) for x, ys in sorted(by_round.items()))
+        return tuple((x, quantile(sorted(ys), share)) for x, ys in sorted(by_round.items()))
 
     return [
-        Band("lowest client to highest client", edge(0.0), edge(1.0), "outer"),
-        Band("lower quartile to upper quartile", edge(0.25), edge(0.75), "inner"),
+        Band(OUTER, edge(0.0), edge(1.0), "outer"),
+        Band(INNER, edge(0.25), edge(0.75), "inner"),
     ]
-
-
-def _quantile(ordered: Sequence[float], share: float) -> float:
-    """The value at `share` of sorted values, interpolated."""
-    place = share * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
 
 
 def split_picture(split: dict[str, Any], path: Path) -> Path:

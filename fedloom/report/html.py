@@ -67,6 +67,8 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "s": run.headline,
         "missing": [f"{name} {why}: {FILES[name]}" for name, why in run.missing.items()],
         "loss": figure(charts.evaluation_chart(events, "loss", worst, order), 380),
+        "virtual": figure(charts.virtual_chart(events), 300),
+        "measured": _measured(run),
         "training": figure(charts.training_chart(events, worst, order), 300),
         "score": figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
         "privacy": run.privacy,
@@ -83,7 +85,7 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "updates": len(run.of("client_update")),
         "ages": _ages(run),
         "clients": clients[:MOST_ROWS],
-        "clients_left_out": max(0, len(clients) - MOST_ROWS),
+        "clients_left_out": max(0, (run.headline.get("clients") or len(clients)) - len(clients[:MOST_ROWS])),
         "answers": run.answers.get("answers", []),
         "strip": _strip(run) if split and len(clients) <= charts.COLOURED else [],
     }
@@ -126,6 +128,7 @@ def figure(chart: Chart | None, height: int, wide: int = WIDE) -> dict[str, Any]
         names = [(name, style) for name, _, style in chart.stacks]
     return {
         "label": label, "wide": drawn[0], "narrow": drawn[1], "names": names, "context": _context(chart),
+        "across": chart.across if isinstance(chart, svg.LineChart) else "round",
         "rounds": chart.rounds, "rows": chart.rows(), "unit": chart.unit,
     }  # fmt: skip
 
@@ -140,7 +143,7 @@ def _spoken(chart: svg.LineChart) -> str:
     line = chart.lines[0]
     (first, before), (last, after) = line.points[0], line.points[-1]
     before_text, after_text = formats.text(before, chart.unit), formats.text(after, chart.unit)
-    return f"{line.name} from {before_text} in round {first} to {after_text} in round {last}"
+    return f"{line.name} from {before_text} in {chart.across} {first} to {after_text} in {chart.across} {last}"
 
 
 def _matrix(table: matrix.Matrix) -> dict[str, Markup]:
@@ -178,6 +181,12 @@ def _ages(run: RunFolder) -> dict[str, Any] | None:
     ages = [e["staleness"] for e in run.of("client_update")]
     virtual = rounds[-1]["metrics"].get("virtual_seconds")
     return {"mean": f"{sum(ages) / len(ages):.1f}", "oldest": max(ages), "virtual": virtual}
+
+
+def _measured(run: RunFolder) -> int:
+    """How many clients the last evaluation measured."""
+    last = next(iter(reversed(run.of("evaluation"))), None)
+    return 0 if last is None else (last.get("spread") or {}).get("clients") or len(last["clients"])
 
 
 def _strip(run: RunFolder) -> list[tuple[str, int, str]]:

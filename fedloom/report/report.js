@@ -39,7 +39,7 @@
       const shown = series.filter((s) => s.values.has(round) && !s.group.classList.contains("off"));
       if (!svg.querySelector(".bars")) shown.sort((a, b) => b.values.get(round) - a.values.get(round));
       const title = document.createElement("strong");
-      title.textContent = "round " + round;
+      title.textContent = svg.querySelector(".axis").textContent + " " + round;
       const rows = shown.slice(0, 12).map((s) => {
         const row = document.createElement("div");
         const mark = document.createElement("i");

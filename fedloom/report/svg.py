@@ -39,13 +39,14 @@ class Band:
 
 @dataclass(frozen=True)
 class LineChart:
-    """What is drawn; `unit` names a format. `zero` makes the axis start at 0."""
+    """What is drawn; `unit` names a format. `zero` makes the axis start at 0, `across` says what it counts."""
 
     title: str
     unit: str
     lines: tuple[Line, ...]
     bands: tuple[Band, ...] = ()
     zero: bool = False
+    across: str = "round"
 
     @property
     def values(self) -> list[float]:
@@ -142,7 +143,7 @@ def tick_labels(ticks: Sequence[float], unit: str) -> list[str]:
     return [f"{tick / scale:.{decimals}f}{suffix}" for tick in ticks]
 
 
-def _axes(frame: Frame, rounds: Sequence[int], unit: str) -> Markup:
+def _axes(frame: Frame, rounds: Sequence[int], unit: str, along: str = "round") -> Markup:
     parts = []
     for value, label in zip(frame.ticks, tick_labels(frame.ticks, unit), strict=True):
         _, y = frame.at(frame.x[0], value)
@@ -160,8 +161,8 @@ def _axes(frame: Frame, rounds: Sequence[int], unit: str) -> Markup:
             )
         )
     parts.append(
-        Markup('<text class="axis" x="{:.1f}" y="{}" text-anchor="end">round</text>').format(
-            frame.right, frame.floor + 32
+        Markup('<text class="axis" x="{:.1f}" y="{}" text-anchor="end">{}</text>').format(
+            frame.right, frame.floor + 32, along
         )
     )
     return Markup("").join(parts)
@@ -177,7 +178,10 @@ def line_chart(chart: LineChart, width: int, height: int, label_room: int = 0) -
     ticks = nice_ticks(0.0 if chart.zero else min(values), max(values))
     last = max(*rounds, min(rounds) + 1)
     frame = Frame(width, height, (min(rounds), last), (ticks[0], ticks[-1]), label_room or 14, ticks=ticks)
-    parts = [_axes(frame, rounds, chart.unit), _end_labels(frame, chart.lines) if label_room else Markup("")]
+    parts = [
+        _axes(frame, rounds, chart.unit, chart.across),
+        _end_labels(frame, chart.lines) if label_room else Markup(""),
+    ]
     for band in chart.bands:
         outline = _path(frame, band.lower) + "L" + _path(frame, tuple(reversed(band.upper)))[1:] + "Z"
         parts.append(Markup('<path class="band {}" d="{}"/>').format(band.style, outline))

@@ -3,8 +3,8 @@
 The base model and one adapter buffer are in memory once; a client's turn begins by copying its payload into the
 buffer. Under `train.cohort` so many clients train in one pass over the base, each in a seat with a buffer of its own
 (training/cohort.py). Messages are really encoded and decoded, so bytes are measured and a payload that could not travel
-fails here too. The simulator knows no algorithm: one `Client` plays all clients, or one a seat does, or one trainer of
-several ranks (ranked.py).
+fails here too; only their digest is left out, for they never leave this process. The simulator knows no algorithm: one
+`Client` plays all clients, or one a seat does, or one trainer of several ranks (ranked.py).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Simulator:
                 if assignment.recipe is not None and assignment.recipe is not self._recipe:
                     self._recipe = assignment.recipe
                     self._size = Recipe.parse(assignment.recipe).train.cohort_size
-                waiting.append(wire.encode_assignment(assignment))
+                waiting.append(wire.encode_assignment(assignment, sealed=False))
                 if assignment.kind == "train" and len(waiting) < self._size:
                     continue
             yield from self._replies(waiting)
@@ -65,13 +65,16 @@ class Simulator:
 
     def _replies(self, messages: Sequence[bytes]) -> Iterator[Outcome]:
         """Outcomes of assignments that were sent, with what both messages weighed."""
-        received = [wire.decode_assignment(message) for message in messages]
+        received = [wire.decode_assignment(message, sealed=False) for message in messages]
         outcomes = self._together(received) if len(received) > 1 else map(self._client.handle, received)
         for message, done in zip(messages, outcomes, strict=True):
-            reply = wire.encode_outcome(done)
-            outcome = wire.decode_outcome(reply)
+            reply = wire.encode_outcome(done, sealed=False)
+            outcome = wire.decode_outcome(reply, sealed=False)
             cost = replace(outcome.cost, upload_bytes=len(reply), download_bytes=len(message))
-            yield replace(outcome, cost=cost)
+            del message, reply
+            outcome = replace(outcome, cost=cost)
+            yield outcome
+            del outcome
 
     def _together(self, assignments: Sequence[Assignment]) -> Iterable[Outcome]:
         """Outcomes of several clients' training in one cohort; where memory is too small for it, one after another."""

@@ -5,6 +5,9 @@
 docs/wire-format.md is precise enough to write a second implementation. A message goes out in chunks of bounded size,
 straight from the tensors' memory: the digest is computed on the way and comes last. What is read is bounded before
 anything is allocated. This file does not know who sends, what the tensors mean, nor how operators are undone.
+
+A message that never leaves its process needs no seal: with `sealed=False` its last 32 bytes are zeros, which every reader
+that looks at the digest refuses (docs/adr/0006-unsealed-messages.md).
 """
 
 from __future__ import annotations
@@ -27,6 +30,11 @@ from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update, c
 MAGIC = b"FLM2"
 VERSION = 2
 DIGEST_BYTES = 32
+
+#: Bytes at whose multiples torch lets a tensor's memory begin.
+ALIGNMENT = 64
+
+Rows = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 class WireError(ValueError):
@@ -71,21 +79,23 @@ def split(message: bytes | bytearray) -> Split:
     return Split(bytes(message[: 8 + length]), body, bytes(message[-DIGEST_BYTES:]))
 
 
-def stream_assignment(assignment: Assignment) -> Stream:
+def stream_assignment(assignment: Assignment, sealed: bool = True) -> Stream:
     fields = {f.name: getattr(assignment, f.name) for f in dataclasses.fields(assignment) if f.name != "payload"}
-    return _stream({"message": "assignment", "fields": fields}, assignment.payload)
+    return _stream({"message": "assignment", "fields": fields}, assignment.payload, sealed)
 
 
-def encode_assignment(assignment: Assignment) -> bytes:
-    return stream_assignment(assignment).joined()
+def encode_assignment(assignment: Assignment, *, sealed: bool = True) -> bytes:
+    return stream_assignment(assignment, sealed).joined()
 
 
-def decode_assignment(message: bytes | bytearray | Split, max_bytes: int | None = None) -> Assignment:
-    header, payload = _unpack(message, ("assignment",), max_bytes)
+def decode_assignment(
+    message: bytes | bytearray | Split, max_bytes: int | None = None, *, sealed: bool = True
+) -> Assignment:
+    header, payload = _unpack(message, ("assignment",), max_bytes, sealed)
     return _made(Assignment, header.get("fields"), payload=payload)
 
 
-def stream_outcome(outcome: Outcome) -> Stream:
+def stream_outcome(outcome: Outcome, sealed: bool = True) -> Stream:
     fields = {
         f.name: getattr(outcome, f.name) for f in dataclasses.fields(outcome) if f.name not in {"payload", "cost"}
     }
@@ -96,15 +106,15 @@ def stream_outcome(outcome: Outcome) -> Stream:
         "fields": fields,
         "cost": dataclasses.asdict(outcome.cost),
     }
-    return _stream(header, outcome.payload if isinstance(outcome, Update) else Payload())
+    return _stream(header, outcome.payload if isinstance(outcome, Update) else Payload(), sealed)
 
 
-def encode_outcome(outcome: Outcome) -> bytes:
-    return stream_outcome(outcome).joined()
+def encode_outcome(outcome: Outcome, *, sealed: bool = True) -> bytes:
+    return stream_outcome(outcome, sealed).joined()
 
 
-def decode_outcome(message: bytes | bytearray | Split, max_bytes: int | None = None) -> Outcome:
-    header, payload = _unpack(message, ("update", "failure"), max_bytes)
+def decode_outcome(message: bytes | bytearray | Split, max_bytes: int | None = None, *, sealed: bool = True) -> Outcome:
+    header, payload = _unpack(message, ("update", "failure"), max_bytes, sealed)
     cost = _made(Cost, header.get("cost"))
     if header["message"] == "update":
         return _made(Update, header.get("fields"), payload=payload, cost=cost)
@@ -114,7 +124,7 @@ def decode_outcome(message: bytes | bytearray | Split, max_bytes: int | None = N
 # ------------------------------------------------------------------ out
 
 
-def _stream(header: dict[str, Any], payload: Payload) -> Stream:
+def _stream(header: dict[str, Any], payload: Payload, sealed: bool) -> Stream:
     coding = payload.coding
     if coding is None:
         table = Table.of(payload.tensors)
@@ -134,7 +144,7 @@ def _stream(header: dict[str, Any], payload: Payload) -> Stream:
     if len(text) > limits.HEADER_BYTES:
         raise WireError(f"the header has {len(text)} bytes; at most {limits.HEADER_BYTES} are sent")
     start = MAGIC + struct.pack("<I", len(text)) + text + head
-    return Stream(len(start) - len(head) + size + DIGEST_BYTES, _chunks(start, pieces))
+    return Stream(len(start) - len(head) + size + DIGEST_BYTES, _chunks(start, pieces, sealed))
 
 
 def _body_head(spec: Mapping[str, tuple[str, int]]) -> bytes:
@@ -150,30 +160,32 @@ def _body_head(spec: Mapping[str, tuple[str, int]]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _chunks(start: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
+def _chunks(start: bytes, tensors: list[torch.Tensor], sealed: bool) -> Iterator[memoryview]:
     digest = hashlib.sha256()
     for data in chain([memoryview(start)], map(raw_bytes, tensors)):
         for at in range(0, len(data), limits.CHUNK_BYTES):
             chunk = data[at : at + limits.CHUNK_BYTES]
-            digest.update(chunk)
+            if sealed:
+                digest.update(chunk)
             yield chunk
-    yield memoryview(digest.digest())
+    yield memoryview(digest.digest() if sealed else bytes(DIGEST_BYTES))
 
 
 # ------------------------------------------------------------------ in
 
 
 def _unpack(
-    message: bytes | bytearray | Split, kinds: tuple[str, ...], max_bytes: int | None
+    message: bytes | bytearray | Split, kinds: tuple[str, ...], max_bytes: int | None, sealed: bool
 ) -> tuple[dict[str, Any], Payload]:
     total = message.total if isinstance(message, Split) else len(message)
     if max_bytes is not None and total > max_bytes:
         raise WireError(f"the message has {total} bytes; at most {max_bytes} are taken")
     start, body, digest = message if isinstance(message, Split) else split(message)
-    told = hashlib.sha256(start)
-    told.update(body)
-    if told.digest() != digest:
-        raise WireError("the message is not what its digest says: truncated or altered on its way")
+    if sealed:
+        told = hashlib.sha256(start)
+        told.update(body)
+        if told.digest() != digest:
+            raise WireError("the message is not what its digest says: truncated or altered on its way")
     try:
         header = json.loads(start[8:], parse_constant=_refused)
         if header["version"] != VERSION:
@@ -244,10 +256,9 @@ def _payload(header: dict[str, Any], parts: dict[str, tuple[torch.dtype, int, me
         return Payload(flat, header["meta"], coding)
     check({n: torch.empty(count, dtype=dtype, device="meta") for n, (dtype, count, _) in parts.items()}, table.spec())
     tensors: dict[str, torch.Tensor] = {}
-    for part, name, start, shape in table.places():
+    for part, rows in table.rows.items():
         dtype, _, data = parts[part]
-        size = prod(shape) * dtype.itemsize
-        tensors[name] = _copied(data[start * dtype.itemsize :][:size], dtype, shape)
+        tensors |= _aligned(data, dtype, rows)
     return Payload(dict(sorted(tensors.items())), header["meta"])
 
 
@@ -258,6 +269,29 @@ def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> tor
         window: Any = made.reshape(-1).view(torch.uint8).numpy()
         memoryview(window)[:] = data
     return made
+
+
+def _aligned(data: memoryview, dtype: torch.dtype, rows: Rows) -> dict[str, torch.Tensor]:
+    """All tensors of a part in one buffer, each from an aligned place on: as `_copied` of each, and far fewer steps.
+
+    Where no room is lost to alignment, which is so in every LoRA of a model of usual sizes, this is one copy.
+    """
+    room = ALIGNMENT // dtype.itemsize
+    counts = [prod(shape) for _, shape in rows]
+    rooms = [-(-count // room) * room for count in counts]
+    made = torch.empty(sum(rooms), dtype=dtype)
+    window: Any = made.view(torch.uint8).numpy()
+    into = memoryview(window)
+    if rooms == counts:
+        into[:] = data
+    else:
+        at, read = 0, 0
+        for count, place in zip(counts, rooms, strict=True):
+            size = count * dtype.itemsize
+            into[at : at + size] = data[read : read + size]
+            at, read = at + place * dtype.itemsize, read + size
+    pieces = zip(rows, torch.split(made, rooms), counts, rooms, strict=True)
+    return {n: (p if c == r else p[:c]).view(shape) for (n, shape), p, c, r in pieces}
 
 
 def _refused(word: str) -> Any:

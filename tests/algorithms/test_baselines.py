@@ -66,11 +66,13 @@ def test_local_is_each_client_alone_for_rounds_times_steps(tiny_recipe, tmp_path
 def test_under_local_nothing_travels(tiny_recipe, tmp_path, monkeypatch):
     tensors: list[str] = []
     assignment, outcome = wire.encode_assignment, wire.encode_outcome
-    monkeypatch.setattr(wire, "encode_assignment", lambda a: tensors.extend(a.payload.tensors) or assignment(a))
+    monkeypatch.setattr(
+        wire, "encode_assignment", lambda a, **how: tensors.extend(a.payload.tensors) or assignment(a, **how)
+    )
     monkeypatch.setattr(
         wire,
         "encode_outcome",
-        lambda o: (tensors.extend(o.payload.tensors) if isinstance(o, Update) else None) or outcome(o),
+        lambda o, **how: (tensors.extend(o.payload.tensors) if isinstance(o, Update) else None) or outcome(o, **how),
     )
     result = fedloom.run(tiny_recipe({"algorithm": "local"}), out=tmp_path / "run")
     assert tensors == []

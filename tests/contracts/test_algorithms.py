@@ -300,14 +300,14 @@ def test_a_refused_update_leaves_the_servers_state_untouched(name, tiny_recipe, 
     """Every client sends garbage: the round is below its quorum and nothing of it is kept."""
     encode = wire.encode_outcome
 
-    def spoiled(outcome):
+    def spoiled(outcome, **how):
         if isinstance(outcome, Update) and outcome.payload.tensors:
             sent = outcome.payload.tensors
             tensors = {n: torch.full_like(t, torch.nan) if t.is_floating_point() else t for n, t in sent.items()}
             outcome = replace(outcome, payload=Payload(tensors))
         elif isinstance(outcome, Update) and outcome.num_examples:
             outcome = replace(outcome, payload=Payload({"foreign": torch.ones(1)}))
-        return encode(outcome)
+        return encode(outcome, **how)
 
     monkeypatch.setattr(wire, "encode_outcome", spoiled)
     recipe = tiny_recipe({"algorithm": name})
@@ -366,14 +366,14 @@ class Wire:
         def copied(payload: Payload) -> Payload:
             return Payload({n: t.clone() for n, t in payload.tensors.items()}, payload.meta)
 
-        def encode_assignment(a):
+        def encode_assignment(a, **how):
             self.down.append((a.client, a.round, a.kind, copied(a.payload)))
-            return assignment(a)
+            return assignment(a, **how)
 
-        def encode_outcome(o):
+        def encode_outcome(o, **how):
             if isinstance(o, Update):
                 self.up.append((o.client, o.round, copied(o.payload)))
-            return outcome(o)
+            return outcome(o, **how)
 
         def keep(store, client, round, state):
             self.kept.append((client, round, {s: copied(p) for s, p in state.items()}))

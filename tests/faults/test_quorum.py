@@ -37,7 +37,7 @@ def losing(monkeypatch):
                     yield from play(self, [assignment])
 
         monkeypatch.setattr(Simulator, "virtual", False)
-        monkeypatch.setattr("fedloom.coordinator.PAUSE", 0.1)
+        monkeypatch.setattr("fedloom.gathering.PAUSE", 0.1)
         monkeypatch.setattr(Simulator, "run", run_with_losses)
         return asked
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.models.state import SUM_BLOCK, Adapter, Layout, WeightedMean, block_sum, check_names
+from fedloom.models.state import ADD_BLOCK, SUM_BLOCK, Adapter, Layout, WeightedMean, block_sum, check_names, one_window
 
 SHAPES = {"b.weight": (2, 3), "a.weight": (4,), "c": ()}
 
@@ -156,3 +156,31 @@ def test_block_sum_adds_block_by_block():
     blocks = [values[i : i + SUM_BLOCK].sum() for i in range(0, len(values), SUM_BLOCK)]
     assert block_sum(values) == torch.stack(blocks).sum()
     assert np.isfinite(float(block_sum(values)))
+
+
+# ------------------------------------------------------------------ one window
+
+
+def test_adding_over_one_window_and_tensor_by_tensor_are_the_same_bits():
+    layout = Layout({"a": (3, 5), "b": (ADD_BLOCK + 17,), "c": ()})
+    apart, together = WeightedMean(layout), WeightedMean(layout)
+    for k in range(1, 4):
+        flat = torch.randn(layout.numel, generator=torch.Generator().manual_seed(k)) * 10.0 ** (5 * k)
+        windows = layout.views(flat)
+        copies = {n: t.clone() for n, t in windows.items()}
+        assert one_window(list(windows.values())) is not None and one_window(list(copies.values())) is None
+        together.add(dict(reversed(windows.items())), 3 * k, 0.5)
+        apart.add(copies, 3 * k, 0.5)
+    assert torch.equal(apart.result(torch.float64), together.result(torch.float64))
+
+
+def test_one_window_is_made_of_neighbours_alone():
+    flat = torch.arange(24.0)
+    a, b, c = flat[:6].view(2, 3), flat[6:8], flat[8:]
+    assert torch.equal(one_window([a, b, c]), flat) and torch.equal(one_window([b, c]), flat[6:])
+    assert one_window([]) is None
+    assert one_window([a, c]) is None and one_window([b, a]) is None and one_window([a, a]) is None
+    assert one_window([a.t(), b]) is None and one_window([flat[::2]]) is None
+    assert one_window([a, flat[6:8].view(torch.int32)]) is None
+    other = torch.empty(4)
+    assert one_window([flat[20:], other]) is None  # two memories, wherever they lie

@@ -59,14 +59,14 @@ def test_quantised_runs_send_less_and_give_nearly_the_same(undisturbed, tiny_rec
         seen[way] += len(made)
         return made
 
-    def asked(a: Assignment) -> bytes:
+    def asked(a: Assignment, **how: bool) -> bytes:
         assert [d["name"] for d in a.payload.coding["operators"]] == ["quantize"], a.kind  # evaluation's as well
         kinds.add(a.kind)
-        return counted("down", assignment(a))
+        return counted("down", assignment(a, **how))
 
     kinds: set[str] = set()
     monkeypatch.setattr(wire, "encode_assignment", asked)
-    monkeypatch.setattr(wire, "encode_outcome", lambda o: counted("up", outcome(o)))
+    monkeypatch.setattr(wire, "encode_outcome", lambda o, **how: counted("up", outcome(o, **how)))
     got = summary(
         tiny_recipe({"operators.initial": [INT8], "operators.down": [INT8], "operators.up": ["delta", INT4]}),
         tmp_path / "run",

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedloom.config import Recipe
+from fedloom.tables import MANY, Tables
 from fedloom.tracking import Events
 
 SKILLS = [
@@ -100,13 +101,15 @@ def _write_events(
         tokens = sum(c["tokens"] for c in clients.values())
         loss = sum(c["loss"] * c["tokens"] for c in clients.values()) / tokens
         mean = sum(c["score"] for c in clients.values()) / len(clients) if score else None
-        counted = {"questions": 20 * len(names) if score else 0, "tokens": tokens, "clients": clients}
+        counted = {"questions": 20 * len(names) if score else 0, "tokens": tokens}
+        counted |= Tables(path / "evaluations").told(done, clients)
         events.write(
             "evaluation",
             round=done,
             loss=loss,
             score=mean,
             seconds=9.5,
+            virtual_seconds=None,
             pooled=False,
             emulator=None,
             preference=None,
@@ -147,7 +150,10 @@ def _write_events(
 def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> dict[str, Any]:
     lines = (path / "events.jsonl").read_text(encoding="utf-8").splitlines()
     evaluations = [e for e in map(json.loads, lines) if e["event"] == "evaluation"]
-    first, last = evaluations[0], evaluations[-1]
+    first, last = (
+        {**e, "clients": Tables(path / "evaluations").clients(e["round"], e)}
+        for e in evaluations[:: len(evaluations) - 1]
+    )
 
     def pair(key: str, client: str) -> dict[str, Any]:
         return {"before": first["clients"][client][key], "after": last["clients"][client][key]}
@@ -175,6 +181,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
         },
+        "virtual": recipe.devices and {"seconds": 93.5, "loss": [[0.0, first["loss"]], [93.5, last["loss"]]]},
         "preference": (recipe.train.objective == "dpo" and {
             "accuracy": {"before": 0.0, "after": 0.8125}, "loss": {"before": 0.6931, "after": 0.4321},
             "margin": {"before": 0.0, "after": 1.234}, "pairs": 48,
@@ -194,7 +201,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
                 "train": row["train"], "test": row["test"],
                 "loss": pair("loss", row["client"]), "score": pair("score", row["client"]),
             }
-            for row in rows
+            for row in sorted(rows, key=lambda row: -last["clients"][row["client"]]["loss"])[:MANY]
         },
         "adapter_sha256": "ab" * 32, "versions": {"torch": "2.13.0", "transformers": "5.1.0", "peft": "0.19.0"},
         "environment": {"python": "3.11.7", "system": "Linux", "cpu_cores": 2, "threads": 2, "device": "cpu"},

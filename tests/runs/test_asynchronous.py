@@ -12,20 +12,24 @@ import pytest
 import torch
 
 from fedloom.asynchronous import InFlight
-from fedloom.clock import Speeds
+from fedloom.clock import Speeds, Timed
 from fedloom.config import FederationConfig
 from fedloom.rounds import Schedule
 from fedloom.types import Assignment, Cost, Failure, Payload, Update
 
 
 class Durations:
-    """A clock that takes each client's seconds from a table, or from a function of client and round."""
+    """A pace that takes each client's seconds from a table, or from a function of client and how often it was asked."""
 
     def __init__(self, seconds):
-        self.seconds_of = seconds
+        self.seconds_of, self.times = seconds, Counter()
 
-    def seconds(self, client, round, cost):
-        return self.seconds_of(client, round) if callable(self.seconds_of) else self.seconds_of[client]
+    def seconds(self, client, cost, down, up):
+        self.times[client] += 1
+        return self.seconds_of(client, self.times[client]) if callable(self.seconds_of) else self.seconds_of[client]
+
+    def vanishes(self, client, round):
+        return False
 
 
 class Answers:
@@ -50,11 +54,14 @@ def schedule(clients: str, slots: int, seed: int = 0) -> Schedule:
     return Schedule(tuple(clients), (), FederationConfig(clients_per_round=slots), 1, 0, seed)
 
 
-def in_flight(folder: Path, runtime: Any, clients: str, slots: int, buffer: int, clock: Any, seed: int = 0) -> InFlight:
+def in_flight(folder: Path, runtime: Any, clients: str, slots: int, buffer: int, pace: Any, seed: int = 0) -> InFlight:
+    timed = Timed(runtime, pace) if pace else None
+
     def assign(client: str, round: int) -> Assignment:
         return Assignment("train", client, round, 9, Payload())
 
-    return InFlight(runtime.run, assign, schedule(clients, slots, seed), buffer, clock, folder / "in-flight")
+    plan = schedule(clients, slots, seed)
+    return InFlight((timed or runtime).run, assign, plan, buffer, timed, lambda done, total: None, folder / "in-flight")
 
 
 def usable(outcomes):
@@ -74,7 +81,7 @@ def play(flight: InFlight, round: int) -> list[tuple[str, int, float]]:
                 yield outcome
 
     flight.begin(round)
-    list(flight.gather(accepted, lambda done, total: None))
+    list(flight.gather(accepted))
     return seen
 
 
@@ -93,7 +100,7 @@ def test_arrivals_and_staleness_by_hand(tmp_path):
     assert play(flight, 2) == [("a", 0, 3.0), ("b", 0, 4.0)]
     assert play(flight, 3) == [("c", 2, 5.0), ("a", 0, 5.0)]
     assert play(flight, 4) == [("b", 1, 6.0), ("a", 0, 6.0)]
-    assert flight.metrics() == {"virtual_seconds": 6.0}
+    assert flight.now == 6.0
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -101,8 +108,8 @@ def test_slots_are_filled_a_client_is_asked_once_a_version_and_nothing_is_lost(t
     draw = random.Random(seed)
     slots, buffer = draw.choice([(4, 2), (3, 3), (2, 1), (7, 4)])
     runtime = Answers({(c, r) for c in "abcdefg" for r in range(1, 9) if draw.random() < 0.15})
-    clock = Durations(lambda client, round: random.Random(f"{seed}{client}{round}").expovariate(1.0))
-    flight = in_flight(tmp_path, runtime, "abcdefg", slots, buffer, clock, seed)
+    pace = Durations(lambda client, round: random.Random(f"{seed}{client}{round}").expovariate(1.0))
+    flight = in_flight(tmp_path, runtime, "abcdefg", slots, buffer, pace, seed)
     arrived, times = [], []
     for round in range(1, 9):
         before = len(runtime.sent)
@@ -148,12 +155,13 @@ def test_a_round_has_what_it_has_when_nobody_is_left_to_wait_for(tmp_path):
 
 
 def test_a_clients_speed_is_its_own_and_time_follows_its_tokens():
-    clock, cost = Speeds(3, 0.5), Cost(train_tokens=2000)
-    assert clock.seconds("a", 1, cost) == clock.seconds("a", 7, cost) == Speeds(3, 0.5).seconds("a", 1, cost)
-    assert clock.seconds("a", 1, replace(cost, wall_seconds=9.0, upload_bytes=5)) == clock.seconds("a", 1, cost)
-    assert clock.seconds("a", 1, Cost(train_tokens=6000)) == pytest.approx(3 * clock.seconds("a", 1, cost))
-    assert Speeds(3, 0.0).seconds("a", 1, cost) == 2.0
-    logs = torch.tensor([clock.seconds(f"client-{k}", 1, cost) / 2.0 for k in range(2000)]).log()
+    pace, cost = Speeds(3, 0.5), Cost(train_tokens=2000)
+    own = pace.seconds("a", cost, 0, 0)
+    assert own == Speeds(3, 0.5).seconds("a", cost, 7, 7) != pace.seconds("b", cost, 0, 0)
+    assert pace.seconds("a", replace(cost, wall_seconds=9.0, upload_bytes=5), 0, 0) == own
+    assert pace.seconds("a", Cost(train_tokens=6000), 0, 0) == pytest.approx(3 * own)
+    assert Speeds(3, 0.0).seconds("a", cost, 0, 0) == 2.0
+    logs = torch.tensor([pace.seconds(f"client-{k}", cost, 0, 0) / 2.0 for k in range(2000)]).log()
     assert float(logs.std()) == pytest.approx(0.5, rel=0.05)
     assert abs(float(logs.mean())) < 0.05
 
@@ -194,7 +202,7 @@ def test_outcomes_are_taken_as_a_runtime_in_real_time_hands_them_over(tmp_path):
             flight._schedule, training=tuple("abc"), federation=FederationConfig(clients_per_round=1)
         )
         assert play(flight, round) == [(order[6 - round], round - 1, None)]
-    assert flight.metrics() == {}
+    assert flight.now is None
 
 
 def test_a_reply_that_was_not_asked_for_or_names_another_round_is_refused_and_blocks_no_slot(tmp_path):
@@ -211,7 +219,7 @@ def test_a_reply_that_was_not_asked_for_or_names_another_round_is_refused_and_bl
 
     for round in (1, 2):
         flight.begin(round)
-        assert [u.client for u in flight.gather(all_seen, lambda done, total: None)] == ["b"]
+        assert [u.client for u in flight.gather(all_seen)] == ["b"]
     reasons = Counter((o.client, o.round, o.reason) for o in outcomes if isinstance(o, Failure))
     assert reasons[("a", 1, "bad_payload")] == reasons[("a", 2, "bad_payload")] == 1
     assert reasons[("z", 1, "unexpected")] == 4

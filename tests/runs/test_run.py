@@ -35,13 +35,13 @@ class Counted:
         self.outcomes: list[int] = []
         encode_assignment, encode_outcome = wire.encode_assignment, wire.encode_outcome
 
-        def down(assignment):
-            message = encode_assignment(assignment)
+        def down(assignment, **how):
+            message = encode_assignment(assignment, **how)
             self.assignments.append((assignment.kind, len(message)))
             return message
 
-        def up(outcome):
-            message = encode_outcome(outcome)
+        def up(outcome, **how):
+            message = encode_outcome(outcome, **how)
             self.outcomes.append(len(message))
             return message
 

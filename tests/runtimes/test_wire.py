@@ -129,6 +129,32 @@ def test_an_altered_byte_is_refused_wherever_it_is():
             wire.decode_outcome(bytes(altered))
 
 
+def test_a_message_without_a_seal_is_as_long_says_the_same_and_is_refused_by_whoever_looks():
+    made = [
+        (update(), wire.encode_outcome, wire.decode_outcome),
+        (Failure("a", 1, "lost", "gone"), wire.encode_outcome, wire.decode_outcome),
+        (assignment(payload=update().payload), wire.encode_assignment, wire.decode_assignment),
+    ]
+    for sent, encode, decode in made:
+        sealed, plain = encode(sent), encode(sent, sealed=False)
+        assert plain == sealed[:-32] + bytes(32)
+        assert encode(decode(plain, sealed=False)) == sealed
+        with pytest.raises(wire.WireError, match="not what its digest says"):
+            decode(plain)
+
+
+@pytest.mark.parametrize(
+    "shapes", [{"a": (16,), "b": (4, 8)}, {"a": (16,), "b": (3,), "c": (), "d": (0, 5), "e": (33,)}]
+)
+def test_tensors_of_every_size_come_back_each_on_an_aligned_place(shapes):
+    tensors = {n: torch.randn(shape) for n, shape in shapes.items()}
+    sent = Update("a", 1, Payload({**tensors, "i": torch.arange(5)}))
+    got = wire.decode_outcome(wire.encode_outcome(sent)).payload.tensors
+    assert {n: bits(t) for n, t in got.items()} == {n: bits(t) for n, t in sent.payload.tensors.items()}
+    assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in sent.payload.tensors.items()}
+    assert all(t.data_ptr() % wire.ALIGNMENT == 0 for t in got.values() if t.numel())
+
+
 @pytest.mark.parametrize(
     "message",
     [

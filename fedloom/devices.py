@@ -1,0 +1,133 @@
+"""Clients on devices of their own: how fast, how well connected, how much memory, and when they are there. Virtual time.
+
+    seconds = bytes down / download  +  operations / speed  +  bytes up / upload
+
+Operations are the closed form of training/flops.py, bytes those of the tensors as operators encoded them. Nothing here was
+measured with a watch: the same recipe gives the same times on every machine, and a resumed run hears them again. (Headers
+are left out: a resumed run sends the recipe anew.) Evaluation takes no time: what a curve over time shows is training.
+
+What decides is drawn once for a client (its device), or once for a round (who is there, who vanishes). No number that is
+trained comes from here; whose update counts does. This file knows no algorithm and no message.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedloom.errors import UserError
+from fedloom.profiles import DevicesConfig, Spread
+from fedloom.randomness import numpy_generator
+from fedloom.types import Cost
+
+#: What is drawn from a distribution, each with its own stream of numbers; a trace may name these and the two below.
+DRAWN = ("speed", "download", "upload", "memory")
+CHANCES = ("available", "dropout")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one client runs on: operations and bytes a second, bytes of memory, and two probabilities."""
+
+    speed: float
+    download: float
+    upload: float
+    memory: float
+    available: float
+    dropout: float
+
+    def seconds(self, flops: int, down: int, up: int) -> float:
+        return down / self.download + flops / self.speed + up / self.upload
+
+
+class Fleet:
+    """All clients' devices, as a `Pace` (clock.py): how long work takes, who is lost; and who is there, who has room.
+
+    Args:
+        clients: in their fixed order.
+    """
+
+    def __init__(self, config: DevicesConfig, clients: Sequence[str], seed: int) -> None:
+        self.deadline = config.deadline
+        self.clients = tuple(clients)
+        self._seed = seed
+        traced = read_trace(Path(config.trace), self.clients) if config.trace else {}
+        self.devices = {c: _drawn(config, c, seed, traced.get(c, {})) for c in self.clients}
+        self._available = np.array([self.devices[c].available for c in self.clients])
+
+    def seconds(self, client: str, cost: Cost, down: int, up: int) -> float:
+        """Of a piece of work, from when it is sent to when its update arrives."""
+        return self.devices[client].seconds(cost.train_flops, down, up)
+
+    def there(self, round: int) -> frozenset[str]:
+        """Who can be reached as a round begins."""
+        numbers = numpy_generator(self._seed, "available", round).random(len(self.clients))
+        return frozenset(c for c, u, p in zip(self.clients, numbers, self._available, strict=True) if u < p)
+
+    def vanishes(self, client: str, round: int) -> bool:
+        """Whether this client is lost in the middle of this round's work."""
+        chance = self.devices[client].dropout
+        return chance > 0 and float(numpy_generator(self._seed, "vanishing", round, client).random()) < chance
+
+    def without_room(self, needed: int) -> tuple[str, ...]:
+        """The clients whose memory does not hold so many bytes."""
+        return tuple(c for c in self.clients if self.devices[c].memory < needed)
+
+    def ranks(self, highest: int) -> dict[str, int]:
+        """Each client's rank by its device's class: `highest` at the largest memory, halved as often as the memory is.
+
+        Where memory is not limited the class is the speed's. Clients without room get a rank too, and are not asked.
+        """
+        limited = all(math.isfinite(d.memory) for d in self.devices.values())
+        size = {c: d.memory if limited else d.speed for c, d in self.devices.items()}
+        largest = max(size.values())
+        return {c: max(1, highest >> max(0, round(math.log2(largest / own)))) for c, own in size.items()}
+
+
+def _drawn(config: DevicesConfig, client: str, seed: int, said: Mapping[str, float]) -> Device:
+    numbers = numpy_generator(seed, "device", 0, client).standard_normal(len(DRAWN))
+    values = {}
+    for name, z in zip(DRAWN, numbers, strict=True):
+        spread: Spread | None = getattr(config, name)
+        values[name] = spread.median * math.exp(spread.spread * float(z)) if spread else math.inf
+    return Device(**{**values, "available": config.available, "dropout": config.dropout, **said})
+
+
+def read_trace(path: Path, clients: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Client → what the file says of its device. Raises UserError for what cannot be meant."""
+    known, found = frozenset(clients), {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"devices.trace={path} cannot be read ({type(error).__name__}): name a .csv file") from None
+    columns = set(rows[0]) if rows else set()
+    strange = sorted(str(c) for c in columns - {"client", *DRAWN, *CHANCES})
+    if "client" not in columns or strange:
+        raise UserError(
+            f"devices.trace={path} has the columns {', '.join(map(str, columns)) or 'of no row'}: it takes client and "
+            f"any of {', '.join((*DRAWN, *CHANCES))}"
+        )
+    for row in rows:
+        client = row["client"]
+        if client not in known or client in found:
+            what = "twice" if client in found else "which is no client of this split"
+            raise UserError(f"devices.trace={path} names {client!r}, {what}: mend that line")
+        found[client] = {k: _value(path, client, k, v) for k, v in row.items() if k != "client" and v}
+    return found
+
+
+def _value(path: Path, client: str, key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    fits, wanted = (0 <= value <= 1, "from 0 to 1") if key in CHANCES else (0 < value < math.inf, "above 0")
+    if not fits:
+        raise UserError(f"devices.trace={path} has {key}={text!r} for {client}: it takes a number {wanted}")
+    return value

@@ -1,0 +1,151 @@
+"""How the updates of a round come together, and when in virtual time: `Gathering`, and its synchronous way, `AtOnce`.
+
+    sample clients → ask them all → those that were lost, again → those that are late, dropped → in client order
+
+The asynchronous way is asynchronous.py. This file knows no algorithm and no message.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedloom.arrival import in_order
+from fedloom.clock import Timed
+from fedloom.rounds import Schedule
+from fedloom.sending import Sender
+from fedloom.types import STARTED_ANEW, Failure, Outcome, Update
+
+#: Seconds between two times that a lost client is asked whether it is back, where a round is below quorum.
+PAUSE = 1.0
+
+#: Lets through the updates that may be aggregated.
+Accept = Callable[[Iterator[Outcome]], Iterator[Update]]
+
+
+class Gathering(Protocol):
+    """One for a whole run; the coordinator does not know which.
+
+    Attributes:
+        now: virtual seconds since the start of the run; None where time is real.
+    """
+
+    now: float | None
+
+    def begin(self, round: int) -> list[str]:
+        """Begin a round. Returns the clients that are at work for it, in their fixed order."""
+        ...
+
+    def gather(self, accepted: Accept) -> Iterator[Update]:
+        """The round's updates in client order, of the outcomes that `accepted` lets through."""
+        ...
+
+    def about(self, outcome: Update) -> dict[str, Any]:
+        """What an event says of when this update came; asked as `accepted` sees it."""
+        ...
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint has to hold, as JSON."""
+        ...
+
+    def files(self) -> dict[str, Path]:
+        """And as files."""
+        ...
+
+    def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Go on from a checkpoint's."""
+        ...
+
+    def close(self) -> None:
+        """The run is over."""
+        ...
+
+
+class AtOnce:
+    """All clients that are sampled for a round, behind one barrier: the round ends with the last of them.
+
+    Args:
+        timed: the runtime, where time is virtual. With its deadline an update that takes longer is dropped, and such a
+            round ends at the deadline.
+        waits: real seconds from the round's start in which lost clients are asked again, where it is below quorum.
+        folder: where updates that arrive early wait for their turn.
+    """
+
+    def __init__(
+        self,
+        sender: Sender,
+        schedule: Schedule,
+        timed: Timed | None,
+        waits: float,
+        folder: Path,
+    ) -> None:
+        self.now = None if timed is None else 0.0
+        self._sender, self._schedule = sender, schedule
+        self._timed, self._waits, self._folder = timed, waits, folder
+        self._round = 0
+        self._clients: tuple[str, ...] = ()
+        self._arrived: dict[str, float] = {}  # client → when its outcome of this round was there, in virtual seconds
+
+    def begin(self, round: int) -> list[str]:
+        self._round, self._clients, self._arrived = round, self._schedule.sample(round), {}
+        return list(self._clients)
+
+    def gather(self, accepted: Accept) -> Iterator[Update]:
+        outcomes = self._insisted() if self._timed is None else self._in_time(self._insisted(), self._timed)
+        return accepted(in_order(outcomes, self._clients, self._folder))
+
+    def about(self, outcome: Update) -> dict[str, Any]:
+        return {"staleness": 0, "arrived": round(self._arrived[outcome.client], 3) if self._timed else None}
+
+    def notes(self) -> dict[str, Any]:
+        return {"now": self.now}
+
+    def files(self) -> dict[str, Path]:
+        return {}
+
+    def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        self.now = notes["now"] if self._timed else None
+
+    def close(self) -> None:
+        pass
+
+    def _in_time(self, outcomes: Iterator[Outcome], timed: Timed) -> Iterator[Outcome]:
+        """Outcomes as the virtual deadline leaves them. Times count from the end of the round before."""
+        began, deadline = self.now or 0.0, timed.deadline
+        self.now = began
+        for outcome in outcomes:
+            seconds = timed.took(outcome.client)
+            if deadline is not None and seconds > deadline:
+                detail = f"{seconds:.4g} virtual seconds, and devices.deadline is {deadline:g}"
+                outcome = Failure(outcome.client, outcome.round, "too_late", detail, outcome.cost)
+                seconds = deadline
+            self._arrived[outcome.client] = began + seconds
+            self.now = max(self.now, began + seconds)
+            yield outcome
+            del outcome
+
+    def _insisted(self) -> Iterator[Outcome]:
+        """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's real deadline."""
+        fewest = self._schedule.federation.min_clients
+        until, usable = time.monotonic() + self._waits, 0
+        asked: Sequence[str] = self._clients
+        while True:
+            lost: list[Failure] = []
+            for outcome in self._sender.outcomes("train", self._round, asked):
+                if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW:
+                    lost.append(outcome)
+                    continue
+                usable += isinstance(outcome, Update)
+                yield outcome
+                del outcome
+            if not lost or usable >= fewest or time.monotonic() + PAUSE > until:
+                yield from lost
+                return
+            for failure in lost:
+                if asked is self._clients:  # said once
+                    self._sender.failed(failure, "train")
+                self._sender.forget(failure.client)
+            asked = [f.client for f in lost]
+            time.sleep(PAUSE)

@@ -1,0 +1,115 @@
+"""The server's side of every message: work that is sent, outcomes as they come back, and what is said of a failure.
+
+    algorithm → payload → Assignment → operators → runtime → operators → Update | Failure
+
+A client that is met for the first time, or that was lost since, is sent the recipe and the initial broadcast. This file
+does not know rounds, and neither trains nor measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+from fedloom.algorithms.base import Algorithm
+from fedloom.operators.channel import ServerChannel
+from fedloom.rounds import Schedule
+from fedloom.tracking import Events
+from fedloom.types import STARTED_ANEW, Assignment, Failure, Outcome
+
+
+class Runtime(Protocol):
+    """What the coordinator needs of a runtime (runtimes/base.py)."""
+
+    @property
+    def pooled_tests(self) -> bool: ...
+
+    @property
+    def virtual(self) -> bool: ...
+
+    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]: ...
+
+    def close(self) -> None: ...
+
+
+#: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
+Tick = Callable[[str, int, int, int], None]
+
+
+class Sender:
+    """Sends assignments of one run.
+
+    Args:
+        recipe: the resolved recipe, sent with the first assignment of each client.
+        channel: the operators that payloads go through.
+        score: whether clients answer questions besides the loss.
+        tick: called as clients come back.
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        runtime: Runtime,
+        schedule: Schedule,
+        channel: ServerChannel,
+        events: Events,
+        recipe: Mapping[str, Any],
+        score: bool,
+        tick: Tick,
+    ) -> None:
+        self.runtime = runtime
+        self.channel = channel
+        self._algorithm, self._schedule, self._events = algorithm, schedule, events
+        self._recipe, self._score, self._tick = recipe, score, tick
+        self._contacted: set[str] = set()
+
+    def assignment(self, client: str, kind: Any, round: int, dataset: Any = "test") -> Assignment:
+        """One piece of work, as it travels; the first one to a client carries the recipe and the initial broadcast."""
+        first = client not in self._contacted
+        self._contacted.add(client)
+        algorithm = self._algorithm
+        payload = algorithm.initial_payload(client) if first else algorithm.round_payload(client)
+        assignment = Assignment(
+            kind=kind,
+            client=client,
+            round=round,
+            rounds=self._schedule.federation.rounds,
+            payload=payload,
+            steps=self._schedule.steps if kind == "train" else None,
+            dataset=dataset,
+            score=self._score,
+            recipe=self._recipe if first else None,
+        )
+        return self.channel.sent(assignment, first and algorithm.own_initial)
+
+    def trained(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
+        """Outcomes of training, their payloads decoded, as they arrive."""
+        return self.channel.opening(self.runtime.run(assignments))
+
+    def outcomes(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
+        """Send one assignment to each client; outcomes as they arrive."""
+        self._tick(kind, round, 0, len(clients))
+        assignments = (self.assignment(client, kind, round, dataset) for client in clients)
+        done = 0
+        for outcome in self.trained(assignments) if kind == "train" else self.runtime.run(assignments):
+            done += 1  # noqa: SIM113  (its tuple would hold on to the outcome)
+            self._tick(kind, round, done, len(clients))
+            yield outcome
+            del outcome  # as everywhere on an update's way: two of them in memory would be one too many
+
+    def failed(self, failure: Failure, kind: str) -> None:
+        """The event of a failure. A client that starts anew is told everything again when it is asked next."""
+        if failure.reason in STARTED_ANEW:
+            self.forget(failure.client)
+        self._events.write(
+            "client_failed",
+            round=failure.round,
+            client=failure.client,
+            kind=kind,
+            reason=failure.reason,
+            detail=failure.detail,
+        )
+
+    def forget(self, client: str) -> None:
+        """Whatever this client was sent, it no longer knows."""
+        self._contacted.discard(client)
