@@ -1,6 +1,6 @@
 """What padding-free batches are worth: the same examples and optimiser steps, packed against padded, as `name=value` lines.
 
-    python benchmarks/padding.py                         S, a Llama of 7.6M parameters: … minutes
+    python benchmarks/padding.py                         S, a Llama of 7.6M parameters: 10 CPU minutes
     python benchmarks/padding.py --model smollm2-135m --sequences 64
     python benchmarks/padding.py --sequences 64          a quick look
 
