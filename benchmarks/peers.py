@@ -1,7 +1,7 @@
 """The same job by fedloom, by Flower's simulation, by a bare loop, and with a process for each client: CPU time of each.
 
     python benchmarks/peers.py --install          once: Flower 1.41 into a virtual environment of its own (1.6 GB)
-    python benchmarks/peers.py                    … minutes
+    python benchmarks/peers.py                    4 CPU minutes and more
     python benchmarks/peers.py --steps 100        a longer job, in which loading counts less
     python benchmarks/peers.py --ways fedloom bare processes     where PyPI cannot be reached
 
