@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 export OMP_WAIT_POLICY := PASSIVE
 export MKL_CBWR := AVX2
 
-.PHONY: quickstart demo-distributed test test-slow test-faults check docs wheel containers wheelhouse clean
+.PHONY: quickstart demo-distributed test test-slow test-faults check bench docs wheel containers wheelhouse clean
 
 quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
@@ -33,6 +33,15 @@ check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff check fedloom tests containers
 	$(BIN)/mypy
 	$(MAKE) test
+
+bench: $(VENV)/.dev  ## the short benchmarks (benchmarks/README.md), under ten minutes
+	$(BIN)/python benchmarks/overhead.py --pairs 0
+	$(BIN)/python benchmarks/profile.py
+	$(BIN)/python benchmarks/padding.py --sequences 128
+	$(BIN)/python benchmarks/operators.py
+	$(BIN)/python benchmarks/exactness.py
+	$(BIN)/python benchmarks/low_traffic.py
+	$(BIN)/python benchmarks/privacy.py
 
 docs: $(VENV)/.dev  ## write the generated pages again
 	$(BIN)/python docs/generate.py

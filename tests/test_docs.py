@@ -14,7 +14,7 @@ from fedloom.cli import app
 from fedloom.config import Recipe, builtin_recipes
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
 
 
 def test_the_generated_pages_are_what_the_code_says():

@@ -174,49 +174,83 @@ def fit(
     Raises:
         ClientFailed: ``non_finite``, naming the step and its examples, where the recipe does not skip.
     """
-    parameter = model.parameter if parameter is None else parameter
-    gradient = parameter.grad
-    assert gradient is not None
-    optimizer = make_optimizer(config, parameter)
-    if optimizer_state:
-        load_optimizer_tensors(optimizer, parameter, optimizer_state)
-    flops = Flops(model)
-    result, scale = FitResult(), LossScale(config.precision)
-    weighted, weight = 0.0, 0
+    stepper = Stepper(
+        model, learner, config, optimizer_state=optimizer_state, parameter=parameter, hooks=hooks, ranks=ranks
+    )
     model.module.train()
     try:
         for number, batches in enumerate(steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(config, first_step + number, total_steps)
-            if hooks:
-                hooks.step(number, batches, learning_rate(config, first_step + number, total_steps))
-            loss = _gradient(model, learner, batches, config, result, flops, ranks, hooks, scale)
-            learner.before_step(model)
-            if hooks:
-                hooks.before_step(loss)
-            norm = float(gradient.norm())
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
-                result.skipped_steps += 1
-                continue
-            if config.clip is not None and norm > config.clip:
-                gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-            optimizer.step()
-            learner.after_step(model)
-            if hooks:
-                hooks.after_step()
-            tokens = sum(b.units for b in batches)
-            weighted, weight = weighted + loss * tokens, weight + tokens
-            result.steps += 1
+            stepper.step(number, batches, learning_rate(config, first_step + number, total_steps))
         if hooks:
             hooks.end()
     finally:
         model.module.eval()
         model.grad.zero_()
-    result.loss = weighted / weight if weight else math.nan
-    result.tokens, result.flops = ranks.counts(result.tokens, result.flops)
-    result.optimizer_state = optimizer_tensors(optimizer, parameter)
-    return result
+    return stepper.finished()
+
+
+class Stepper:
+    """Takes one optimiser step after another: all of a step's work is in `step`, and what is not, `fit` adds.
+
+    The model is in training mode around it. Arguments as `fit` has them.
+    """
+
+    def __init__(
+        self,
+        model: AdaptedModel,
+        learner: Learner,
+        config: TrainConfig,
+        *,
+        optimizer_state: Mapping[str, torch.Tensor] | None = None,
+        parameter: torch.nn.Parameter | None = None,
+        hooks: FitHooks | None = None,
+        ranks: Ranks = ALONE,
+    ) -> None:
+        self.model, self.learner, self.config, self.hooks, self.ranks = model, learner, config, hooks, ranks
+        self.parameter = model.parameter if parameter is None else parameter
+        self.optimizer = make_optimizer(config, self.parameter)
+        if optimizer_state:
+            load_optimizer_tensors(self.optimizer, self.parameter, optimizer_state)
+        self._flops = Flops(model)
+        self._scale = LossScale(config.precision)
+        self._result = FitResult()
+        self._weighted, self._weight = 0.0, 0
+
+    def step(self, number: int, batches: Sequence[Batch], rate: float) -> None:
+        """Step `number` (from 0) over `batches`, its forward passes, at the learning rate `rate`. Raises as `fit` does."""
+        config, hooks, result = self.config, self.hooks, self._result
+        gradient = self.parameter.grad
+        assert gradient is not None
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        if hooks:
+            hooks.step(number, batches, rate)
+        loss = _gradient(self.model, self.learner, batches, config, result, self._flops, self.ranks, hooks, self._scale)
+        self.learner.before_step(self.model)
+        if hooks:
+            hooks.before_step(loss)
+        norm = float(gradient.norm())
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
+            result.skipped_steps += 1
+            return
+        if config.clip is not None and norm > config.clip:
+            gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        self.optimizer.step()
+        self.learner.after_step(self.model)
+        if hooks:
+            hooks.after_step()
+        tokens = sum(b.units for b in batches)
+        self._weighted, self._weight = self._weighted + loss * tokens, self._weight + tokens
+        result.steps += 1
+
+    def finished(self) -> FitResult:
+        """What the steps so far add up to, over all ranks."""
+        result = self._result
+        result.loss = self._weighted / self._weight if self._weight else math.nan
+        result.tokens, result.flops = self.ranks.counts(result.tokens, result.flops)
+        result.optimizer_state = optimizer_tensors(self.optimizer, self.parameter)
+        return result
 
 
 def _gradient(

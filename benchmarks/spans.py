@@ -1,0 +1,172 @@
+"""Time of a run by what it goes into: the seams of the project that benchmarks/profile.py times, and the sums.
+
+The seams are the project's own public functions, replaced for a while by ones that read the clock around them. A span's
+time is without that of the spans within it, so whatever calls whatever, nothing is counted twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pairs import load
+from small import recipe_values, small_model
+from worded import worded_rows
+
+from fedloom import Recipe, run
+from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.fedavg import FedAvg
+from fedloom.checkpoint import Checkpoints, ClientStore
+from fedloom.client import Client
+from fedloom.experiment import Watch
+from fedloom.models.adapters import AdaptedModel
+from fedloom.operators.channel import ClientChannel, ServerChannel
+from fedloom.overrides import parse_overrides
+from fedloom.runtimes import wire
+from fedloom.tracking import Events
+from fedloom.training.objectives import Sft
+from fedloom.training.trainer import LocalRun, Stepper
+
+#: (whose, which function, what its own time is called).
+SEAMS: list[tuple[Any, str, str]] = [
+    (Algorithm, "local_loss", "forward"),
+    (AdaptedModel, "backward", "backward"),
+    (Stepper, "step", "optimiser"),
+    (Stepper, "__init__", "setup"),
+    (LocalRun, "fit", "setup"),
+    (Sft, "batch", "batches"),
+    (Algorithm, "receive", "swap"),
+    (ClientStore, "load", "swap"),
+    (ClientStore, "save", "swap"),
+    (ServerChannel, "sent", "encode"),
+    (ServerChannel, "opened", "encode"),
+    (ClientChannel, "received", "encode"),
+    (ClientChannel, "encoded", "encode"),
+    (wire, "encode_assignment", "encode"),
+    (wire, "decode_assignment", "encode"),
+    (wire, "encode_outcome", "encode"),
+    (wire, "decode_outcome", "encode"),
+    (FedAvg, "aggregate", "aggregate"),
+    (Algorithm, "accept", "aggregate"),
+    (Checkpoints, "save", "checkpoint"),
+    (Checkpoints, "amend", "checkpoint"),
+    (Events, "write", "events"),
+]
+NAMES = [*dict.fromkeys(name for _, _, name in SEAMS), "evaluate"]
+
+
+class Spans:
+    """CPU seconds by name; what a span calls that has a name of its own is not counted twice."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+        self._inner: list[float] = []
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        began = time.process_time()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            took = time.process_time() - began
+            self.seconds[name] += took - self._inner.pop()
+            if self._inner:
+                self._inner[-1] += took
+
+    def timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def call(*args: Any, **keywords: Any) -> Any:
+            with self.span(name):
+                return function(*args, **keywords)
+
+        return call
+
+    def handle(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """A client's work: its own time is evaluation's or belongs to its turn."""
+
+        def call(client: Client, assignment: Any) -> Any:
+            with self.span("setup" if assignment.kind == "train" else "evaluate"):
+                return plain(client, assignment)
+
+        return call
+
+
+@contextmanager
+def watched(spans: Spans) -> Iterator[None]:
+    """In this block all seams are timed."""
+    plain = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in SEAMS]
+    plain.append((Client, "handle", Client.handle))
+    for owner, attribute, name in SEAMS:
+        setattr(owner, attribute, spans.timed(getattr(owner, attribute), name))
+    Client.handle = spans.handle(Client.handle)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for owner, attribute, function in plain:
+            setattr(owner, attribute, function)
+
+
+def recipe_for(model: str, scratch: Path, overrides: dict[str, Any]) -> Recipe:
+    small = model == "S"
+    rows = worded_rows(scratch / "rows.jsonl", 400, (3, 9) if small else (12, 28))
+    values = recipe_values(small_model(scratch / "model") if small else Path(model), rows, 4)
+    train = {"steps": 10 if small else 4, "batch_size": 8, "lr": 1e-3}
+    evaluation = {"suite": None, "answers": 0, "every": 1}
+    split = {"splitter": "uniform", "num_clients": 4, "test": 0.1, "validation": 0.0}
+    federation = {"rounds": 3 if small else 1}
+    parts = {"train": train, "evaluation": evaluation, "split": split, "federation": federation}
+    return Recipe.parse(values | parts, {"data.max_length": 192, **overrides})
+
+
+def profiled(recipe: Recipe, out: Path) -> tuple[Counter[str], float, float]:
+    """(CPU seconds by name, all CPU seconds, wall seconds) from the first round's start to the last evaluation."""
+    spans = Spans()
+    ends: list[tuple[float, float, Counter[str]]] = []
+
+    def event(record: dict[str, Any]) -> None:
+        if record["event"] == "round_started" and not ends:
+            spans.seconds.clear()
+            ends.append((time.process_time(), time.perf_counter(), Counter()))
+        elif record["event"] == "evaluation" and record["round"] == recipe.federation.rounds:
+            ends.append((time.process_time(), time.perf_counter(), Counter(spans.seconds)))
+
+    with watched(spans):
+        run(recipe, out=out, watch=Watch(event=event))
+    (cpu, wall, _), (cpu_end, wall_end, seconds) = ends
+    return seconds, cpu_end - cpu, wall_end - wall
+
+
+def main(about: str) -> int:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="S", help="S, or a model as in a recipe (smollm2-135m)")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for `fedloom run`")
+    arguments = parser.parse_args()
+    print(f"model={arguments.model} {load()}", flush=True)
+    with tempfile.TemporaryDirectory() as name:
+        recipe = recipe_for(arguments.model, Path(name), parse_overrides(arguments.overrides))
+        seconds, cpu, wall = profiled(recipe, Path(name) / "run")
+    named = sum(seconds.values())
+    for name in NAMES:
+        print(f"{name}_share={seconds[name] / wall:.4f} {name}_cpu={seconds[name] / cpu:.4f}")
+    print(f"idle_share={(wall - cpu) / wall:.4f}", f"rest_share={(cpu - named) / wall:.4f}", sep="\n")
+    print(
+        f"round_seconds={wall / recipe.federation.rounds:.2f}",
+        f"round_cpu_seconds={cpu / recipe.federation.rounds:.2f}",
+    )
+    print(f"covered={named / cpu:.4f}", load(), sep="\n")
+    if named / cpu < 0.98:
+        print("missed: covered", file=sys.stderr)
+        return 1
+    return 0
