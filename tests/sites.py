@@ -12,7 +12,8 @@ from fedloom.experiment import Result, run
 from fedloom.policy import Audit, Policy
 from fedloom.project import SiteConfig
 from fedloom.runtimes.agent import Agent
-from fedloom.runtimes.distributed import Distributed, Patience
+from fedloom.runtimes.distributed import Distributed
+from fedloom.runtimes.exchange import Patience
 from fedloom.runtimes.link import Answer
 from fedloom.runtimes.worker import WorkerLost
 from fedloom.site import Room

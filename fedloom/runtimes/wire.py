@@ -60,7 +60,7 @@ class Split(NamedTuple):
         return len(self.start) + len(self.body) + len(self.digest)
 
 
-def split(message: bytes | bytearray) -> Split:
+def split(message: bytes | bytearray | memoryview) -> Split:
     """The pieces of a message, the body a window into it. Raises WireError where its header's length cannot be."""
     if len(message) < 8 or message[:4] != MAGIC:
         raise WireError("this is no fedloom message, or one of another version")
@@ -80,7 +80,7 @@ def encode_assignment(assignment: Assignment) -> bytes:
     return stream_assignment(assignment).joined()
 
 
-def decode_assignment(message: bytes | bytearray | Split, max_bytes: int | None = None) -> Assignment:
+def decode_assignment(message: bytes | bytearray | memoryview | Split, max_bytes: int | None = None) -> Assignment:
     header, payload = _unpack(message, ("assignment",), max_bytes)
     return _made(Assignment, header.get("fields"), payload=payload)
 
@@ -103,7 +103,7 @@ def encode_outcome(outcome: Outcome) -> bytes:
     return stream_outcome(outcome).joined()
 
 
-def decode_outcome(message: bytes | bytearray | Split, max_bytes: int | None = None) -> Outcome:
+def decode_outcome(message: bytes | bytearray | memoryview | Split, max_bytes: int | None = None) -> Outcome:
     header, payload = _unpack(message, ("update", "failure"), max_bytes)
     cost = _made(Cost, header.get("cost"))
     if header["message"] == "update":
@@ -164,7 +164,7 @@ def _chunks(start: bytes, tensors: list[torch.Tensor]) -> Iterator[memoryview]:
 
 
 def _unpack(
-    message: bytes | bytearray | Split, kinds: tuple[str, ...], max_bytes: int | None
+    message: bytes | bytearray | memoryview | Split, kinds: tuple[str, ...], max_bytes: int | None
 ) -> tuple[dict[str, Any], Payload]:
     total = message.total if isinstance(message, Split) else len(message)
     if max_bytes is not None and total > max_bytes:

@@ -28,7 +28,7 @@ from fedloom.runtimes.flare.launcher import clear_jobs
 
 #: Messages are large and come in any order: what is freed goes back to the system instead of into holes of the heap. Without
 #: a threshold that is set, glibc raises it to 32 MB by itself.
-ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "524288", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "4194304", "MALLOC_TRIM_THRESHOLD_": "67108864"}
 
 #: States in which the engine's job is over.
 OVER = "FINISHED"
