@@ -137,11 +137,11 @@ def test_a_site_keeps_the_runs_that_were_opened_last(tmp_path, capsys):
     run_folder(home, runs[0], 3)  # the oldest is carried on
     assert left(home) == {runs[0], runs[2], runs[3]}
     assert capsys.readouterr().out.count("keep_runs") == 1
-    os.utime(home / "runs" / runs[0], (5, 5))  # a clock that was put back
+    run_folder(home, runs[4], 2)
+    assert left(home) == {runs[0], runs[4]}, "what was carried on is newer than what began after it"
+    os.utime(home / "runs" / runs[4], (2**33, 2**33))  # a clock that was put back
     run_folder(home, runs[0], 1)
     assert left(home) == {runs[0]}
-    run_folder(home, runs[4], 2)
-    assert left(home) == {runs[0], runs[4]}
     assert (home / "runs" / "notes").is_dir()
     assert elsewhere.is_dir()
 

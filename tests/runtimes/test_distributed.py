@@ -88,6 +88,10 @@ def test_a_large_message_travels_in_bounded_pieces(tmp_path):
     verbs = [verb for _, verb in link.log]
     assert verbs.count("put") == 1 + 2, "the recipe in one piece, the assignment in two"
     assert verbs.count("fetch") == 1, "an answer's first piece comes with the news that it is there"
+    until = time.monotonic() + 10
+    while any(len(work.result) for work in link.agents["a"]._works.values()) and time.monotonic() < until:
+        time.sleep(0.01)  # nobody waits for the answer to `drop`
+    assert not any(len(work.result) for work in link.agents["a"]._works.values()), "the site holds nothing of it"
     link.close()
 
 
