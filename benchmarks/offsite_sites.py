@@ -3,10 +3,10 @@
     python benchmarks/offsite_sites.py             5 minutes on two busy cores, 10 GB of memory, 3 GB of disk
     python benchmarks/offsite_sites.py --model PATH train.steps=2
 
-A server and three sites on loopback, each site with an empty cache of its own (FEDLOOM_HOME, HF_HOME), no line to any hub. What
-arrives at a site's process is written down byte by byte before its agent sees it. Few steps: the plug-in has to be the
-simulator's, not good. Weights of the dropped layers are looked for by 256 bytes from the middle of each, in fp32, bf16 and
-fp16, their names as text; in what arrived and in every file that a site has afterwards. Lines:
+A server and three sites on loopback, each with an empty cache of its own (FEDLOOM_HOME, HF_HOME) and no hub. What arrives
+at a site's process is written down byte by byte before its agent sees it. Few steps: the plug-in has to be the simulator's,
+not good. Weights of the dropped layers are looked for by 256 bytes from the middle of each, in fp32, bf16 and fp16, their
+names as text; in what arrived, and in every file that a site has afterwards. Lines:
 
     plug_in.sites=  plug_in.simulator=    sha256 of both;  plug_in.equal=yes|no
     received_bytes=                       of all sites

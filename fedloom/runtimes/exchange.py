@@ -92,6 +92,7 @@ class Exchange:
             if kind == "work" and answer.header.get("state") == "unprepared":
                 raise Unprepared
             _expect(site, answer, "taken")
+        data.close()  # the work may take hours
         size, first = self._awaited(site, work, deadline, min(PIECE, limit))
         if size > limit:
             self._drop(site, work)

@@ -56,12 +56,12 @@ def test_a_site_that_cannot_write_its_audit_log_says_nothing():
     from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
     from nvflare.fuel.f3.message import Message
 
-    from fedloom.runtimes.flare.link import handler, packed
+    from fedloom.runtimes.flare.link import handler, start
 
     def answer(header, data):
         raise OSError(errno.ENOSPC, "No space left on device", "/data/patients/audit.jsonl")
 
-    request = Message({MessageHeaderKey.ORIGIN: "server.job"}, packed({"verb": "hello"}, b""))
+    request = Message({MessageHeaderKey.ORIGIN: "server.job"}, start({"verb": "hello"}))
     reply = handler(answer, "server.job")(request)
     assert reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.PROCESS_EXCEPTION
     assert "patients" not in f"{reply.headers} {reply.payload}"

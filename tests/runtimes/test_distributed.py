@@ -28,7 +28,10 @@ def echo(kind, body, deadline=None, stopped=None):
     """A trainer that sends the payload back, doubled."""
     if kind == "prepare":
         return {"state": "done"}, json.dumps(COUNTS).encode()
-    given = wire.decode_assignment(body)
+    try:
+        given = wire.decode_assignment(body)
+    except wire.WireError as error:
+        return {"state": "failed", "reason": "bad_message", "detail": str(error)}, b""
     payload = Payload({n: t * 2 for n, t in given.payload.tensors.items()})
     return {"state": "done"}, wire.encode_outcome(Update(given.client, given.round, payload, 5, 40, {"loss": 1.0}))
 

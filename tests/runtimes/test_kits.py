@@ -113,7 +113,7 @@ def test_a_sites_job_answers_its_own_runs_server_and_nobody_else():
     from nvflare.fuel.f3.cellnet.fqcn import FQCN
     from nvflare.fuel.f3.message import Message
 
-    from fedloom.runtimes.flare.link import attend, packed
+    from fedloom.runtimes.flare.link import attend, start
     from fedloom.runtimes.link import Answer
 
     class Engine:
@@ -128,7 +128,7 @@ def test_a_sites_job_answers_its_own_runs_server_and_nobody_else():
         engine, "job-1", lambda header, data: asked.append((header, bytes(data))) or Answer({"state": "here"}, b"ab")
     )
     code = MessageHeaderKey.RETURN_CODE
-    question = packed({"verb": "hello"}, b"xyz")
+    question = start({"verb": "hello"}) + b"xyz"
     reply = engine.cb(Message({MessageHeaderKey.ORIGIN: FQCN.join(["server", "job-1"])}, question))
     assert reply.get_header(code) == ReturnCode.OK
     assert reply.payload == {"header": '{"state": "here"}', "data": b"ab"}

@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from nvflare.apis.signal import Signal
-from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.defs import Encoding, MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply
 from nvflare.fuel.f3.message import Message
+from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 
 from fedloom.errors import RunFailed
 from fedloom.runtimes.link import PIECE, Answer, Bytes
@@ -32,6 +33,9 @@ log = logging.getLogger("fedloom")
 CHANNEL = "fedloom"
 TOPIC = "ask"
 MAX_HEADER = 1 << 16
+
+#: The engine sends the buffers of such a message one after another, without another copy.
+AS_IT_IS = {StreamHeaderKey.PAYLOAD_ENCODING: Encoding.BYTES}
 
 
 class FlareLink:
@@ -54,18 +58,18 @@ class FlareLink:
         if client is None:
             return None
         reply = self._engine.get_cell().send_request(
-            channel=CHANNEL, topic=TOPIC, target=FQCN.join([client.get_fqcn(), self._job]),
-            request=Message(payload=packed(header, data)), timeout=timeout, optional=True, abort_signal=self._abort,
+            channel=CHANNEL, topic=TOPIC, target=FQCN.join([client.get_fqcn(), self._job]), timeout=timeout,
+            request=Message(dict(AS_IT_IS), [start(header), data]), optional=True, abort_signal=self._abort,
         )  # fmt: skip
         if reply.get_header(MessageHeaderKey.RETURN_CODE) != ReturnCode.OK or not isinstance(reply.payload, dict):
             return None
         return _answer(reply.payload.get("header"), reply.payload.get("data"))
 
 
-def packed(header: Mapping[str, Any], data: Bytes) -> bytes:
-    """A question as it travels."""
+def start(header: Mapping[str, Any]) -> bytes:
+    """What a question's data stands behind."""
     text = json.dumps(header, allow_nan=False).encode()
-    return b"".join((struct.pack("<I", len(text)), text, data))
+    return struct.pack("<I", len(text)) + text
 
 
 def _question(payload: object) -> Answer | None:
