@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,28 @@ PATIENCE = 480.0
 
 
 class Federation:
-    """A server and three sites on loopback, for one job after another. Their kits allow this benchmark's classes too."""
+    """A server and three sites on loopback, for one job after another. Their kits allow a benchmark's classes too.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        clients: site → its client; null names them alike.
+        settings: site → what its own file says beside the client.
+        own: site → environment of its service.
+        site_class: what a job may start at a site, besides the real one.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        clients: Mapping[str, str] | None = None,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        own: Mapping[str, Mapping[str, str]] | None = None,
+        site_class: str = "distributed_jobs.PlainSite",
+    ) -> None:
         self.folder = folder
         kits = folder / "kits"
         server = {"host": "localhost", "port": free_port(), "also": ["127.0.0.1"]}
-        self.project = Project.model_validate({"name": "benchmark", "server": server, "sites": list(SITES)})
+        sites = [{"name": site, "client": (clients or {}).get(site, site)} for site in SITES]
+        self.project = Project.model_validate({"name": "benchmark", "server": server, "sites": sites})
         provision(self.project, kits)
         (folder / "none.jsonl").touch()
         self.environment = {
@@ -72,13 +88,15 @@ class Federation:
         }
         self._allow(kits / "server", ["distributed_jobs.Measured"])
         for site in SITES:
-            self._allow(kits / site, ["distributed_jobs.PlainSite"])
-            settle(kits / site, {"data": str(folder / "none.jsonl")})
+            self._allow(kits / site, [site_class])
+            settle(kits / site, (settings or {}).get(site, {"data": str(folder / "none.jsonl")}))
         self.server = server_service(kits / "server", self.environment)
         self.services: list[Service] = [self.server]
         for site in SITES:
-            own = {"FEDLOOM_SITE": str(kits / site / "home" / "site.yaml"), "FEDLOOM_BENCH_SLEEP": str(SLEEP)}
-            self.services.append(site_service(kits / site, site, self.environment | own))
+            more = {"FEDLOOM_SITE": str(kits / site / "home" / "site.yaml"), "FEDLOOM_BENCH_SLEEP": str(SLEEP)}
+            self.services.append(
+                site_service(kits / site, site, self.environment | more | dict((own or {}).get(site, {})))
+            )
         self.admin = Admin(kits / "admin", self.project.admin)
         self._await(lambda: len(self.admin.connected()) == len(SITES), "the sites")
 

@@ -73,10 +73,11 @@ from nvflare.apis.shareable import Shareable, make_reply  # noqa: E402
 from fedloom.policy import Audit, Policy  # noqa: E402
 from fedloom.project import SiteConfig, load_section  # noqa: E402
 from fedloom.runtimes.agent import Agent  # noqa: E402
-from fedloom.runtimes.distributed import Distributed, Patience  # noqa: E402
+from fedloom.runtimes.distributed import Distributed  # noqa: E402
+from fedloom.runtimes.exchange import Patience  # noqa: E402
 from fedloom.runtimes.flare.controller import RunController  # noqa: E402
 from fedloom.runtimes.flare.executor import SiteExecutor  # noqa: E402
-from fedloom.runtimes.flare.link import TOPIC, FlareLink, handler  # noqa: E402
+from fedloom.runtimes.flare.link import FlareLink, attend  # noqa: E402
 
 
 class PlainSite(SiteExecutor):
@@ -92,7 +93,7 @@ class PlainSite(SiteExecutor):
         command = [sys.executable, __file__]
         start = lambda recipe: worker.Worker(command, home / "trainer.log", policy.max_message_bytes)  # noqa: E731
         self._agent = Agent(start, policy, Audit(home / "audit.jsonl"))
-        fl_ctx.get_engine().register_aux_message_handler(TOPIC, handler(self._agent.answer))
+        attend(fl_ctx.get_engine(), fl_ctx.get_job_id(), self._agent.answer)
         fl_ctx.get_engine().register_aux_message_handler(ECHO, sent_back)
 
 

@@ -80,6 +80,9 @@ def join(
     threads: Annotated[int | None, typer.Option("--threads", help="CPU threads, shared out among ranks")] = None,
     ranks: Annotated[int | None, typer.Option("--ranks", help="processes that train together here")] = None,
     parallel: Annotated[str | None, typer.Option("--parallel", help="how they do: ddp or fsdp")] = None,
+    keep_runs: Annotated[
+        int | None, typer.Option("--keep-runs", help="runs whose state stays here; older ones are deleted (5)")
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="look whether everything is in place, and do not join")
     ] = False,
@@ -90,6 +93,7 @@ def join(
     settings = {
         "data": data, "columns": parse_overrides(column) if column else None, "model": model,
         "batch_size": batch_size, "device": device, "threads": threads, "ranks": ranks, "parallel": parallel,
+        "keep_runs": keep_runs,
     }  # fmt: skip
     site = federation.get("settle")(kit, settings)
     if check:

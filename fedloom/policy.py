@@ -132,7 +132,7 @@ class Audit:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
-    def left(self, what: str, *data: bytes, **about: str | int) -> None:
+    def left(self, what: str, *data: bytes | bytearray | memoryview, **about: str | int) -> None:
         """A message that left; `data` are its parts in their order."""
         digest = hashlib.sha256()
         for part in data:

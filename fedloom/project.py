@@ -110,6 +110,9 @@ class SiteConfig(Section):
         None, ge=1, le=64, description="processes that train together here, if not as many as the recipe says"
     )
     parallel: Literal["ddp", "fsdp"] | None = Field(None, description="how they do, if not as the recipe says")
+    keep_runs: int = Field(
+        5, ge=1, description="runs whose state and results stay here, the present one counted; older ones are deleted"
+    )
 
 
 def load_section(cls: type[Any], path: Path, what: str) -> Any:

@@ -51,7 +51,8 @@ from fedloom.overrides import load_yaml
 from fedloom.project import Project
 from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder
-from fedloom.runtimes.distributed import Distributed, Patience, StartAgain
+from fedloom.runtimes.distributed import Distributed, StartAgain
+from fedloom.runtimes.exchange import Patience
 from fedloom.runtimes.flare.controller import RunController
 from fedloom.runtimes.flare.link import FlareLink
 from fedloom.runtimes.worker import end_with_parent

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import traceback
 from collections.abc import Mapping
@@ -110,6 +111,19 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     return corpus, partition, asked[site.client]
 
 
+def run_folder(home: Path, run: str, keep: int) -> Path:
+    """The folder of a run's state and results. Of the others the newest `keep` - 1 stay: those that were opened last."""
+    folder = home / "runs" / run
+    folder.mkdir(parents=True, exist_ok=True)
+    os.utime(folder)
+    others = [p for p in folder.parent.iterdir() if RUN.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
+    others.remove(folder)
+    for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[keep - 1 :]:
+        print(f"the run {old.name} is older than the {keep} that this site keeps (keep_runs): deleted", flush=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
 def open_site(
     values: Mapping[str, Any],
     run: str,
@@ -142,7 +156,7 @@ def open_site(
     if suite is not None:
         suite.check([corpus.examples[i] for i in questions])
     data = FederatedData(corpus, sequences, partition, {site.client: questions if suite else ()})
-    folder = home / "runs" / run
+    folder = run_folder(home, run, site.keep_runs) if place.first else home / "runs" / run
     store = ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1)
     shard = partition.shards[site.client]
     counts = {

@@ -12,9 +12,10 @@ from fedloom.experiment import Result, run
 from fedloom.policy import Audit, Policy
 from fedloom.project import SiteConfig
 from fedloom.runtimes.agent import Agent
-from fedloom.runtimes.distributed import Distributed, Patience
+from fedloom.runtimes.distributed import Distributed
+from fedloom.runtimes.exchange import Patience
 from fedloom.runtimes.link import Answer
-from fedloom.runtimes.worker import WorkerLost
+from fedloom.runtimes.worker import Worker, WorkerLost
 from fedloom.site import Room
 
 #: Short enough for a test, long enough for a slow machine.
@@ -52,9 +53,10 @@ class Sites:
         self._trainers = trainers
         self.agents = {site: self.agent(site) for site in trainers}
 
-    def agent(self, site: str) -> Agent:
+    def agent(self, site: str, start: Callable[[Mapping[str, Any]], Any] | None = None) -> Agent:
         audit = Audit(self.folder / site / "audit.jsonl")
-        return Agent(lambda recipe: Inline(self._trainers[site]), self._policy, audit, self.said.append)
+        own = start or (lambda recipe: Inline(self._trainers[site]))
+        return Agent(own, self._policy, audit, self.said.append)
 
     def ask(self, site: str, header: Mapping[str, Any], data: bytes, timeout: float) -> Answer | None:
         self.log.append((site, str(header["verb"])))
@@ -72,9 +74,17 @@ Alter = Callable[[str, bytes, bytes], bytes]
 
 
 def between_sites(
-    recipe: Recipe, files: Mapping[str, Path], folder: Path, alter: Alter = lambda client, asked, message: message
+    recipe: Recipe,
+    files: Mapping[str, Path],
+    folder: Path,
+    alter: Alter = lambda client, asked, message: message,
+    processes: Mapping[str, Callable[[Mapping[str, Any]], Worker]] | None = None,
 ) -> Result:
-    """A run whose clients are sites, each with its own trainer's code, data and state; no engine, no processes."""
+    """A run whose clients are sites, each with its own trainer's code, data and state; no engine.
+
+    Args:
+        processes: clients whose trainer is a process, or several, and what starts it for a recipe.
+    """
     from fedloom import serving  # imports the engine
 
     policy, turn = Policy.model_validate({}), Lock()  # trainers are processes; threads would share transformers' state
@@ -90,6 +100,9 @@ def between_sites(
         return answer
 
     link = Sites(folder, {client: trainer(client, path) for client, path in files.items()})
+    for client, start in (processes or {}).items():
+        link.agents[client].close()
+        link.agents[client] = link.agent(client, start)
     runtime = Distributed(link, {c: c for c in files}, list(files), Patience(poll=0.5))
     try:
         return run(recipe, folder / "run", remote=serving.Sites(runtime, False))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -19,7 +21,7 @@ from fedloom.policy import Policy, Refused
 from fedloom.project import Project, SiteConfig
 from fedloom.registry import Registry
 from fedloom.runtimes.versions import mismatch, own
-from fedloom.site import Room, localised, own_data
+from fedloom.site import Room, localised, own_data, run_folder
 from fedloom.tracking import read_events
 from fedloom.types import Failure, Payload, Update
 
@@ -119,6 +121,50 @@ def test_a_site_has_as_many_ranks_as_it_says(tiny_recipe, tmp_path):
     for wanted in (4, 0, "2", 10**9):
         with pytest.raises(Refused, match=r"allows 3 \(ranks\)"):
             policy.ranks_of({"runtime": {"ranks": wanted}})
+
+
+def test_a_site_keeps_the_runs_that_were_opened_last(tmp_path, capsys):
+    """The present one always, whatever the clock and the folders say; nothing is deleted that is no run's folder."""
+    home, runs = tmp_path / "home", [f"{i:032x}" for i in range(5)]
+    (home / "runs" / "notes").mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (home / "runs" / ("a" * 32)).symlink_to(elsewhere)
+    for age, run_id in enumerate(runs[:4]):
+        (run_folder(home, run_id, 9) / "clients").mkdir()
+        os.utime(home / "runs" / run_id, (1000 + age, 1000 + age))
+    capsys.readouterr()
+    run_folder(home, runs[0], 3)  # the oldest is carried on
+    assert left(home) == {runs[0], runs[2], runs[3]}
+    assert capsys.readouterr().out.count("keep_runs") == 1
+    run_folder(home, runs[4], 2)
+    assert left(home) == {runs[0], runs[4]}, "what was carried on is newer than what began after it"
+    os.utime(home / "runs" / runs[4], (2**33, 2**33))  # a clock that was put back
+    run_folder(home, runs[0], 1)
+    assert left(home) == {runs[0]}
+    assert (home / "runs" / "notes").is_dir()
+    assert elsewhere.is_dir()
+
+
+def left(home):
+    return {p.name for p in (home / "runs").iterdir() if p.name != "notes" and not p.is_symlink()}
+
+
+def test_a_site_that_keeps_one_run_ends_with_its_last(tiny_recipe, dealt, tmp_path, monkeypatch):
+    """Through the site's own code, by the setting in its file."""
+    recipe = tiny_recipe({"federation.rounds": 1, "evaluation.every": 0, "algorithm": "ditto"})
+    files = dealt(recipe)
+    first = SiteConfig.model_fields["keep_runs"].default
+    assert first == 5
+    monkeypatch.setattr("sites.SiteConfig", lambda **values: SiteConfig(**values, keep_runs=1))
+    kept = []
+    for overwrite in ("one", "two"):
+        between_sites(recipe, files, tmp_path / "sites")
+        kept.append({p.name for p in (tmp_path / "sites" / "last" / "runs").iterdir()})
+        shutil.move(tmp_path / "sites" / "run", tmp_path / overwrite)
+    assert [len(k) for k in kept] == [1, 1]
+    assert kept[0] != kept[1]
+    assert list((tmp_path / "sites" / "last" / "runs").rglob("*.safetensors")), "the state of the run that is kept"
 
 
 def test_a_sites_trainer_is_started_with_its_ranks(tiny_recipe, tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from fedloom.policy import Audit, Policy, Refused
 from fedloom.runtimes import versions
-from fedloom.runtimes.link import PIECE, Answer
+from fedloom.runtimes.link import PIECE, Answer, Bytes
 from fedloom.runtimes.worker import Stopped, Worker, WorkerLate, WorkerLost
 
 #: So many pieces of work are remembered, those that nobody works on, so that an answer can be repeated.
@@ -37,16 +37,26 @@ class Work:
     """One piece of work on its way through the site."""
 
     kind: str
-    data: bytearray
+    size: int
     deadline: float | None
+    data: Bytes = b""
     received: int = 0
     state: State = "arriving"
-    result: bytes | bytearray = b""
+    result: Bytes = b""
     reason: str = ""
     detail: str = ""
     stopped: bool = False
     began: float = 0.0
     changed: threading.Event = field(default_factory=threading.Event)
+
+    def take(self, offset: int, data: Bytes) -> None:
+        """A piece of it. One that is the whole is kept as it came."""
+        if len(data) == self.size:
+            self.data = data
+            return
+        if not self.data:
+            self.data = bytearray(self.size)
+        memoryview(self.data)[offset : offset + len(data)] = data
 
 
 class Agent:
@@ -79,7 +89,7 @@ class Agent:
         self._thread = threading.Thread(target=self._serve, name="trainer", daemon=True)
         self._thread.start()
 
-    def answer(self, header: Mapping[str, Any], data: bytes) -> Answer:
+    def answer(self, header: Mapping[str, Any], data: Bytes) -> Answer:
         """One question's answer. Every one is a line in the audit log."""
         verb = header.get("verb")
         verbs = {"hello": self._hello, "put": self._put, "wait": self._wait, "fetch": self._fetch, "drop": self._drop}
@@ -98,7 +108,7 @@ class Agent:
 
     # ------------------------------------------------------------------ questions
 
-    def _hello(self, header: Mapping[str, Any], data: bytes) -> Answer:
+    def _hello(self, header: Mapping[str, Any], data: Bytes) -> Answer:
         theirs = header.get("versions")
         differs = versions.mismatch(versions.own(), theirs if isinstance(theirs, dict) else {})
         refusal = f"the server's versions do not fit: {differs}" if differs else ""
@@ -107,7 +117,7 @@ class Agent:
         self._refusal = refusal
         return Answer({"state": "here", "versions": versions.own()})
 
-    def _put(self, header: Mapping[str, Any], data: bytes) -> Answer:
+    def _put(self, header: Mapping[str, Any], data: Bytes) -> Answer:
         name, kind, deadline = str(header.get("work")), header.get("kind"), header.get("deadline")
         offset, size = _whole(header.get("offset")), _whole(header.get("size"))
         if kind not in {"prepare", "work"} or not 0 <= offset <= size or len(data) != min(PIECE, size - offset):
@@ -122,43 +132,43 @@ class Agent:
             if name not in self._works:
                 if offset:
                     return Answer({"state": "unknown"})
-                self._works[name] = Work(kind, bytearray(size), deadline if isinstance(deadline, int | float) else None)
+                self._works[name] = Work(kind, size, deadline if isinstance(deadline, int | float) else None)
                 self._forget()
             work = self._works[name]
-            if work.state == "arriving" and len(work.data) == size:
-                work.data[offset : offset + len(data)] = data
+            if work.state == "arriving" and work.size == size and not work.stopped:
+                work.take(offset, data)
                 work.received = max(work.received, offset + len(data))
                 if work.received == size:
                     work.state = "queued"
                     self._ready.notify_all()
         return Answer({"state": "taken"})
 
-    def _wait(self, header: Mapping[str, Any], data: bytes) -> Answer:
+    def _wait(self, header: Mapping[str, Any], data: Bytes) -> Answer:
         work, seconds = self._works.get(str(header.get("work"))), header.get("seconds")
         if work is None:
             return Answer({"state": "unknown"})
         work.changed.wait(min(60.0, float(seconds)) if isinstance(seconds, int | float) else 0.0)
         if work.state == "done":
-            return Answer({"state": "done", "size": len(work.result)})
+            return Answer({"state": "done", "size": len(work.result)}, _piece(work, 0, header))
         if work.state == "failed":
             return _refused(work.reason, work.detail)
         return Answer({"state": work.state})
 
-    def _fetch(self, header: Mapping[str, Any], data: bytes) -> Answer:
+    def _fetch(self, header: Mapping[str, Any], data: Bytes) -> Answer:
         work = self._works.get(str(header.get("work")))
-        offset, length = _whole(header.get("offset")), _whole(header.get("length"))
-        if work is None or work.state != "done" or offset < 0 or length < 0:
+        offset = _whole(header.get("offset"))
+        if work is None or work.state != "done" or offset < 0:
             return Answer({"state": "unknown"})
-        return Answer({"state": "piece"}, bytes(memoryview(work.result)[offset : offset + min(length, PIECE)]))
+        return Answer({"state": "piece"}, _piece(work, offset, header))
 
-    def _drop(self, header: Mapping[str, Any], data: bytes) -> Answer:
+    def _drop(self, header: Mapping[str, Any], data: Bytes) -> Answer:
         with self._lock:
             work = self._works.get(str(header.get("work")))
             if work is not None:
                 work.stopped = True
                 work.result = b""
                 if work.state in {"arriving", "queued"}:
-                    work.data = bytearray()
+                    work.data = b""
         return Answer({"state": "dropped"})
 
     def _forget(self) -> None:
@@ -185,7 +195,7 @@ class Agent:
                 work.state = "done"
             except TROUBLE as error:
                 self._fail(work, *_trouble(error))
-            work.data = bytearray()
+            work.data = b""
             work.changed.set()
             self._revive()
         if self._worker is not None:
@@ -206,12 +216,13 @@ class Agent:
             with contextlib.suppress(*TROUBLE):  # the next piece of work tries again, and says what is wrong
                 self._prepared()
 
-    def _done(self, work: Work) -> bytes | bytearray:
+    def _done(self, work: Work) -> Bytes:
         if work.stopped:
             raise Stopped
         if work.kind == "prepare":
-            self._check(work.data)
-            self._orders = bytes(work.data)
+            orders = bytes(work.data)
+            self._check(orders)
+            self._orders = orders
             if self._worker is not None:
                 self._worker.close()
                 self._worker = None
@@ -222,7 +233,7 @@ class Agent:
             raise WorkerLost("it had ended before this round, and was started again")
         return self._ask("work", work.data, work.deadline, lambda: work.stopped or self._closed)
 
-    def _check(self, orders: bytes | bytearray) -> None:
+    def _check(self, orders: bytes) -> None:
         try:
             self._policy.check(json.loads(orders)["recipe"])
         except Refused:
@@ -230,7 +241,7 @@ class Agent:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise Refused("the recipe that came cannot be read") from None
 
-    def _prepared(self) -> bytes | bytearray:
+    def _prepared(self) -> Bytes:
         """A trainer that knows the recipe; its account of the site's data."""
         assert self._orders is not None
         self._worker = self._start(json.loads(self._orders)["recipe"])
@@ -239,10 +250,10 @@ class Agent:
     def _ask(
         self,
         kind: str,
-        data: bytes | bytearray,
+        data: Bytes,
         deadline: float | None = None,
         stopped: Callable[[], bool] = lambda: False,
-    ) -> bytes | bytearray:
+    ) -> Bytes:
         assert self._worker is not None
         header, body = self._worker.ask({"kind": kind}, data, deadline, stopped)
         if header.get("state") == "refused":
@@ -279,6 +290,12 @@ def _trouble(error: Exception) -> tuple[str, str]:
         case OSError():
             return "crashed", f"the trainer could not be started ({os.strerror(error.errno or 0)})"
     return "crashed", str(error)
+
+
+def _piece(work: Work, offset: int, header: Mapping[str, Any]) -> Bytes:
+    """As many bytes of the result as were asked for, at most `PIECE`: a window into it."""
+    length = min(max(0, _whole(header.get("length"))), PIECE)
+    return memoryview(work.result)[offset : offset + length]
 
 
 def _whole(value: object) -> int:

@@ -1,8 +1,7 @@
 """Clients at sites that do not trust each other's machines: one client a site, reached by short questions and answers.
 
-A site works for minutes or hours and lines break, so no call waits for the work. `put` hands an assignment over in
-bounded pieces, `wait` asks now and then whether it is done, `fetch` gets the outcome in bounded pieces. So a site that
-died is noticed within seconds although its work may take hours, and a slow one has until the deadline.
+A site works for minutes or hours and lines break, so no call waits for the work (exchange.py). So a site that died is
+noticed within seconds although its work may take hours, and a slow one has until the deadline.
 
     lost     it answers no more, or its process was started again in the middle of the work
     crashed  its trainer died; the site has started it again
@@ -16,7 +15,6 @@ whom and which round it speaks of. This file does not know the engine that carri
 from __future__ import annotations
 
 import base64
-import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -27,7 +25,8 @@ from typing import Any
 
 from fedloom.errors import RunFailed
 from fedloom.runtimes import versions, wire
-from fedloom.runtimes.link import CODE, PIECE, Answer, Link
+from fedloom.runtimes.exchange import Exchange, GaveUp, Patience, Unprepared
+from fedloom.runtimes.link import Bytes, Link
 from fedloom.runtimes.outgoing import Message, Outgoing
 from fedloom.types import STARTED_ANEW, Assignment, Failure, Outcome
 
@@ -36,36 +35,6 @@ SPARE_BYTES = 64 << 20
 
 #: Reasons after which a site is not waited for until it answers again.
 LOST = {"lost", "absent"}
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long is waited, in seconds.
-
-    Attributes:
-        answer: for the answer to one question, the time that the site itself waits not counted.
-        silence: until a site that answers nothing is given up.
-        poll: how long one `wait` stays at the site.
-        start: for a site's process to come up.
-        prepare: for a site to load model and data; and for work to wait there behind other work.
-        deadline: for one piece of work (federation.round_deadline); None waits as long as the site answers.
-    """
-
-    answer: float = 20.0
-    silence: float = 30.0
-    poll: float = 5.0
-    start: float = 90.0
-    prepare: float = 3600.0
-    deadline: float | None = None
-
-
-class GaveUp(Exception):
-    """A site did not do its work; `reason` is a short code, `detail` a sentence."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 @dataclass
@@ -120,8 +89,7 @@ class Distributed:
         self._leave = leave
         self._outgoing = Outgoing(scratch)
         self._pool = ThreadPoolExecutor(max_workers=2 * max(1, len(sites)), thread_name_prefix="site")
-        self._session = f"{time.time_ns():x}"
-        self._numbers = itertools.count()  # one step of it is atomic
+        self._exchange = Exchange(link, patience, self._pool.submit)
         self._orders: bytes = b""
 
     @property
@@ -188,9 +156,9 @@ class Distributed:
         differs = versions.mismatch(versions.own(), told if isinstance(told, dict) else {})
         if differs:
             raise GaveUp("version", f"{differs}: install the same versions at the site")
-        reply = self._exchange(site, "prepare", Message(self._orders), limit=1 << 20)
+        reply = self._exchange.done(site.name, "prepare", Message(self._orders), limit=1 << 20)
         try:
-            counts = json.loads(reply)
+            counts = json.loads(bytes(reply))
             found = {key: int(counts[key]) for key in ("train", "validation", "test", "questions", "tokens")}
         except (ValueError, KeyError, TypeError):
             raise GaveUp("bad_message", "its account of its data cannot be read") from None
@@ -254,9 +222,7 @@ class Distributed:
         try:
             if site.dead_since is not None:
                 raise GaveUp("absent", f"{site.name} was lost and is not back yet")
-            if not site.prepared:
-                self._prepare(site)
-            reply = self._exchange(site, "work", message, limit)
+            reply = self._worked(site, message, limit)
             outcome = wire.decode_outcome(reply, limit)
             if (outcome.client, outcome.round) != (assignment.client, assignment.round):
                 raise GaveUp("bad_message", f"{site.name} answered for another client or round")
@@ -271,89 +237,20 @@ class Distributed:
         cost = replace(outcome.cost, upload_bytes=len(reply), download_bytes=len(message))
         return replace(outcome, cost=cost)
 
+    def _worked(self, site: Site, message: Message, limit: int) -> Bytes:
+        if not site.prepared:
+            self._prepare(site)
+        try:
+            return self._exchange.done(site.name, "work", message, limit)
+        except Unprepared:
+            self._prepare(site)
+            raise GaveUp("lost", f"{site.name} was started again and knows nothing of the rounds before") from None
+
     def _mark(self, site: Site, *, dead: bool) -> None:
         if dead == (site.dead_since is not None):
             return
         self._say(f"{site.name} is {'lost: it is asked again in the next round' if dead else 'back'}")
         site.dead_since = time.time() if dead else None
-
-    def _exchange(self, site: Site, kind: str, data: Message, limit: int) -> bytearray:
-        """Hand `data` over, wait for the work, fetch what came of it. Raises GaveUp."""
-        work = f"{self._session}-{next(self._numbers)}"
-        deadline = self._patience.deadline if kind == "work" else self._patience.prepare
-        for offset in range(0, max(1, len(data)), PIECE):
-            header = {
-                "verb": "put",
-                "work": work,
-                "kind": kind,
-                "offset": offset,
-                "size": len(data),
-                "deadline": deadline,
-            }
-            answer = self._asked(site, header, data.piece(offset))
-            if answer.header.get("state") == "unprepared":
-                self._prepare(site)
-                raise GaveUp("lost", f"{site.name} was started again and knows nothing of the rounds before")
-            _expect(site, answer, "taken")
-        size = self._done(site, work, deadline)
-        if size > limit:
-            self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
-            raise GaveUp("too_large", f"{site.name} announced {size} bytes where at most {limit} are taken")
-        result = bytearray()
-        while len(result) < size:
-            answer = self._asked(site, {"verb": "fetch", "work": work, "offset": len(result), "length": PIECE})
-            _expect(site, answer, "piece")
-            if not 0 < len(answer.data) <= min(PIECE, size - len(result)):
-                raise GaveUp("bad_message", f"{site.name} sent a piece of another size than was asked for")
-            result += answer.data
-        self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
-        return result
-
-    def _done(self, site: Site, work: str, deadline: float | None) -> int:
-        """Wait until the work is done; the size of its result."""
-        since = time.monotonic()
-        begin_by = since + self._patience.prepare
-        while True:
-            patience = self._patience.poll
-            if deadline is not None:
-                patience = min(patience, max(0.0, since + deadline - time.monotonic()))
-            answer = self._asked(site, {"verb": "wait", "work": work, "seconds": patience}, waits=patience, until=(
-                None if deadline is None else since + deadline + 1.0))  # fmt: skip
-            state = answer.header.get("state")
-            if state == "done" and isinstance(answer.header.get("size"), int) and answer.header["size"] >= 0:
-                return int(answer.header["size"])
-            if state == "queued" and time.monotonic() < begin_by:  # its time begins when the trainer is free
-                since = time.monotonic()
-            elif state == "queued":
-                self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
-                raise GaveUp(
-                    "late", f"{site.name} has been busy with other work for {self._patience.prepare:g} seconds"
-                )
-            elif state == "working" and deadline is not None and time.monotonic() >= since + deadline:
-                self._link.ask(site.name, {"verb": "drop", "work": work}, b"", self._patience.answer)
-                raise GaveUp("late", f"{site.name} was not done within its {deadline:g} seconds")
-            elif state == "unknown":
-                raise GaveUp("lost", f"{site.name} was started again in the middle of its work")
-            elif state not in {"working", "queued"}:
-                raise _told(site, answer)
-
-    def _asked(
-        self, site: Site, header: Mapping[str, Any], data: bytes = b"", waits: float = 0.0, until: float | None = None
-    ) -> Answer:
-        """The answer to a question, asked again until the site's silence is too long or the deadline is over."""
-        silent = time.monotonic() + self._patience.silence + waits
-        while True:
-            patience = self._patience.answer + waits
-            if until is not None:
-                patience = min(patience, max(0.1, until - time.monotonic()))
-            answer = self._link.ask(site.name, header, data, patience)
-            if answer is not None:
-                return answer
-            if until is not None and time.monotonic() >= until:
-                raise GaveUp("late", f"{site.name} gives no answer and the deadline is over")
-            if time.monotonic() >= silent:
-                raise GaveUp("lost", f"{site.name} gives no answer")
-            time.sleep(0.2)
 
 
 class StartAgain(RunFailed):
@@ -361,19 +258,6 @@ class StartAgain(RunFailed):
 
 
 _END: Any = object()
-
-
-def _expect(site: Site, answer: Answer, state: str) -> None:
-    if answer.header.get("state") != state:
-        raise _told(site, answer)
-
-
-def _told(site: Site, answer: Answer) -> GaveUp:
-    """What a site says of work that it did not do: a code and a sentence, both bounded."""
-    reason, detail = answer.header.get("reason"), answer.header.get("detail")
-    if not isinstance(reason, str) or not CODE.fullmatch(reason) or not isinstance(detail, str):
-        return GaveUp("bad_message", f"{site.name} gave an answer that cannot be read")
-    return GaveUp(reason, f"{site.name}: {detail[:500]}")
 
 
 def _numbers(metrics: Mapping[str, Any]) -> bool:

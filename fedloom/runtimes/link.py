@@ -14,6 +14,8 @@ from typing import Any, Protocol
 #: Bytes of one piece of a message.
 PIECE = 16 << 20
 
+Bytes = bytes | bytearray | memoryview
+
 #: A reason as it travels.
 CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
@@ -21,7 +23,7 @@ CODE = re.compile(r"[a-z][a-z_]{0,39}")
 class Link(Protocol):
     """Asks one site one question. None where no answer came within `timeout` seconds."""
 
-    def ask(self, site: str, header: Mapping[str, Any], data: bytes, timeout: float) -> Answer | None: ...
+    def ask(self, site: str, header: Mapping[str, Any], data: Bytes, timeout: float) -> Answer | None: ...
 
 
 @dataclass(frozen=True)
@@ -29,4 +31,4 @@ class Answer:
     """What a site said: a small JSON header, and bytes where some were asked for."""
 
     header: Mapping[str, Any]
-    data: bytes = b""
+    data: Bytes = b""

@@ -68,7 +68,7 @@ class Split(NamedTuple):
         return len(self.start) + len(self.body) + len(self.digest)
 
 
-def split(message: bytes | bytearray) -> Split:
+def split(message: bytes | bytearray | memoryview) -> Split:
     """The pieces of a message, the body a window into it. Raises WireError where its header's length cannot be."""
     if len(message) < 8 or message[:4] != MAGIC:
         raise WireError("this is no fedloom message, or one of another version")
@@ -89,7 +89,7 @@ def encode_assignment(assignment: Assignment, *, sealed: bool = True) -> bytes:
 
 
 def decode_assignment(
-    message: bytes | bytearray | Split, max_bytes: int | None = None, *, sealed: bool = True
+    message: bytes | bytearray | memoryview | Split, max_bytes: int | None = None, *, sealed: bool = True
 ) -> Assignment:
     header, payload = _unpack(message, ("assignment",), max_bytes, sealed)
     return _made(Assignment, header.get("fields"), payload=payload)
@@ -113,7 +113,9 @@ def encode_outcome(outcome: Outcome, *, sealed: bool = True) -> bytes:
     return stream_outcome(outcome, sealed).joined()
 
 
-def decode_outcome(message: bytes | bytearray | Split, max_bytes: int | None = None, *, sealed: bool = True) -> Outcome:
+def decode_outcome(
+    message: bytes | bytearray | memoryview | Split, max_bytes: int | None = None, *, sealed: bool = True
+) -> Outcome:
     header, payload = _unpack(message, ("update", "failure"), max_bytes, sealed)
     cost = _made(Cost, header.get("cost"))
     if header["message"] == "update":
@@ -175,7 +177,7 @@ def _chunks(start: bytes, tensors: list[torch.Tensor], sealed: bool) -> Iterator
 
 
 def _unpack(
-    message: bytes | bytearray | Split, kinds: tuple[str, ...], max_bytes: int | None, sealed: bool
+    message: bytes | bytearray | memoryview | Split, kinds: tuple[str, ...], max_bytes: int | None, sealed: bool
 ) -> tuple[dict[str, Any], Payload]:
     total = message.total if isinstance(message, Split) else len(message)
     if max_bytes is not None and total > max_bytes:

@@ -60,7 +60,7 @@ class Stopped(Exception):
     """The work was called off, and the trainer ended with it."""
 
 
-def send(connection: socket.socket, header: Mapping[str, Any], body: bytes | bytearray = b"") -> None:
+def send(connection: socket.socket, header: Mapping[str, Any], body: bytes | bytearray | memoryview = b"") -> None:
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header of a frame has {len(text)} bytes; at most {MAX_HEADER} are sent")
@@ -173,7 +173,7 @@ class Worker:
     def ask(
         self,
         header: Mapping[str, Any],
-        body: bytes | bytearray,
+        body: bytes | bytearray | memoryview,
         deadline: float | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[dict[str, Any], bytes | bytearray]:

@@ -53,16 +53,15 @@ def test_a_full_disk_at_a_site_costs_its_updates_until_there_is_room(tiny_recipe
 
 def test_a_site_that_cannot_write_its_audit_log_says_nothing():
     """No answer leaves that the log does not list, and no word of the error leaves either."""
-    from nvflare.apis.fl_constant import ReturnCode
-    from nvflare.apis.shareable import Shareable
+    from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+    from nvflare.fuel.f3.message import Message
 
-    from fedloom.runtimes.flare.link import handler
+    from fedloom.runtimes.flare.link import handler, start
 
     def answer(header, data):
         raise OSError(errno.ENOSPC, "No space left on device", "/data/patients/audit.jsonl")
 
-    request = Shareable()
-    request["header"], request["data"] = '{"verb": "hello"}', b""
-    reply = handler(answer)("topic", request, None)
-    assert reply.get_return_code() == ReturnCode.EXECUTION_EXCEPTION
-    assert "patients" not in str(dict(reply))
+    request = Message({MessageHeaderKey.ORIGIN: "server.job"}, start({"verb": "hello"}))
+    reply = handler(answer, "server.job")(request)
+    assert reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.PROCESS_EXCEPTION
+    assert "patients" not in f"{reply.headers} {reply.payload}"

@@ -28,7 +28,10 @@ def echo(kind, body, deadline=None, stopped=None):
     """A trainer that sends the payload back, doubled."""
     if kind == "prepare":
         return {"state": "done"}, json.dumps(COUNTS).encode()
-    given = wire.decode_assignment(body)
+    try:
+        given = wire.decode_assignment(body)
+    except wire.WireError as error:
+        return {"state": "failed", "reason": "bad_message", "detail": str(error)}, b""
     payload = Payload({n: t * 2 for n, t in given.payload.tensors.items()})
     return {"state": "done"}, wire.encode_outcome(Update(given.client, given.round, payload, 5, 40, {"loss": 1.0}))
 
@@ -71,8 +74,12 @@ def test_work_goes_to_its_site_and_comes_back_with_its_bytes_counted(tmp_path):
         assert torch.equal(found[client].payload.tensors["w"], torch.arange(3) * 2.0)
         assert found[client].cost.download_bytes == len(message)
         assert found[client].cost.upload_bytes > 12
-    lines = [json.loads(line) for line in (tmp_path / "a" / "audit.jsonl").read_text().splitlines()]
-    assert sum(asked == "a" for asked, _ in link.log) == len(lines), "every answer is in the audit log"
+    asked = [verb for site, verb in link.log if site == "a"]
+    assert "fetch" not in asked, "what is small comes with the news that it is there"
+    log, until = tmp_path / "a" / "audit.jsonl", time.monotonic() + 10
+    while len(log.read_text().splitlines()) < len(asked) and time.monotonic() < until:
+        time.sleep(0.01)  # nobody waits for the answer to `drop`
+    assert len(log.read_text().splitlines()) == len(asked), "every answer is in the audit log"
     link.close()
 
 
@@ -83,7 +90,11 @@ def test_a_large_message_travels_in_bounded_pieces(tmp_path):
     assert torch.equal(found.payload.tensors["w"], torch.arange(numel) * 2.0)
     verbs = [verb for _, verb in link.log]
     assert verbs.count("put") == 1 + 2, "the recipe in one piece, the assignment in two"
-    assert verbs.count("fetch") == 1 + 2
+    assert verbs.count("fetch") == 1, "an answer's first piece comes with the news that it is there"
+    until = time.monotonic() + 10
+    while any(len(work.result) for work in link.agents["a"]._works.values()) and time.monotonic() < until:
+        time.sleep(0.01)  # nobody waits for the answer to `drop`
+    assert not any(len(work.result) for work in link.agents["a"]._works.values()), "the site holds nothing of it"
     link.close()
 
 
@@ -260,12 +271,29 @@ def test_an_announced_size_is_bounded_before_anything_is_fetched(tmp_path):
     link.close()
 
 
-@pytest.mark.parametrize("data", [b"", b"x" * 100_000])
-def test_a_piece_of_another_size_is_refused(tmp_path, data):
+@pytest.mark.parametrize(
+    ("verb", "data"), [("wait", b"x" * 1000), ("wait", b"x" * PIECE * 2), ("fetch", b""), ("fetch", b"x" * 100_000)]
+)
+def test_a_piece_of_another_size_is_refused(tmp_path, verb, data):
     link = Sites(tmp_path, {"a": echo})
-    runtime = Distributed(Lying(link, fetch=lambda a: Answer(a.header, data)), {"client-a": "a"}, ["a"], BRISK)
+    lying = Lying(link, **{verb: lambda a: Answer(a.header, data)})
+    runtime = Distributed(lying, {"client-a": "a"}, ["a"], BRISK)
     runtime.greet(RECIPE, "0" * 32)
-    assert outcomes(runtime, "client-a")["client-a"].reason == "bad_message"
+    failed = outcomes(runtime, "client-a", numel=PIECE // 4 if verb == "fetch" else 3)["client-a"]
+    assert failed.reason == "bad_message"
+    assert "another size" in failed.detail
+    link.close()
+
+
+def test_a_site_that_only_ever_asks_for_the_recipe_is_no_site(tmp_path):
+    link = Sites(tmp_path, {"a": echo})
+    ask = link.ask
+    link.ask = lambda site, header, data, timeout: (
+        Answer({"state": "unprepared"}) if header["verb"] == "put" else ask(site, header, data, timeout)
+    )
+    runtime = Distributed(link, {"client-a": "a"}, ["a"], BRISK, (said := []).append)
+    assert runtime.greet(RECIPE, "0" * 32) == {}
+    assert "bad_message" in said[0]
     link.close()
 
 

@@ -28,7 +28,9 @@ class RunController(Controller):
 
     def control_flow(self, abort_signal: Signal, fl_ctx: FLContext) -> None:
         engine = fl_ctx.get_engine()
-        self.conduct(FlareLink(engine, abort_signal), sorted(client.name for client in engine.get_clients()))
+        self.conduct(
+            FlareLink(engine, fl_ctx.get_job_id(), abort_signal), sorted(client.name for client in engine.get_clients())
+        )
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
         pass

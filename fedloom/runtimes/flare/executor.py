@@ -23,7 +23,7 @@ from nvflare.apis.signal import Signal
 from fedloom.policy import Audit, Policy
 from fedloom.project import SiteConfig, load_section
 from fedloom.runtimes.agent import Agent
-from fedloom.runtimes.flare.link import TOPIC, handler
+from fedloom.runtimes.flare.link import attend
 from fedloom.runtimes.worker import Worker, command, end_with_parent
 
 log = logging.getLogger("fedloom")
@@ -40,7 +40,7 @@ class SiteExecutor(Executor):
         if event_type == EventType.START_RUN:
             end_with_parent()
             self._agent = open_agent(load_section(SiteConfig, Path(os.environ["FEDLOOM_SITE"]), "the site's file"))
-            fl_ctx.get_engine().register_aux_message_handler(TOPIC, handler(self._agent.answer))
+            attend(fl_ctx.get_engine(), fl_ctx.get_job_id(), self._agent.answer)
         elif event_type in {EventType.END_RUN, EventType.ABORT_TASK} and self._agent is not None:
             self._agent.close()
 
