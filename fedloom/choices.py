@@ -24,9 +24,10 @@ from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.hooks.base import CLIENT_POINTS
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.forward import supports_chunks, supports_packing
+from fedloom.models.forward import supports_chunks, supports_packing, supports_prefix
 from fedloom.models.loading import pick_device
 from fedloom.models.memory import can_recompute
+from fedloom.models.prefix import no_prefix
 from fedloom.privacy import PrivacyConfig
 from fedloom.rounds import Schedule
 from fedloom.types import Corpus, Partition
@@ -59,6 +60,11 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"train.objective=dpo compares with the base model, which clients of {name} do not hold: use "
             "train.objective=sft, or an algorithm whose clients do, such as fedavg_outer"
         )
+    if cls.properties.weights and recipe.model.quantization:
+        raise UserError(
+            f"algorithm {name} works on weights of the base, which model.quantization={recipe.model.quantization} keeps in "
+            "a few bits: set model.quantization=null, or use an algorithm that leaves the base as it is, such as fedavg"
+        )
     check_parallel(recipe)
     options = parse_options(cls, name, recipe.algorithm.options)
     cls.check(options, recipe.adapter, recipe.train, recipe.model)
@@ -77,11 +83,18 @@ def check_parallel(recipe: Recipe) -> None:
             f"{asked} cannot be had with the hook {inside[0]}, which would see one rank's part of each step: leave one of "
             "them out"
         )
+    if recipe.train.cache_prefix:
+        raise UserError(f"{asked} cannot be had with train.cache_prefix, which is one process's: leave one of them out")
     spared = "checkpointing=true" if recipe.train.checkpointing else f"loss_chunk={recipe.train.loss_chunk}"
     if strategy == "fsdp" and (recipe.train.checkpointing or recipe.train.loss_chunk):
         raise UserError(
             f"train.{spared} cannot be had with runtime.parallel=fsdp, whose shards would be gathered again: leave it out, "
             "or use runtime.parallel=ddp"
+        )
+    if strategy == "fsdp" and recipe.model.quantization:
+        raise UserError(
+            f"model.quantization={recipe.model.quantization} cannot be had with runtime.parallel=fsdp, which shards plain "
+            "weights: use runtime.parallel=ddp"
         )
     cls = registry.algorithms.get(name)
     if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
@@ -293,6 +306,12 @@ def check_sparing(recipe: Recipe, model: AdaptedModel) -> None:
         raise UserError(
             f"train.loss_chunk={train.loss_chunk} cannot be had: this model changes its logits after its head; leave it out"
         )
+    if train.cache_prefix is not None:
+        why = no_prefix(model, train.packing == "on")
+        if not why and not supports_prefix(model):
+            why = "this model's later layers need more than what the one before gives"
+        if why:
+            raise UserError(f"train.cache_prefix={train.cache_prefix} cannot be had: {why}; leave it out")
 
 
 def check_positions(recipe: Recipe, model: AdaptedModel) -> None:

@@ -27,6 +27,11 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the frozen base weights; the adapter is always float32"
     )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None,
+        description="keep the frozen base's linear layers in 8 or 4 bits (QLoRA); a GPU needs bitsandbytes for it. null "
+        "keeps them in dtype, which products are computed in either way",
+    )
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     trust_remote_code: bool = Field(False, description="run code that a hub repository ships; off unless you ask")
 
@@ -155,6 +160,12 @@ class TrainConfig(Section):
         ge=1,
         description="make the logits of so many supervised tokens at a time and again in backward, so that a large "
         "vocabulary's are never all there; null makes them at once",
+    )
+    cache_prefix: int | None = Field(
+        None,
+        ge=1,
+        description="MB on disk for what the frozen layers below the first trained one give for each example, which is "
+        "computed once then; for adapter.layers; null computes it anew each time",
     )
 
     @field_validator("packing", mode="before")
@@ -383,6 +394,13 @@ class Recipe(Section):
             raise ValueError(
                 f"adapter.{self.adapter.trains_base} trains weights of the base, which have to be float32, "
                 f"but model.dtype={self.model.dtype}: set model.dtype=float32"
+            )
+        asked = "dora=true needs each weight's norm" if self.adapter.dora else ""
+        asked = f"{self.adapter.trains_base} trains weights of the base" if self.adapter.trains_base else asked
+        if asked and self.model.quantization:
+            raise ValueError(
+                f"adapter.{asked}, but model.quantization={self.model.quantization} keeps them in a few bits: leave one of "
+                "them out"
             )
         return self
 
