@@ -2,7 +2,7 @@
 
     python benchmarks/operators.py              a Llama of 8 layers and 9M weights, vocabulary 16,384, LoRA r=8, packed
     python benchmarks/operators.py --model M    a model's folder or name, such as smollm2-135m
-    python benchmarks/operators.py --only NAME  one case: checkpointing, loss_chunk, both, bf16, fp16, prefix, quantised
+    python benchmarks/operators.py --only NAME  one case: checkpointing, loss_chunk, both, bf16, fp16, prefix, quantised, offload
 
 For each of checkpointing, loss_chunk and both, on a GPU also bf16 and fp16, against plain training of the same batches:
 
@@ -22,6 +22,11 @@ The base in 8 or 4 bits (model.quantization), on a CPU:
     KIND_memory_ratio=    bytes of the frozen base over those in fp32, embeddings and head among them
     KIND_time_ratio=      as above; KIND_loss_gap= its loss less fp32's, on random weights
     KIND_gradient_error=  of the adapter's gradient, against the one on the dequantised weights
+
+AdamW over 4 million numbers, its moments in memory and on disk (train.optimizer_offload):
+
+    offload_plain_memory_mb=, offload_disk_memory_mb=   memory that a first step takes and that is in no file
+    offload_disk_time_ratio=   CPU seconds of later steps, over those in memory; offload_same_bits= whether they are the same
 
 On a CPU bf16 may take minutes, so its products alone are timed, as `train.precision: auto` does:
 
@@ -43,7 +48,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import AdapterConfig, ModelConfig  # first: it sets what torch reads when it is imported
+from fedloom.config import (
+    AdapterConfig,
+    ModelConfig,
+    TrainConfig,
+)  # first: it sets what torch reads when it is imported
 
 import numpy as np  # isort: skip
 import torch
@@ -57,6 +66,7 @@ from fedloom.models.loading import Base, load_base
 from fedloom.models.memory import sparing
 from fedloom.models.prefix import PrefixCache
 from fedloom.models.quantised import dequantise_model, quantise_model
+from fedloom.training.optimizer import FlatOptimizer
 from fedloom.training.precision import autocast, slowdown
 
 #: Name → (checkpointing, loss_chunk, precision).
@@ -153,6 +163,36 @@ def quantised(base: Callable[[], Base], batch: Batch, pairs: int) -> bool:
     return bad
 
 
+def offload(base: Callable[[], Base], batch: Batch, pairs: int) -> bool:
+    """AdamW over 4 million numbers with its moments in memory and in a mapped file. Whether steps differ."""
+    found: dict[str, Any] = {}
+    for name, where in (("plain", None), ("disk", "disk")) * pairs:
+        config = TrainConfig(steps=1, optimizer_offload=where, optimizer_state="keep")
+        parameter = torch.nn.Parameter(torch.ones(4_000_000))
+        parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer, before = FlatOptimizer(config, parameter), _anonymous()
+        optimizer.step(1e-3)
+        found[name, "memory"] = _anonymous() - before
+        started = time.process_time()
+        for _ in range(5):
+            optimizer.step(1e-3)
+        found.setdefault((name, "time"), []).append(time.process_time() - started)
+        found[name, "flat"] = parameter.detach()
+        del optimizer
+    ratio = statistics.median(found["disk", "time"]) / statistics.median(found["plain", "time"])
+    for name in ("plain", "disk"):
+        print(f"offload_{name}_memory_mb={found[name, 'memory'] / 1e6:.1f}")
+    same = torch.equal(found["plain", "flat"], found["disk", "flat"])
+    print(f"offload_disk_time_ratio={ratio:.2f}", f"offload_same_bits={same}", sep="\n", flush=True)
+    return not same
+
+
+def _anonymous() -> int:
+    """Bytes of this process that are in no file, and so have to stay in memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+
 def _bytes(model: AdaptedModel) -> int:
     """Of the frozen base: its weights, scales with them."""
     return sum(t.nbytes for t in model.frozen_tensors().values())
@@ -160,7 +200,7 @@ def _bytes(model: AdaptedModel) -> int:
 
 #: Operators that need a model of their own.
 CASES: dict[str, Callable[[Callable[[], Base], Batch, int], bool]] = {
-    "prefix": prefix, "quantised": quantised,
+    "prefix": prefix, "quantised": quantised, "offload": offload,
 }  # fmt: skip
 
 

@@ -306,6 +306,11 @@ def check_sparing(recipe: Recipe, model: AdaptedModel) -> None:
         raise UserError(
             f"train.loss_chunk={train.loss_chunk} cannot be had: this model changes its logits after its head; leave it out"
         )
+    if train.optimizer_offload == "cpu" and model.device.type == "cpu":
+        raise UserError(
+            "train.optimizer_offload=cpu but the model is on the CPU, and the optimiser's state with it: leave it out, or set "
+            "train.optimizer_offload=disk"
+        )
     if train.cache_prefix is not None:
         why = no_prefix(model, train.packing == "on")
         if not why and not supports_prefix(model):

@@ -30,7 +30,7 @@ from fedloom.randomness import forked_torch
 from fedloom.training.flops import Flops
 
 DRAW = np.random.default_rng(0)
-SEQUENCES = [TokenSequence(DRAW.integers(3, 259, n).astype(np.int32), 2) for n in (30, 17, 25, 9)]
+SEQUENCES = [TokenSequence(DRAW.integers(3, 259, n).astype(np.int32), 2) for n in (30, 17, 25, 17)]
 BATCH = collate(SEQUENCES, packed=True, pad=0)
 
 
