@@ -2,7 +2,8 @@
 
     python benchmarks/operators.py              a Llama of 8 layers and 9M weights, vocabulary 16,384, LoRA r=8, packed
     python benchmarks/operators.py --model M    a model's folder or name, such as smollm2-135m
-    python benchmarks/operators.py --only NAME  one case: checkpointing, loss_chunk, both, bf16, fp16, prefix, quantised, offload
+    python benchmarks/operators.py --only NAME  one case: checkpointing, loss_chunk, both, bf16, fp16, prefix, quantised, offload,
+                                                attention
 
 For each of checkpointing, loss_chunk and both, on a GPU also bf16 and fp16, against plain training of the same batches:
 
@@ -27,6 +28,11 @@ AdamW over 4 million numbers, its moments in memory and on disk (train.optimizer
 
     offload_plain_memory_mb=, offload_disk_memory_mb=   memory that a first step takes and that is in no file
     offload_disk_time_ratio=   CPU seconds of later steps, over those in memory; offload_same_bits= whether they are the same
+
+Kernels for packed batches (model.attention), on a GPU:
+
+    attention_auto=       what auto chooses here; attention_NAME_speedup= over a call for each sequence, attention_NAME=none
+                          with the reason where it cannot be had
 
 On a CPU bf16 may take minutes, so its products alone are timed, as `train.precision: auto` does:
 
@@ -60,8 +66,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
+from fedloom.errors import UserError
 from fedloom.models.adapters import AdaptedModel, attach
 from fedloom.models.forward import token_losses
+from fedloom.models.gpu_attention import choose_attention
 from fedloom.models.loading import Base, load_base
 from fedloom.models.memory import sparing
 from fedloom.models.prefix import PrefixCache
@@ -187,6 +195,31 @@ def offload(base: Callable[[], Base], batch: Batch, pairs: int) -> bool:
     return not same
 
 
+def attention(base: Callable[[], Base], batch: Batch, pairs: int) -> bool:
+    """Kernels for packed batches on a GPU, in bfloat16, against a call for each sequence. No GPU has run this yet."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"attention_auto={choose_attention('auto', device, torch.bfloat16)}")
+    for name in ("flash_attention_2", "flex"):
+        try:
+            choose_attention(name, device, torch.bfloat16)
+        except UserError as error:
+            print(f"attention_{name}=none  # {error}")
+            continue
+        made = base()
+        model = attach(Base(made.model.to(device, torch.bfloat16), made.tokenizer, ""), AdapterConfig(), 0)
+        found: dict[str, list[tuple[float, float, torch.Tensor, int]]] = {"sdpa": [], name: []}
+        for which in ("sdpa", name) * (pairs + 1):
+            model.base.attention = which
+            found[which].append(once(model, batch.to(device), PLAIN))
+        seconds = [statistics.median(row[0] for row in rows[1:]) for rows in found.values()]
+        error_of = abs(found[name][-1][1] - found["sdpa"][-1][1])
+        print(
+            f"attention_{name}_speedup={seconds[0] / seconds[1]:.2f}",
+            f"attention_{name}_loss_difference={error_of:.1e}",
+        )
+    return False
+
+
 def _anonymous() -> int:
     """Bytes of this process that are in no file, and so have to stay in memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -200,7 +233,7 @@ def _bytes(model: AdaptedModel) -> int:
 
 #: Operators that need a model of their own.
 CASES: dict[str, Callable[[Callable[[], Base], Batch, int], bool]] = {
-    "prefix": prefix, "quantised": quantised, "offload": offload,
+    "prefix": prefix, "quantised": quantised, "offload": offload, "attention": attention,
 }  # fmt: skip
 
 

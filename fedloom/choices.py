@@ -1,5 +1,5 @@
-"""What a recipe leaves open, decided: the algorithm behind its name, the corpus's default split, who trains when, whether
-batches are packed, what is scored. Each returns a value or refuses with a sentence; nothing is run here.
+"""What a recipe leaves open, decided: the algorithm behind its name, the corpus's default split, who trains when, what is
+scored. Each returns a value or refuses with a sentence; nothing is run here. What the model itself has to tell: trials.py.
 """
 
 from __future__ import annotations
@@ -23,11 +23,7 @@ from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.hooks.base import CLIENT_POINTS
-from fedloom.models.adapters import AdaptedModel
-from fedloom.models.forward import supports_chunks, supports_packing, supports_prefix
 from fedloom.models.loading import pick_device
-from fedloom.models.memory import can_recompute
-from fedloom.models.prefix import no_prefix
 from fedloom.privacy import PrivacyConfig
 from fedloom.rounds import Schedule
 from fedloom.types import Corpus, Partition
@@ -282,52 +278,6 @@ def federated_data(
     questions = select_questions(corpus, clients, limit, recipe.seed)
     suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
     return FederatedData(corpus, sequences, clients, questions)
-
-
-def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
-    """Whether batches are padding-free: on or off. Under auto the model is tried once."""
-    if wanted == "off":
-        return "off"
-    if supports_packing(model):
-        return "on"
-    if wanted == "on":
-        raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
-    say("this model does not keep packed sequences apart: batches are padded")
-    return "off"
-
-
-def check_sparing(recipe: Recipe, model: AdaptedModel) -> None:
-    """Refuse to train in less memory where the result would be another. `recipe`: with its packing chosen."""
-    train = recipe.train
-    why = can_recompute(model, train.packing == "on") if train.checkpointing else ""
-    if why:
-        raise UserError(f"train.checkpointing=true cannot be had: {why}; set train.checkpointing=false")
-    if train.loss_chunk is not None and not supports_chunks(model):
-        raise UserError(
-            f"train.loss_chunk={train.loss_chunk} cannot be had: this model changes its logits after its head; leave it out"
-        )
-    if train.optimizer_offload == "cpu" and model.device.type == "cpu":
-        raise UserError(
-            "train.optimizer_offload=cpu but the model is on the CPU, and the optimiser's state with it: leave it out, or set "
-            "train.optimizer_offload=disk"
-        )
-    if train.cache_prefix is not None:
-        why = no_prefix(model, train.packing == "on")
-        if not why and not supports_prefix(model):
-            why = "this model's later layers need more than what the one before gives"
-        if why:
-            raise UserError(f"train.cache_prefix={train.cache_prefix} cannot be had: {why}; leave it out")
-
-
-def check_positions(recipe: Recipe, model: AdaptedModel) -> None:
-    """Refuse sequences that no longer fit in the model's positions once virtual tokens stand in front of them."""
-    positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    longest, v = recipe.data.max_length, model.virtual_tokens
-    if v and positions and longest + v > positions:
-        raise UserError(
-            f"data.max_length={longest} and {v} virtual tokens need {longest + v} positions, but the model has "
-            f"{positions}: set data.max_length={positions - v} or fewer"
-        )
 
 
 def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:

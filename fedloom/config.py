@@ -32,6 +32,11 @@ class ModelConfig(Section):
         description="keep the frozen base's linear layers in 8 or 4 bits (QLoRA); a GPU needs bitsandbytes for it. null "
         "keeps them in dtype, which products are computed in either way",
     )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex"] = Field(
+        "auto",
+        description="of packed batches: sdpa, a call for each sequence; flash_attention_2 and flex, one call on a GPU; "
+        "auto is flash_attention_2 where it can be had",
+    )
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     trust_remote_code: bool = Field(False, description="run code that a hub repository ships; off unless you ask")
 

@@ -21,11 +21,8 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
-    check_positions,
     check_ranks,
     check_runtime,
-    check_sparing,
-    choose_packing,
     federated_data,
     load_data,
     make_algorithm,
@@ -56,6 +53,7 @@ from fedloom.runtimes.ranked import Ranked
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.training.precision import choose_precision
+from fedloom.trials import check_positions, check_sparing, choose_packing, settle_attention
 from fedloom.types import Corpus, Partition
 
 
@@ -197,6 +195,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         {
             "runtime.threads": threads,
             "data.template": template.style,
+            "model.attention": settle_attention(recipe.model.attention, model, watch.say),
             "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
             "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fedloom import carriers
 from fedloom.config import ModelConfig
 from fedloom.errors import UserError, suggest
+from fedloom.models.gpu_attention import choose_attention
 from fedloom.models.quantised import on_gpu, quantise_model
 from fedloom.reach import hub_reachable
 
@@ -34,11 +35,17 @@ Say = Callable[[str], None]
 
 @dataclass
 class Base:
-    """A frozen model with its tokenizer. `source` says where it came from, for the summary."""
+    """A frozen model with its tokenizer.
+
+    Attributes:
+        source: where it came from, for the summary.
+        attention: of padding-free batches: sdpa, flash_attention_2 or flex.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
+    attention: str = "sdpa"
 
     @property
     def device(self) -> torch.device:
@@ -70,7 +77,9 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     model.eval()
     if kind and not on_cuda:
         quantise_model(model, kind)
-    return Base(model if quantised else model.to(device), tokenizer, source)
+    dropout = float(getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0)
+    attention = choose_attention(config.attention, device, dtype, dropout)
+    return Base(model if quantised else model.to(device), tokenizer, source, attention)
 
 
 def load_tokenizer(config: ModelConfig, say: Say = lambda text: None) -> PreTrainedTokenizerBase:

@@ -33,6 +33,7 @@ from torch import nn
 from fedloom.data.batching import Batch
 from fedloom.models import attention
 from fedloom.models.emulator import find_layers
+from fedloom.models.gpu_attention import PACKED
 from fedloom.models.layers import first_trained
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class PrefixCache:
     def _through(self, model: AdaptedModel, ids: torch.Tensor) -> torch.Tensor:
         """One sequence [n] through the prefix alone: [n, width]."""
         seen: list[torch.Tensor] = []
-        model.causal_lm.config._attn_implementation = attention.NAME
+        model.causal_lm.config._attn_implementation = PACKED[model.base.attention]
         at = torch.arange(len(ids), device=ids.device)
         with ExitStack() as undo:
             for layer in self._layers[self.first :]:
