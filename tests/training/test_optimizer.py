@@ -82,6 +82,7 @@ def test_on_disk_the_moments_need_no_memory():
         made = FlatOptimizer(TrainConfig(steps=1, optimizer_offload=offload), parameter)
         made.step(1e-3)
         used[offload] = anonymous() - before
+        del made, parameter
     assert used[None] > 70e6
     assert used["disk"] < 2e6
 
