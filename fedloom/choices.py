@@ -1,5 +1,5 @@
-"""What a recipe leaves open, decided: the algorithm behind its name, the corpus's default split, who trains when, whether
-batches are packed, what is scored. Each returns a value or refuses with a sentence; nothing is run here.
+"""What a recipe leaves open, decided: the algorithm behind its name, the corpus's default split, who trains when, what is
+scored. Each returns a value or refuses with a sentence; nothing is run here. What the model itself has to tell: trials.py.
 """
 
 from __future__ import annotations
@@ -24,10 +24,7 @@ from fedloom.data.tokenization import tokenise
 from fedloom.errors import UserError, suggest
 from fedloom.evaluation.suites import Suite
 from fedloom.hooks.base import CLIENT_POINTS
-from fedloom.models.adapters import AdaptedModel
-from fedloom.models.forward import supports_chunks, supports_packing
 from fedloom.models.loading import pick_device
-from fedloom.models.memory import can_recompute
 from fedloom.privacy import PrivacyConfig
 from fedloom.randomness import numpy_generator
 from fedloom.rounds import Schedule
@@ -62,6 +59,11 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"train.objective=dpo compares with the base model, which clients of {name} do not hold: use "
             "train.objective=sft, or an algorithm whose clients do, such as fedavg_outer"
         )
+    if cls.properties.weights and recipe.model.quantization:
+        raise UserError(
+            f"algorithm {name} works on weights of the base, which model.quantization={recipe.model.quantization} keeps in "
+            "a few bits: set model.quantization=null, or use an algorithm that leaves the base as it is, such as fedavg"
+        )
     check_parallel(recipe)
     options = parse_options(cls, name, recipe.algorithm.options)
     cls.check(options, recipe.adapter, recipe.train, recipe.model)
@@ -80,11 +82,18 @@ def check_parallel(recipe: Recipe) -> None:
             f"{asked} cannot be had with the hook {inside[0]}, which would see one rank's part of each step: leave one of "
             "them out"
         )
+    if recipe.train.cache_prefix:
+        raise UserError(f"{asked} cannot be had with train.cache_prefix, which is one process's: leave one of them out")
     spared = "checkpointing=true" if recipe.train.checkpointing else f"loss_chunk={recipe.train.loss_chunk}"
     if strategy == "fsdp" and (recipe.train.checkpointing or recipe.train.loss_chunk):
         raise UserError(
             f"train.{spared} cannot be had with runtime.parallel=fsdp, whose shards would be gathered again: leave it out, "
             "or use runtime.parallel=ddp"
+        )
+    if strategy == "fsdp" and recipe.model.quantization:
+        raise UserError(
+            f"model.quantization={recipe.model.quantization} cannot be had with runtime.parallel=fsdp, which shards plain "
+            "weights: use runtime.parallel=ddp"
         )
     cls = registry.algorithms.get(name)
     if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
@@ -292,41 +301,6 @@ def federated_data(
     questions = select_questions(corpus, asking, limit, recipe.seed)
     suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
     return FederatedData(corpus, sequences, clients, questions, measured=measured)
-
-
-def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
-    """Whether batches are padding-free: on or off. Under auto the model is tried once."""
-    if wanted == "off":
-        return "off"
-    if supports_packing(model):
-        return "on"
-    if wanted == "on":
-        raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
-    say("this model does not keep packed sequences apart: batches are padded")
-    return "off"
-
-
-def check_sparing(recipe: Recipe, model: AdaptedModel) -> None:
-    """Refuse to train in less memory where the result would be another. `recipe`: with its packing chosen."""
-    train = recipe.train
-    why = can_recompute(model, train.packing == "on") if train.checkpointing else ""
-    if why:
-        raise UserError(f"train.checkpointing=true cannot be had: {why}; set train.checkpointing=false")
-    if train.loss_chunk is not None and not supports_chunks(model):
-        raise UserError(
-            f"train.loss_chunk={train.loss_chunk} cannot be had: this model changes its logits after its head; leave it out"
-        )
-
-
-def check_positions(recipe: Recipe, model: AdaptedModel) -> None:
-    """Refuse sequences that no longer fit in the model's positions once virtual tokens stand in front of them."""
-    positions = getattr(model.causal_lm.config.get_text_config(), "max_position_embeddings", None)
-    longest, v = recipe.data.max_length, model.virtual_tokens
-    if v and positions and longest + v > positions:
-        raise UserError(
-            f"data.max_length={longest} and {v} virtual tokens need {longest + v} positions, but the model has "
-            f"{positions}: set data.max_length={positions - v} or fewer"
-        )
 
 
 def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:

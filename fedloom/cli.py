@@ -272,7 +272,7 @@ def fetch(
         list[str] | None, typer.Argument(metavar="[NAME]…", help="built-in models, corpora, or all of them: all")
     ] = None,
     clear: Annotated[
-        str | None, typer.Option("--clear", help="delete from the cache: carriers, models, tokenised or all")
+        str | None, typer.Option("--clear", help="delete from the cache: carriers, models, tokenised, prefix or all")
     ] = None,
 ) -> None:
     """Get built-in models and corpora into the cache, for later without a network; installs nothing."""

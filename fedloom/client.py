@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from fedloom import carriers
 from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.making import make
 from fedloom.checkpoint import Damaged, Store, folder_name
@@ -31,6 +32,7 @@ from fedloom.evaluation.suites import Suite
 from fedloom.hooks.attached import SECTION, Hooks
 from fedloom.hooks.base import Fit
 from fedloom.models.adapters import AdaptedModel, Models
+from fedloom.models.prefix import MEGABYTE, PrefixCache
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
 from fedloom.training.objectives import OBJECTIVES
@@ -52,6 +54,7 @@ class Client:
         suite: the paired evaluation, or None.
         ranks: this process's place among those that train each client together. All are asked the same; the first one's
             outcome is the client's, and it alone writes files.
+        cache: the folder for what can be computed again; None is fedloom's own.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Client:
         results: Path,
         suite: Suite | None = None,
         ranks: Ranks = ALONE,
+        cache: Path | None = None,
     ) -> None:
         self._models = models
         self._data = data
@@ -71,6 +75,7 @@ class Client:
         self._results = results
         self._suite = suite
         self._ranks = ranks
+        self._cache = cache
         self._recipe: Recipe
         self._algorithm: Algorithm
         self._channel: ClientChannel
@@ -137,6 +142,10 @@ class Client:
         payload = self._channel.received(assignment)
         if self._model is None:
             self._model = self._algorithm.client_model(self._models, payload)
+            self._model.prefix = None
+            if (megabytes := self._recipe.train.cache_prefix) is not None:
+                folder = (self._cache or carriers.home()) / "prefix"
+                self._model.prefix = PrefixCache(self._model, folder, megabytes * MEGABYTE)
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
         self._algorithm.evaluating = assignment.kind != "train"

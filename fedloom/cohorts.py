@@ -43,6 +43,7 @@ def check_cohort(recipe: Recipe, algorithm: Algorithm, say: Say) -> Recipe:
         f"train.precision={train.precision} is one client's": train.precision != "fp32",
         "train.checkpointing=true computes layers again for one client": train.checkpointing,
         f"train.loss_chunk={train.loss_chunk} makes logits again for one client": train.loss_chunk is not None,
+        "train.cache_prefix starts in the middle of the model": train.cache_prefix is not None,
         "hooks look into one client's steps": bool(Hooks.of_client(recipe.hooks)),
     }
     return _without_cohort(recipe, next((why for why, holds in reasons.items() if holds), ""), say)

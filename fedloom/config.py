@@ -122,6 +122,13 @@ class Recipe(Section):
                 f"adapter.{self.adapter.trains_base} trains weights of the base, which have to be float32, "
                 f"but model.dtype={self.model.dtype}: set model.dtype=float32"
             )
+        asked = "dora=true needs each weight's norm" if self.adapter.dora else ""
+        asked = f"{self.adapter.trains_base} trains weights of the base" if self.adapter.trains_base else asked
+        if asked and self.model.quantization:
+            raise ValueError(
+                f"adapter.{asked}, but model.quantization={self.model.quantization} keeps them in a few bits: leave one of "
+                "them out"
+            )
         return self
 
     @classmethod

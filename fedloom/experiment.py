@@ -22,11 +22,8 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
-    check_positions,
     check_ranks,
     check_runtime,
-    check_sparing,
-    choose_packing,
     federated_data,
     load_data,
     make_algorithm,
@@ -59,6 +56,7 @@ from fedloom.sending import Runtime, Tick
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.training.precision import choose_precision
+from fedloom.trials import check_positions, check_sparing, choose_packing, settle_attention
 from fedloom.types import Corpus, Partition
 
 
@@ -203,6 +201,7 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         {
             "runtime.threads": threads,
             "data.template": template.style,
+            "model.attention": settle_attention(recipe.model.attention, model, watch.say),
             "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
             "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }

@@ -5,6 +5,7 @@ A new method of peft is one line of the table. This file does not import peft; m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -51,13 +52,13 @@ _EVERY_LINEAR = {"target_modules": "all-linear"}
 _NO_ALLOCATION = {"total_step": 1}  # peft wants to know when ranks are allocated: never (docs/peft-methods.md)
 
 METHODS: dict[str, Method] = {
-    "lora": Method("LoraConfig", _PLAIN_LORA, also=("ranks",), defaults=_EVERY_LINEAR),
-    "adalora": Method("AdaLoraConfig", _ADALORA, fixed=_NO_ALLOCATION, defaults=_EVERY_LINEAR),
+    "lora": Method("LoraConfig", _PLAIN_LORA, also=("ranks", "layers"), defaults=_EVERY_LINEAR),
+    "adalora": Method("AdaLoraConfig", _ADALORA, also=("layers",), fixed=_NO_ALLOCATION, defaults=_EVERY_LINEAR),
     "ia3": Method("IA3Config", _IA3),
     "prompt_tuning": Method("PromptTuningConfig", _PROMPT, also=_START),
     "p_tuning": Method("PromptEncoderConfig", _ENCODED),
     "prefix_tuning": Method("PrefixTuningConfig", _PREFIX, also=_START),
-    "full": Method(None),
+    "full": Method(None, also=("layers",)),
 }
 
 
@@ -77,6 +78,10 @@ class AdapterConfig(Section):
         None,
         description="module names that get an adapter, or all-linear for every linear layer but the head; null is "
         "all-linear under lora and adalora, and under ia3 what peft chooses for the architecture",
+    )
+    layers: list[Annotated[int, Field(ge=0)]] | str | None = Field(
+        None,
+        description="the decoder layers that train, counted from 0, as a list or as last-N (lora, adalora, full); null: all",
     )
     rslora: bool = Field(False, description="lora: scale by α/√r instead of α/r")
     dora: bool = Field(False, description="lora: learn each weight's magnitude beside its direction (DoRA)")
@@ -160,6 +165,21 @@ class AdapterConfig(Section):
             )
         if self.method == "prefix_tuning" and self.encoder_hidden_size and not self.prefix_projection:
             raise ValueError("adapter.encoder_hidden_size needs adapter.prefix_projection=true under prefix_tuning")
+        return self
+
+    @model_validator(mode="after")
+    def _layers_are_some(self) -> AdapterConfig:
+        """How many the model has is not known here (models/layers.py)."""
+        if isinstance(self.layers, str) and not re.fullmatch(r"last-[1-9]\d*", self.layers):
+            raise ValueError(
+                f"adapter.layers={self.layers!r} is not valid: it is a list of numbers, or last-4 and the like"
+            )
+        if self.layers is not None and not self.layers:
+            raise ValueError("adapter.layers=[] leaves nothing to train: name a layer, or leave it out")
+        if self.layers is not None and self.bias == "all":
+            raise ValueError(
+                "adapter.bias=all trains every layer's biases, whatever adapter.layers says: use lora_only"
+            )
         return self
 
     @model_validator(mode="after")

@@ -19,6 +19,16 @@ class ModelConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         "float32", description="dtype of the frozen base weights; the adapter is always float32"
     )
+    quantization: Literal["int8", "nf4"] | None = Field(
+        None,
+        description="keep the frozen base's linear layers in 8 or 4 bits (QLoRA); a GPU needs bitsandbytes for it. null "
+        "keeps them in dtype, which products are computed in either way",
+    )
+    attention: Literal["auto", "sdpa", "flash_attention_2", "flex"] = Field(
+        "auto",
+        description="of packed batches: sdpa, a call for each sequence; flash_attention_2 and flex, one call on a GPU; "
+        "auto is flash_attention_2 where it can be had",
+    )
     revision: str | None = Field(None, description="hub revision (branch, tag or commit)")
     trust_remote_code: bool = Field(False, description="run code that a hub repository ships; off unless you ask")
 

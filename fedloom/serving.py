@@ -27,10 +27,7 @@ from fedloom import environment, registry
 from fedloom.algorithms.base import Algorithm
 from fedloom.checkpoint import write_json
 from fedloom.choices import (
-    check_positions,
     check_ranks,
-    check_sparing,
-    choose_packing,
     make_algorithm,
     make_schedule,
     settle_privacy,
@@ -57,6 +54,7 @@ from fedloom.runtimes.flare.controller import RunController
 from fedloom.runtimes.flare.link import FlareLink
 from fedloom.runtimes.worker import end_with_parent
 from fedloom.training.precision import choose_precision
+from fedloom.trials import check_positions, check_sparing, choose_packing
 from fedloom.types import Corpus, Partition, Shard
 
 #: Seconds that a site has to load model and data, whatever the round's deadline.
@@ -121,7 +119,7 @@ class Sites:
                 "evaluation.answers": 0,  # texts stay where they are
             }
         )
-        check_sparing(recipe, model)
+        check_sparing(recipe, model, elsewhere=True)
         watch.say("asking the sites about their data")
         # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
         files = shipping.tokenizer_files(model.tokenizer) if algorithm.properties.offsite else {}

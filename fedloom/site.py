@@ -166,7 +166,7 @@ def open_site(
         "questions": len(questions) if suite else 0,
         "tokens": sequences.supervised_tokens(shard.train),
     }
-    client = Client(models_of(recipe, ranks), data, template, store, folder / "adapters", suite, ranks)
+    client = Client(models_of(recipe, ranks), data, template, store, folder / "adapters", suite, ranks, home)
     return Opened(client, recipe.resolved(), counts)
 
 

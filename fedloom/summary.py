@@ -54,6 +54,7 @@ def summarise(
         "corpus_license": corpus.license,
         "corpus_source": corpus.source,
         "model": recipe.model.name,
+        "base": {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization},
         "adapter": {"method": recipe.adapter.method, "parameters": adapter.layout.numel, "bytes": adapter.nbytes},
         "score": {
             "before": first["score"],

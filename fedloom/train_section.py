@@ -44,6 +44,11 @@ class TrainConfig(Section):
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="whether a client's optimiser starts afresh in each round or goes on from its last one"
     )
+    optimizer_offload: Literal["cpu", "disk"] | None = Field(
+        None,
+        description="where the optimiser's state is while a client trains: cpu, for a GPU's adapter; disk, a mapped file, "
+        "for full fine-tuning; null: beside the adapter",
+    )
     nonfinite: Literal["fail", "skip"] = Field(
         "fail", description="a loss or gradient that is not finite: fail the client, or skip the step and count it"
     )
@@ -70,6 +75,12 @@ class TrainConfig(Section):
         ge=1,
         description="make the logits of so many supervised tokens at a time and again in backward, so that a large "
         "vocabulary's are never all there; null makes them at once",
+    )
+    cache_prefix: int | None = Field(
+        None,
+        ge=1,
+        description="MB on disk for what the frozen layers below the first trained one give for each example, which is "
+        "computed once then; for adapter.layers; null computes it anew each time",
     )
 
     @field_validator("packing", mode="before")
@@ -98,6 +109,14 @@ class TrainConfig(Section):
         if isinstance(values, Mapping) and values.get("steps") is None and values.get("epochs") is None:
             return {**values, "steps": 8}
         return values
+
+    @model_validator(mode="after")
+    def _some_state_to_offload(self) -> TrainConfig:
+        if self.optimizer_offload and self.optimizer == "sgd" and not self.momentum:
+            raise ValueError(
+                f"train.optimizer_offload={self.optimizer_offload} but sgd without momentum keeps no state: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _steps_or_epochs(self) -> TrainConfig:

@@ -84,6 +84,7 @@ class Properties:
         parallel: how several ranks may train one client (training/parallel.py). None: in every way where `local_training`
             is the default, in none where it is not. An algorithm that computes losses or gradients of its own declares it
             once it takes `LocalRun.ranks` into account; one that writes into base weights cannot have them sharded.
+        weights: it reads, sends or changes weights of the base, which then cannot be quantised.
     """
 
     linear_sum: bool = False
@@ -99,6 +100,7 @@ class Properties:
     offsite: bool = False
     cohorts: bool = True
     parallel: frozenset[str] | None = None
+    weights: bool = False
 
 
 class Algorithm(ABC):

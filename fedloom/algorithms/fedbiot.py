@@ -33,6 +33,7 @@ class FedBiOT(fedot.FedOT):
         methods=frozenset({"full", "lora"}),
         neutral={"mu": 0.0, "drop": 0.0},
         offsite=True,
+        weights=True,
         cohorts=False,
     )
     about: ClassVar = About(

@@ -40,7 +40,7 @@ def _residual(sizes: Sizes, rounds: int) -> int:
 
 class FedExLoRA(DeltaAlgorithm):
     properties: ClassVar = base.Properties(
-        exact=True, streams=False, methods=METHODS, neutral={}, parallel=frozenset({"ddp"})
+        exact=True, streams=False, methods=METHODS, neutral={}, parallel=frozenset({"ddp"}), weights=True
     )
     about: ClassVar = About(
         "lora",

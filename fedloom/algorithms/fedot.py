@@ -50,6 +50,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         methods=frozenset({"full", "lora"}),
         neutral={"mu": 0.0, "drop": 0.0},
         offsite=True,
+        weights=True,
         cohorts=False,
     )
     about: ClassVar = About(

@@ -29,7 +29,7 @@ from fedloom.types import Payload, Update
 
 class FLoRA(DeltaAlgorithm):
     properties: ClassVar = base.Properties(
-        exact=True, mixed_ranks=True, streams=False, methods=METHODS, parallel=frozenset({"ddp"})
+        exact=True, mixed_ranks=True, streams=False, methods=METHODS, parallel=frozenset({"ddp"}), weights=True
     )
     about: ClassVar = About(
         "lora",

@@ -58,7 +58,12 @@ class SLoRA(LoRAAlgorithm):
     """
 
     properties: ClassVar = base.Properties(
-        linear_sum=True, methods=METHODS, neutral={"sparse_rounds": 0}, parallel=frozenset({"ddp"}), cohorts=False
+        linear_sum=True,
+        methods=METHODS,
+        neutral={"sparse_rounds": 0},
+        parallel=frozenset({"ddp"}),
+        weights=True,
+        cohorts=False,
     )
     about: ClassVar = About(
         "lora",

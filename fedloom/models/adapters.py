@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 import torch
@@ -27,9 +27,13 @@ from fedloom.methods import METHODS, AdapterConfig
 from fedloom.models import virtual
 from fedloom.models.delta import adding, check_delta
 from fedloom.models.emulator import targets_within
+from fedloom.models.layers import chosen_layers
 from fedloom.models.loading import Base, Say, load_base, quiet_transformers
 from fedloom.models.state import Adapter, Layout, exchange
 from fedloom.randomness import forked_torch
+
+if TYPE_CHECKING:
+    from fedloom.models.prefix import PrefixCache
 
 #: Beside peft's own file where that leaves trained tensors out (the network behind a prompt): all of them.
 TRAINED = "trained.safetensors"
@@ -60,6 +64,7 @@ class AdaptedModel:
         virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
         prefixed: whether those are keys and values of every layer, not embeddings.
         loss_chunk: how many tokens' logits are made at a time (models/memory.py); None makes them at once.
+        prefix: states of the frozen layers, kept (models/prefix.py), or None. changed: weights that have a delta.
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -84,6 +89,8 @@ class AdaptedModel:
         self.parameter = torch.nn.Parameter(self.adapter.flat)
         self.parameter.grad = self.grad
         self.initial = self.adapter.flat.detach().clone()
+        self.changed: frozenset[str] = frozenset()
+        self.prefix: PrefixCache | None = None
         self._base_weights: dict[str, torch.Tensor] = {}
         self._delta_hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._swapped = False
@@ -168,6 +175,7 @@ class AdaptedModel:
         names = sorted({n.removesuffix(".A").removesuffix(".B") for n in delta})
         for name in names:
             check_delta(name, weights.get(name), delta, name in transposed)
+        self.changed = frozenset(names)
         for name, original in self._base_weights.items():
             weights[name].data.copy_(original)
         while self._delta_hooks:
@@ -275,6 +283,7 @@ def attach(base: Base, config: AdapterConfig, seed: int, within: Sequence[str] |
             f"adapter.{config.trains_base} trains weights of the base, which are {base.model.dtype} here: "
             "set model.dtype=float32"
         )
+    within = chosen_layers(base.model, config.layers, within)
     if config.method == "full":
         for name, parameter in base.model.named_parameters():
             parameter.requires_grad_(within is None or name.startswith(tuple(within)))

@@ -75,8 +75,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and len(module) == total:
             return name, module
     raise UserError(
-        f"{type(model).__name__} has no single list of its {total} layers: offsite tuning cuts such a list; "
-        "use another model, or an algorithm that trains the whole one"
+        f"{type(model).__name__} has no single list of its {total} layers, as offsite tuning and adapter.layers need it: "
+        "use another model, or train the whole one"
     )
 
 

@@ -17,11 +17,15 @@ from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.models import attention
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.gpu_attention import PACKED
 from fedloom.models.memory import chunked_losses, headless, sparing
+from fedloom.models.prefix import PrefixCache, known_prefix
 from fedloom.models.virtual import packed_inputs
 
-#: How far packed and single losses of the probe may differ; a model that ignores segments is off by 1e-1 and more.
+#: How far packed and single losses of the probe may differ, relative; a model that ignores segments is off by 1e-1 and more.
 PROBE_TOLERANCE = 1e-3
+#: The same where a kernel of another kind rounds 16-bit numbers in its own order.
+KERNEL_TOLERANCE = 3e-2
 
 
 def token_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
@@ -38,9 +42,12 @@ def label_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     """Logits for each supervised token: [S, vocabulary], in the order of `batch.labels`. The batch is on the device."""
     if not batch.packed:
         return _padded_logits(model, batch)
-    model.causal_lm.config._attn_implementation = attention.NAME  # stays: a recomputed forward needs it too
+    model.causal_lm.config._attn_implementation = PACKED[
+        model.base.attention
+    ]  # stays: a recomputed forward needs it too
     inputs = packed_inputs(model, batch)
-    logits: torch.Tensor = (model.causal_lm if model.virtual_tokens else model.module)(**inputs).logits[0]
+    with known_prefix(model, batch):
+        logits: torch.Tensor = (model.causal_lm if model.virtual_tokens else model.module)(**inputs).logits[0]
     return logits
 
 
@@ -86,7 +93,8 @@ def supports_packing(model: AdaptedModel) -> bool:
     ):  # cannot take the keyword, refuses it, or reads the mask
         model.causal_lm.config._attn_implementation = plain_attention(model)
         return False
-    close = bool((alone - together).abs().max() <= PROBE_TOLERANCE * alone.abs().max())
+    tolerance = PROBE_TOLERANCE if model.base.attention == "sdpa" else KERNEL_TOLERANCE
+    close = bool((alone - together).abs().max() <= tolerance * alone.abs().max())
     if not close:
         model.causal_lm.config._attn_implementation = plain_attention(model)
     return close
@@ -100,6 +108,23 @@ def supports_chunks(model: AdaptedModel) -> bool:
     whole = token_losses(model, batch)
     with sparing(model, recompute=False, chunk=2):
         parts = token_losses(model, batch)
+    return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max())
+
+
+@torch.no_grad()
+def supports_prefix(model: AdaptedModel) -> bool:
+    """Whether the layers from the first trained one on give the losses of all of them. Two tiny forwards decide."""
+    size = model.causal_lm.config.get_text_config().vocab_size
+    rng = np.random.default_rng(0)
+    batch = collate([TokenSequence(rng.integers(3, size, n).astype(np.int32), 1) for n in (9, 6)], packed=True, pad=3)
+    whole, before = token_losses(model, batch), model.prefix
+    model.prefix = PrefixCache(model)
+    try:
+        parts = token_losses(model, batch)
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # layers that are called or answer in their own way
+        return False
+    finally:
+        model.prefix = before
     return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max())
 
 

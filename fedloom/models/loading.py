@@ -24,6 +24,8 @@ from fedloom import carriers
 from fedloom.config import ModelConfig
 from fedloom.errors import UserError, suggest
 from fedloom.models import random_model
+from fedloom.models.gpu_attention import choose_attention
+from fedloom.models.quantised import on_gpu, quantise_model
 from fedloom.reach import hub_reachable
 
 #: Built-in name → the carrier that holds it and the member within (carriers.py).
@@ -37,11 +39,17 @@ Say = Callable[[str], None]
 
 @dataclass
 class Base:
-    """A frozen model with its tokenizer. `source` says where it came from, for the summary."""
+    """A frozen model with its tokenizer.
+
+    Attributes:
+        source: where it came from, for the summary.
+        attention: of padding-free batches: sdpa, flash_attention_2 or flex.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     source: str
+    attention: str = "sdpa"
 
     @property
     def device(self) -> torch.device:
@@ -50,8 +58,13 @@ class Base:
 
 
 def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: None) -> Base:
-    """The frozen base model of `config` on `device`. Raises UserError where it cannot be found or does not fit."""
+    """The frozen base model of `config` on `device`, quantised where it says so.
+
+    Raises UserError where it cannot be found or does not fit.
+    """
     where, source = locate(config, say)
+    dtype, kind, on_cuda = getattr(torch, config.dtype), config.quantization, device.startswith("cuda")
+    quantised = on_gpu(kind, dtype, device) if kind and on_cuda else {}
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if source.startswith("hub ") and not hub_reachable():
         options["local_files_only"] = True  # what the hub's cache holds; without this the library retries for a minute
@@ -59,14 +72,18 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
-                where, dtype=getattr(torch, config.dtype), attn_implementation=_attention(where, options), **options
+                where, dtype=dtype, attn_implementation=_attention(where, options), **quantised, **options
             )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loadable(config, error)) from error
     _check_embedding(model, tokenizer, config.name)
     model.requires_grad_(False)
     model.eval()
-    return Base(model.to(device), tokenizer, source)
+    if kind and not on_cuda:
+        quantise_model(model, kind)
+    dropout = float(getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0)
+    attention = choose_attention(config.attention, device, dtype, dropout)
+    return Base(model if quantised else model.to(device), tokenizer, source, attention)
 
 
 def load_tokenizer(config: ModelConfig, say: Say = lambda text: None) -> PreTrainedTokenizerBase:

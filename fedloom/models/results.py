@@ -18,10 +18,13 @@ from fedloom.errors import UserError
 from fedloom.methods import AdapterConfig
 from fedloom.models.adapters import AdaptedModel, attach, quiet_peft, save_model
 from fedloom.models.loading import Say, load_base
+from fedloom.models.quantised import dequantise_model
 
 
 def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = lambda text: None) -> None:
     """Write a plain transformers model with the adapter merged into its weights, and its tokenizer.
+
+    The adapter of a quantised base is merged into the weights that it was trained on: the dequantised ones.
 
     Raises UserError for an adapter that is no change of weights.
     """
@@ -36,6 +39,7 @@ def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = l
             "weights; use --format peft"
         )
     base = load_base(config, "cpu", say)
+    dequantise_model(base.model, getattr(torch, config.dtype))
     delta = load_base_delta(adapter)
     with quiet_peft():
         merged: Any = PeftModel.from_pretrained(base.model, str(adapter), is_trainable=bool(delta))
@@ -71,7 +75,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _as_model(config: ModelConfig, folder: Path) -> ModelConfig:
-    return config.model_copy(update={"name": str(folder), "revision": None})
+    return config.model_copy(update={"name": str(folder), "revision": None, "quantization": None})
 
 
 BASE_DELTA = "base_delta.safetensors"

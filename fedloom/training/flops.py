@@ -3,14 +3,14 @@
 A frozen linear layer of n weights costs 2n per token forward and 2n backward (the gradient of its input); a trained
 one's own weights cost another 2n (their own gradient). Attention costs two matmuls of 2·L·K·width forward for L queries
 and K keys in a layer, and four backward; what a flash kernel recomputes is not counted. Padding and virtual tokens are
-counted where they are computed. The first layer's inputs need no gradient, which the form ignores: it overcounts by
-under 2 % in a model of five layers and less in deeper ones. tests/training/test_flops.py checks it against torch's
-FlopCounterMode.
+counted where they are computed. Layers below the first trained one go forward only. That one's inputs need no gradient,
+which the form ignores: it overcounts by under 2 % where five layers train and less where more do.
+tests/training/test_flops.py checks it against torch's FlopCounterMode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +18,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.data.batching import Batch
+from fedloom.models.emulator import find_layers
+from fedloom.models.layers import first_trained
+from fedloom.models.quantised import linear_numel
 
 if TYPE_CHECKING:
     from fedloom.models.adapters import AdaptedModel
@@ -30,14 +33,22 @@ class Flops:
         config = model.causal_lm.config.get_text_config()
         head = model.causal_lm.get_output_embeddings()
         shapes = model.adapter.layout.shapes
+        self._model = model
         self._full = model.full
         self._frozen = self._trained = 0
+        self._first = first_trained(model)
         for module in model.causal_lm.modules():
             if isinstance(module, nn.Linear | Conv1D) and module is not head:  # Conv1D: GPT-2's linear layer
                 if module.weight.requires_grad:
                     self._trained += module.weight.numel()
                 else:
-                    self._frozen += module.weight.numel()
+                    self._frozen += linear_numel(module)
+        self._prefix_weights = sum(
+            linear_numel(module)
+            for layer in _below(model, self._first)
+            for module in layer.modules()
+            if isinstance(module, nn.Linear | Conv1D)
+        )
         # AdaLoRA's factors are parameters of their own, in no linear layer.
         self._trained += sum(shape.numel() for n, shape in shapes.items() if n.endswith((".lora_A", ".lora_B")))
         self._head = head.weight.numel()
@@ -53,24 +64,35 @@ class Flops:
         self._norms = sum(_dora_norm(n, shapes) for n in shapes if n.endswith(".lora_magnitude_vector"))
 
     def of(self, batch: Batch) -> int:
-        """Forward and backward over `batch`."""
-        linear = self._tokens(batch) * (4 * self._frozen + 6 * self._trained)
+        """Forward and backward over `batch`, whose loss was just computed."""
+        linear = self._tokens(batch) * (4 * (self._frozen - self._prefix_weights) + 6 * self._trained)
         head = (6 if self._head_trained else 4) * self._head * _logits(batch)
         encoder = 6 * self._network * self._encoded(batch)
-        return int(linear + head + encoder + self._norms + 3 * self._attention(batch, self._inserted, self._prefix))
+        attention = 3 * self._attention(batch, self._layers - self._first, self._inserted, self._prefix)
+        return int(linear + head + encoder + self._norms + attention + self._below(batch))
 
     def forward(self, batch: Batch) -> int:
-        """One forward pass alone, as training without gradients takes it."""
-        linear = self._tokens(batch) * 2 * (self._frozen + self._trained)
+        """One forward pass alone, just done, as training without gradients takes it."""
+        linear = self._tokens(batch) * 2 * (self._frozen - self._prefix_weights + self._trained)
         encoder = 2 * self._network * self._encoded(batch)
-        attention = self._attention(batch, self._inserted, self._prefix)
-        return int(linear + 2 * self._head * _logits(batch) + encoder + self._norms + attention)
+        attention = self._attention(batch, self._layers - self._first, self._inserted, self._prefix)
+        return int(linear + 2 * self._head * _logits(batch) + encoder + self._norms + attention + self._below(batch))
+
+    def _below(self, batch: Batch) -> int:
+        """The layers below the first trained one, which go forward only, or not at all for what models/prefix.py kept."""
+        cache = self._model.prefix
+        if not self._first:
+            return 0
+        if cache is None or not cache.serves(self._model):
+            return self._tokens(batch) * 2 * self._prefix_weights + self._attention(batch, self._first)
+        computed = cache.computed
+        return sum(computed) * 2 * self._prefix_weights + self._attended(computed, self._first)
 
     def without_adapter(self, batch: Batch) -> int:
-        """One forward pass of the base alone, as a reference model takes it."""
-        base = self._trained if self._full else self._frozen
+        """One forward pass of the base alone, just done, as a reference model takes it."""
+        base = self._frozen - self._prefix_weights + (self._trained if self._full else 0)
         linear = batch.ids.numel() * 2 * base + 2 * self._head * _logits(batch)
-        return int(linear + self._attention(batch, inserted=0, prefix=0))
+        return int(linear + self._attention(batch, self._layers - self._first) + self._below(batch))
 
     def _tokens(self, batch: Batch) -> int:
         """Positions that pass through the layers."""
@@ -80,11 +102,18 @@ class Flops:
         """How many times a prompt's network runs: peft makes a padded batch's prefix once for each row."""
         return len(batch.lengths) if self._prefix and not batch.packed else 1
 
-    def _attention(self, batch: Batch, inserted: int, prefix: int) -> int:
-        """The two matmuls of a forward pass, over all layers; backward takes twice as much."""
+    def _attention(self, batch: Batch, layers: int, inserted: int = 0, prefix: int = 0) -> int:
+        """The two matmuls of a forward pass over so many layers; backward takes twice as much."""
         lengths = batch.lengths if batch.packed else (batch.ids.shape[1],) * batch.ids.shape[0]
-        queries = [n + inserted for n in lengths]
-        return int(4 * sum(n * (n + prefix) for n in queries) * self._attention_width * self._layers)
+        return self._attended([n + inserted for n in lengths], layers, prefix)
+
+    def _attended(self, lengths: Sequence[int], layers: int, prefix: int = 0) -> int:
+        return int(4 * sum(n * (n + prefix) for n in lengths) * self._attention_width * layers)
+
+
+def _below(model: AdaptedModel, first: int) -> list[nn.Module]:
+    """The layers of the frozen prefix."""
+    return list(find_layers(model.causal_lm)[1].children())[:first] if first else []
 
 
 def _embedding(shapes: Mapping[str, torch.Size]) -> int:

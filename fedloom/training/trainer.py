@@ -20,6 +20,7 @@ from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.memory import sparing
 from fedloom.training.flops import Flops
+from fedloom.training.optimizer import FlatOptimizer
 from fedloom.training.parallel import ALONE, Ranks
 from fedloom.training.precision import UNSCALED, LossScale, autocast
 
@@ -121,32 +122,6 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def make_optimizer(config: TrainConfig, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
-    """The optimiser over the one flat parameter; fused, since there is a single tensor to step."""
-    if config.optimizer == "adamw":
-        return torch.optim.AdamW(
-            [parameter], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-        )
-    return torch.optim.SGD(
-        [parameter], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
-    )
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter) -> dict[str, torch.Tensor]:
-    """The optimiser's state of the flat parameter, as copies on the CPU (step, moments)."""
-    state = optimizer.state.get(parameter, {})
-    return {n: t.detach().cpu().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, parameter: torch.nn.Parameter, tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Put back what `optimizer_tensors` gave."""
-    for name, tensor in tensors.items():
-        device = parameter.device if tensor.numel() > 1 or parameter.device.type == "cuda" else "cpu"
-        optimizer.state[parameter][name] = tensor.to(device).clone()
-
-
 def fit(
     model: AdaptedModel,
     learner: Learner,
@@ -208,9 +183,7 @@ class Stepper:
     ) -> None:
         self.model, self.learner, self.config, self.hooks, self.ranks = model, learner, config, hooks, ranks
         self.parameter = model.parameter if parameter is None else parameter
-        self.optimizer = make_optimizer(config, self.parameter)
-        if optimizer_state:
-            load_optimizer_tensors(self.optimizer, self.parameter, optimizer_state)
+        self.optimizer = FlatOptimizer(config, self.parameter, optimizer_state)
         self._flops = Flops(model)
         self._scale = LossScale(config.precision)
         self._result = FitResult()
@@ -219,24 +192,16 @@ class Stepper:
     def step(self, number: int, batches: Sequence[Batch], rate: float) -> None:
         """Step `number` (from 0) over `batches`, its forward passes, at the learning rate `rate`. Raises as `fit` does."""
         config, hooks, result = self.config, self.hooks, self._result
-        gradient = self.parameter.grad
-        assert gradient is not None
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
         if hooks:
             hooks.step(number, batches, rate)
         loss = _gradient(self.model, self.learner, batches, config, result, self._flops, self.ranks, hooks, self._scale)
         self.learner.before_step(self.model)
         if hooks:
             hooks.before_step(loss)
-        norm = float(gradient.norm())
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
+        if not _clipped(self.parameter, loss, config, number, batches):
             result.skipped_steps += 1
             return
-        if config.clip is not None and norm > config.clip:
-            gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
-        self.optimizer.step()
+        self.optimizer.step(rate)
         self.learner.after_step(self.model)
         if hooks:
             hooks.after_step()
@@ -249,8 +214,23 @@ class Stepper:
         result = self._result
         result.loss = self._weighted / self._weight if self._weight else math.nan
         result.tokens, result.flops = self.ranks.counts(result.tokens, result.flops)
-        result.optimizer_state = optimizer_tensors(self.optimizer, self.parameter)
+        result.optimizer_state = self.optimizer.tensors()
         return result
+
+
+def _clipped(
+    parameter: torch.nn.Parameter, loss: float, config: TrainConfig, number: int, batches: Sequence[Batch]
+) -> bool:
+    """Whether this step can be taken; its gradient has the recipe's norm then at most. Raises as `fit` does."""
+    gradient = parameter.grad
+    assert gradient is not None
+    norm = float(gradient.norm())
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
+        return False
+    if config.clip is not None and norm > config.clip:
+        gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+    return True
 
 
 def _gradient(

@@ -1,0 +1,110 @@
+"""The optimiser of one flat parameter, and where its state is while a client trains.
+
+    null   beside the parameter
+    cpu    a GPU's adapter has its moments, and the numbers that they step, in the machine's memory: the gradient goes there
+           and the new values come back (ZeRO-Offload; Ren et al., arXiv 2101.06840). No GPU has run this yet
+    disk   the moments are a file that is mapped into memory, whose pages the system writes out and reads again as it needs
+           the room (ZeRO-Infinity; Rajbhandari et al., arXiv 2104.07857)
+
+Between clients a state that is kept lies with the client on disk in any case. This file does not know steps or schedules.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from fedloom import carriers
+from fedloom.config import TrainConfig
+
+
+class FlatOptimizer:
+    """Steps `parameter` by its gradient.
+
+    Args:
+        state: from an earlier optimiser's `tensors`, to go on from it.
+    """
+
+    def __init__(
+        self, config: TrainConfig, parameter: torch.nn.Parameter, state: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
+        self._config, self._live, self._own = config, parameter, parameter
+        if config.optimizer_offload and _has_memory_of_its_own(parameter.device):
+            self._own = torch.nn.Parameter(parameter.detach().to("cpu", copy=True))
+            self._own.grad = torch.zeros_like(self._own)
+        self._optimizer = _made(config, self._own)
+        if config.optimizer_offload == "disk":
+            self._optimizer.state[self._own] = _mapped_state(config, self._own.numel())
+        for name, tensor in (state or {}).items():
+            self._load(name, tensor)
+
+    def step(self, rate: float) -> None:
+        """One step with this learning rate."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        if self._own is self._live:
+            self._optimizer.step()
+            return
+        with torch.no_grad():  # whatever has been done to the parameter since the last step counts
+            self._own.copy_(self._live)
+            self._own.grad.copy_(self._live.grad)  # type: ignore[union-attr, arg-type]
+        self._optimizer.step()
+        with torch.no_grad():
+            self._live.copy_(self._own)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The state (step, moments), as copies on the CPU; nothing where it is to rest on disk and nobody keeps it."""
+        if self._config.optimizer_offload == "disk" and self._config.optimizer_state == "reset":
+            return {}
+        state = self._optimizer.state.get(self._own, {})
+        return {n: t.detach().cpu().clone() for n, t in state.items() if isinstance(t, torch.Tensor)}
+
+    def _load(self, name: str, tensor: torch.Tensor) -> None:
+        state, device = self._optimizer.state[self._own], self._own.device
+        if name in state:  # mapped: its place is the file
+            state[name].copy_(tensor)
+        else:
+            state[name] = tensor.to(device if tensor.numel() > 1 or device.type == "cuda" else "cpu").clone()
+
+
+def _has_memory_of_its_own(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+def _made(config: TrainConfig, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
+    """Fused, since there is a single tensor to step."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            [parameter], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        )
+    return torch.optim.SGD(
+        [parameter], lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _mapped_state(config: TrainConfig, numel: int) -> dict[str, torch.Tensor]:
+    """What torch's optimiser would make at its first step, in files."""
+    if config.optimizer == "sgd":
+        return {"momentum_buffer": _mapped(numel)}
+    return {"step": torch.zeros(()), "exp_avg": _mapped(numel), "exp_avg_sq": _mapped(numel)}
+
+
+def _mapped(numel: int) -> torch.Tensor:
+    """Zeros [numel], fp32, in a file that nobody else sees and that is gone with the tensor, however the process ends.
+
+    Raises OSError where the disk has no room for it: a mapped file without room kills the process when it is written.
+    """
+    folder = carriers.home() / "offload"
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, path = tempfile.mkstemp(dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, 4 * numel)
+        return torch.from_file(path, shared=True, size=numel, dtype=torch.float32)
+    finally:
+        os.close(handle)
+        Path(path).unlink()
