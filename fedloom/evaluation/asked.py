@@ -1,7 +1,7 @@
 """What our lm-eval task files call: questions with their whole prompts, and the marks of answers.
 
 lm-eval hands a task what the model's arguments and `--metadata` say, so a task can know the tokenizer, and its prompts are
-those of data/prompts.py, as in training (docs/adr/0005-evaluation-harness.md). A document is what lm-eval shows to
+those of data/prompts.py, as in training (docs/adr/0006-evaluation-harness.md). A document is what lm-eval shows to
 templates: `prompt`, `target`, `choices`, `gold`, and for code the `record`. This file does not import lm-eval.
 
 The metadata that is understood:
