@@ -157,6 +157,10 @@ def score(
             docs: Docs = task.dataset["test"]
             asked = len(docs) if limit is None else min(limit, len(docs))
             say(f"{name}: {asked:,} questions from {docs.source}")
+            if docs.shots < (told["shots"] or 0):
+                say(
+                    f"{name}: {told['shots']} answered examples were asked for, and that source has {docs.shots} to show"
+                )
             with attention.using(model.causal_lm, plain_attention(model)), torch.random.fork_rng():
                 torch.manual_seed(SEED)
                 found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ def test_virtual_tokens_stand_in_front(base_folder, method):
     asked = [Instance("generate_until", {}, (template.prompt_text(q), dict(how)), i) for i, q in enumerate(questions)]
     texts = [text.strip() for text in lm.generate_until(asked, disable_tqdm=True)]
     expected = scoring.generate(model, template, questions, batch_size=1, max_length=256, max_new_tokens=12)
-    assert texts == expected
+    assert texts == expected == [greedy(lm, template.prompt_ids(q), 12) for q in questions]
+    assert all(texts)
     pairs = [(template.prompt_text(q), text) for q in questions for text in ("yes", "no")]
     found = lm.loglikelihood(
         [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)], disable_tqdm=True
@@ -243,6 +245,16 @@ def test_virtual_tokens_stand_in_front(base_folder, method):
     without_end = [likelihood(model, template, q, text) for q in questions for text in ("yes", "no")]
     assert [value for value, _ in found] == pytest.approx(without_end, abs=1e-3)
     assert set(picked) <= {"yes", "no"}
+
+
+def greedy(lm: harness.Handed, ids: list[int], count: int) -> str:
+    """The likeliest token, again and again, each time from the whole sequence anew."""
+    answer: list[int] = []
+    for _ in range(count):
+        answer.append(int(lm._model_call(torch.tensor([ids + answer]))[0, -1].argmax()))
+        if answer[-1] == lm.tokenizer.eos_token_id:
+            break
+    return str(lm.tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 def likelihood(model: AdaptedModel, template: Template, question: Example, answer: str) -> float:
@@ -304,3 +316,37 @@ def test_the_live_model_is_as_it_was(base_folder, suite, benchmark_data, monkeyp
     assert torch.equal(model.adapter.flat, before)
     assert torch.equal(torch.get_rng_state(), draws)
     assert model.causal_lm.config._attn_implementation == kind
+
+
+def test_the_command_prints_a_table_and_writes_its_numbers(base_folder, benchmark_data, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from fedloom.cli import app
+
+    monkeypatch.setenv("FEDLOOM_DATA", str(benchmark_data))
+    place = tmp_path / "numbers.json"
+    arguments = ["evaluate", str(base_folder), "--suite", "gsm8k", "--limit", "1", "--shots", "1", "--out", str(place)]
+    ran = CliRunner().invoke(app, arguments)
+    assert ran.exit_code == 0, ran.output
+    assert "strict*" in ran.stdout and "evaluation score" in ran.stdout
+    numbers = json.loads(place.read_text())
+    assert numbers["tasks"]["gsm8k"]["questions"] == numbers["tasks"]["gsm8k"]["shots"] == numbers["limit"] == 1
+    assert '"shots": 1' in " ".join(numbers["command"][0])
+    for line, words in (
+        (["--suite", "gsm8"], "did you mean gsm8k?"),
+        (["--shots", "3"], "--shots is for public benchmarks"),
+        (["--suite", "humaneval-x"], "no source of humaneval-x-python was found"),
+    ):
+        ran = CliRunner().invoke(app, ["evaluate", str(base_folder), *line])
+        assert (ran.exit_code, words in ran.stderr) == (2, True), ran.output
+    ran = CliRunner().invoke(
+        app, ["run", "quickstart", "evaluation.suite=mmlu", f"model={base_folder}", "--out", str(tmp_path / "run")]
+    )
+    assert ran.exit_code == 2 and "fedloom evaluate RUN --suite mmlu" in ran.stderr, ran.output
+
+
+def test_without_lm_eval_one_sentence_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
+    monkeypatch.delitem(sys.modules, "fedloom.evaluation.harness")
+    with pytest.raises(UserError, match=r'lm-eval: pip install "fedloom\[evaluation\]"'):
+        import_module("fedloom.evaluation.harness")
