@@ -14,6 +14,7 @@ from fedloom import registry
 from fedloom.algorithms.base import Algorithm, parse_options
 from fedloom.algorithms.making import make, settled
 from fedloom.config import Recipe, RuntimeConfig
+from fedloom.data.clusters import clustered
 from fedloom.data.examples import paired
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -147,6 +148,9 @@ def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:
     recipe = recipe.with_values({f"split.{key}": value for key, value in split.model_dump(mode="json").items()})
     say(f"loading {recipe.data.corpus or recipe.data.path}")
     corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
+    if split.clusters is not None:
+        say(f"grouping {len(corpus.examples):,} texts by their words")
+        corpus = clustered(corpus, split.clusters, recipe.seed)
     return for_objective(corpus, recipe.train.objective, say), recipe
 
 

@@ -61,11 +61,17 @@ class DataConfig(Section):
 
 
 class SplitConfig(Section):
-    splitter: str | None = Field(None, description="uniform, dirichlet or meta; null takes the corpus's own default")
-    by: str = Field("category", description="the column that meta and dirichlet go by")
-    alpha: float | None = Field(
-        None, gt=0, description="dirichlet's concentration: small is skewed, large is even; needed by dirichlet"
+    splitter: str | None = Field(
+        None, description="uniform, dirichlet, meta, quantity, shards or natural; null: the corpus's own"
     )
+    by: str = Field("category", description="the column that all but uniform and quantity go by")
+    clusters: int | None = Field(
+        None, ge=2, description="so many groups of texts with the same words take the place of the column `by`"
+    )
+    alpha: float | None = Field(
+        None, gt=0, description="concentration of dirichlet and quantity, which need it: small is skewed, large is even"
+    )
+    shards: int = Field(2, ge=1, description="how many shards each client gets under shards")
     num_clients: int | None = Field(
         None, ge=1, description="number of clients; null: the corpus's default, under meta one for each value"
     )

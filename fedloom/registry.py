@@ -232,6 +232,8 @@ corpora = Registry(
         "fed-gsm8k": "fedloom.corpora.gsm8k:SOURCE",
         "fed-gsm8k-3": "fedloom.corpora.gsm8k:SOURCE",
         "fed-codealpaca": "fedloom.corpora.codealpaca:SOURCE",
+        "fed-alpaca": "fedloom.corpora.alpaca:SOURCE",
+        "fed-codesearchnet": "fedloom.corpora.codesearchnet:SOURCE",
         "fed-preferences": "fedloom.corpora.preferences:SOURCE",
     },
     "fedloom.data.declaration:Source",
@@ -245,6 +247,9 @@ splitters = Registry(
         "uniform": "fedloom.data.splitters:uniform",
         "dirichlet": "fedloom.data.splitters:dirichlet",
         "meta": "fedloom.data.splitters:meta",
+        "natural": "fedloom.data.skewed:natural",
+        "quantity": "fedloom.data.skewed:quantity",
+        "shards": "fedloom.data.skewed:shards",
     },
 )
 
@@ -333,6 +338,7 @@ hooks = Registry(
         "early_stopping": "fedloom.hooks.early_stopping:EarlyStopping",
         "ema": "fedloom.hooks.ema:Ema",
         "gradient_noise": "fedloom.hooks.gradient_noise:GradientNoise",
+        "validation_loss": "fedloom.hooks.validation_loss:ValidationLoss",
     },
     "fedloom.hooks.base:Hook",
 )

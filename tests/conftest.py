@@ -85,7 +85,8 @@ def tiny_recipe(tiny_model: Path, tiny_data: Path, deep_model: Path, public_data
     """A function of dotted overrides: ``tiny_recipe({"train.lr": 1e-2}, seed=3)``.
 
     Three clients (8, 15 and 22 training examples), two rounds of two steps, no score, under a second a run. An algorithm
-    that cuts the model, given by its name alone, gets layers to cut and what its options need.
+    that cuts the model, given by its name alone, gets layers to cut and what its options need; one that draws random
+    directions draws few.
     """
 
     def cutting(name: str) -> dict[str, Any]:
@@ -93,6 +94,8 @@ def tiny_recipe(tiny_model: Path, tiny_data: Path, deep_model: Path, public_data
         align = {"path": str(public_data), "steps": 1, "max_length": 48, "template": "plain"}
         wanted = {"bottom": 1, "top": 1, "drop": 0.34, "reference": False, "align": align}
         options = {k: v for k, v in wanted.items() if k in fields} if "bottom" in fields else {}
+        if "bases" in fields:
+            return {"algorithm": {"name": name, "bases": 64}}
         return {"algorithm": {"name": name, **options}, "model": str(deep_model)} if options else {}
 
     def make(overrides: Mapping[str, Any] | None = None, **more: Any) -> Recipe:

@@ -35,6 +35,7 @@ LAYERS = [
     {"choices", "cohorts", "deployment", "catalogue"},
     {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},
+    {"benchmarking"},
     {"console", "cli", "cli_federation", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-VOCABULARY = 300
+from fedloom.models.random_model import VOCABULARY, tokenizer
+
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -29,21 +29,6 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-
-
-def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a byte, ids from 3; <pad>, <s>, </s> are 0, 1, 2, and a text begins with <s> as Llama's do."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
-    )
-    made.chat_template = chat_template
-    return made
 
 
 def causal_lm(seed: int = 0, spread: float = 0.2, **shape: Any) -> LlamaForCausalLM:

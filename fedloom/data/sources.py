@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from fedloom.config import DataConfig, SplitConfig
 from fedloom.corpora.files import own_source
 from fedloom.data import hub
 from fedloom.data.declaration import Request, Rows, Say, Source
-from fedloom.data.examples import group, limited, read_examples
+from fedloom.data.examples import group, limited, read_examples, without_leaks
 from fedloom.data.files import data_files, read_files
 from fedloom.errors import UserError
 from fedloom.registry import corpora
@@ -34,11 +35,11 @@ def source_of(data: DataConfig) -> Source:
 
 
 def resolve_split(split: SplitConfig, source: Source) -> SplitConfig:
-    """`split` with its open fields filled in from the corpus's default. A `by` of the user's own means `meta`."""
+    """`split` with its open fields filled in from the corpus's default. A `by` of the user's own, or groups, mean `meta`."""
     default = source.default_split
-    splitter = split.splitter or ("meta" if split.by != "category" else default["splitter"])
+    splitter = split.splitter or ("meta" if split.by != "category" or split.clusters else default["splitter"])
     values: dict[str, Any] = {"splitter": splitter}
-    if split.num_clients is None and splitter != "meta":
+    if split.num_clients is None and splitter not in {"meta", "natural"}:
         own = default.get("num_clients") if splitter == default["splitter"] else None
         values["num_clients"] = own or DEFAULT_CLIENTS
     return split.model_copy(update=values)
@@ -59,6 +60,8 @@ def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, 
     """
     source = source_of(data)
     rows = find_rows(source, data.path, seed, say)
+    if source.rewrite:
+        rows = replace(rows, train=source.rewrite(rows.train), test=source.rewrite(rows.test))
     reading = read_examples(rows.train, source, data, by, say, f"{source.name} ({rows.source})")
     test = read_examples(
         rows.test, source, data, "category", lambda _: None, f"the test set of {source.name}", may_be_empty=True
@@ -71,7 +74,9 @@ def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, 
     if data.path is None and source.rows and (found := len(reading.examples) + reading.empty) not in source.rows:
         expected = " or ".join(f"{n:,}" for n in source.rows)
         say(f"{source.name} has {found:,} rows in {rows.source} where {expected} were expected; going on with these")
-    examples = reading.examples
+    examples, leaked = without_leaks(reading.examples, test.examples)
+    if leaked:
+        dropped["question_is_in_the_test_set"] = leaked
     if source.grouping and by == "category" and (splitter or source.default_split["splitter"]) == "meta":
         examples, left_out = group(examples, source.grouping)
         dropped.update(left_out)

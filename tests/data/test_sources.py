@@ -145,8 +145,11 @@ def test_json_lines_are_read_one_at_a_time(tmp_path):
         next(rows)
 
 
+OTHERS = [{**row, "instruction": f"{row['instruction']} (another)"} for row in ROWS[:2]]
+
+
 def test_a_folder_s_files_are_put_together_and_test_is_the_test_set(tmp_path):
-    for name, rows in (("north", ROWS[:1]), ("south", ROWS[1:]), ("test", ROWS[:2])):
+    for name, rows in (("north", ROWS[:1]), ("south", ROWS[1:]), ("test", OTHERS)):
         write(tmp_path / "sites" / f"{name}.jsonl", rows)
     (tmp_path / "sites" / "README.md").write_text("no data")
     corpus = load(tmp_path / "sites", by="file")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fedloom.config import SplitConfig
 from fedloom.data import splitters
+from fedloom.data.heterogeneity import heterogeneity
 from fedloom.data.splitters import partition, select_questions, select_test_set, split_table
 from fedloom.errors import UserError
 from fedloom.types import Corpus, Example
@@ -102,7 +103,7 @@ def test_small_alpha_is_skewed_and_large_alpha_is_even():
 def test_dirichlet_proportions_have_the_mean_and_spread_of_their_distribution():
     alpha, clients = 0.7, 5
     rng = np.random.default_rng(3)
-    drawn = np.array([splitters._proportions(alpha, clients, rng) for _ in range(4000)])
+    drawn = np.array([splitters.proportions(alpha, clients, rng) for _ in range(4000)])
     mean = 1 / clients
     variance = mean * (1 - mean) / (clients * alpha + 1)
     assert np.allclose(drawn.mean(axis=0), mean, atol=4 * math.sqrt(variance / 4000))
@@ -224,6 +225,8 @@ def test_split_table_counts_what_each_client_holds():
         "splitter": "meta",
         "seed": 4,
         "categories": ["a", "b"],
+        "test_questions_trained_on": 0,
+        "heterogeneity": heterogeneity([{"a": 20}, {"b": 10}]),
         "clients": [
             {"client": "a", "train": 14, "validation": 2, "test": 4, "categories": {"a": 20}},
             {"client": "b", "train": 7, "validation": 1, "test": 2, "categories": {"b": 10}},

@@ -15,7 +15,7 @@ from fedloom.experiment import Watch, prepare
 from fedloom.runtimes.ranked import Ranked
 from fedloom.types import Assignment, Failure, Update
 
-pytestmark = pytest.mark.xdist_group("ranks")
+pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("ranks")]
 
 
 @pytest.mark.parametrize("victim", [1])

@@ -62,6 +62,7 @@ def test_thread_counts_agree_on_seven_million_parameters(recipe_file, cli, tmp_p
     assert digest(tmp_path / "run-1") == digest(tmp_path / "run-2")
 
 
+@pytest.mark.slow
 def test_thread_counts_agree_on_the_built_in_model(recipe_file, cli, tmp_path, smollm2):
     recipe = recipe_file({
         "model.name": "smollm2-135m", "adapter.rank": 8, "train.batch_size": 2, "train.steps": 2, "train.lr": 1e-3,

@@ -74,7 +74,8 @@ def undisturbed(cli, recipe_file, tmp_path):
     return recipe, EXPECTED["hash"]
 
 
-def test_killed_at_ten_random_moments(cli, undisturbed, tmp_path):
+@pytest.mark.parametrize("moments", [4, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(cli, undisturbed, tmp_path, moments):
     recipe, expected = undisturbed
     started = time.monotonic()
     assert cli("run", recipe, "--out", "timed").code == 0
@@ -84,7 +85,7 @@ def test_killed_at_ten_random_moments(cli, undisturbed, tmp_path):
     for number in range(30):
         folder = tmp_path / f"run-{number}"
         process = cli.start("run", recipe, "--out", folder)
-        time.sleep(seconds * (0.1 + 0.85 * (killed + draw.random()) / 10))
+        time.sleep(seconds * (0.1 + 0.85 * (killed + draw.random()) / moments))
         process.send(signal.SIGKILL)
         if process.wait().code != -signal.SIGKILL:  # the machine is less busy than when the run was timed
             seconds *= 0.8
@@ -96,9 +97,9 @@ def test_killed_at_ten_random_moments(cli, undisturbed, tmp_path):
         assert done.code == 0, done.err
         assert_whole(folder, 3, expected)
         assert_no_round_twice(folder, kept)
-        if killed == 10:
+        if killed == moments:
             break
-    assert killed == 10
+    assert killed == moments
 
 
 #: Moments that chance would rarely hit: right after an event was written.

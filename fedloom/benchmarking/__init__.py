@@ -1,0 +1,1 @@
+"""`fedloom benchmark`: a matrix of recipes, run cell by cell, and its table."""

@@ -1,0 +1,176 @@
+"""A benchmark as its YAML file declares it: one recipe, the axes along which it changes, and what is chosen in a pilot.
+
+    base: {...}                     a recipe's keys, nested or dotted, the same in every cell
+    axes:                           a cell is one point of every axis; the last axis changes fastest
+      corpus: {dolly: {...}, ...}   point → the keys that it changes
+      algorithm: {all: algorithms}  … or a point for each registered algorithm, others beside it for what one needs
+    pilot: {train.lr: [1e-3, 3e-3]} values tried in a short run and chosen by validation loss; a point may have its own
+    pilot_values: {...}             what makes a run short
+    seeds: [42, 43]
+    sizes: {smoke: {...}, ...}      the same keys, which take the place of those above
+
+This file knows recipes, and nothing of how cells are run or shown.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedloom import registry
+from fedloom.config import Recipe
+from fedloom.errors import UserError, suggest
+from fedloom.overrides import load_yaml
+
+#: A recipe's keys, dotted, and the values that they get.
+Values = dict[str, Any]
+
+#: The word that stands for every registered algorithm on an axis.
+EVERY_ALGORITHM = "algorithms"
+
+
+class Size(BaseModel):
+    """What a size says otherwise; an empty field keeps the benchmark's own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    description: str = ""
+    base: Values = Field(default_factory=dict)
+    pilot: dict[str, list[Any]] | None = None
+    pilot_values: Values = Field(default_factory=dict)
+    seeds: list[int] | None = None
+    leave_out: list[str] = Field(default_factory=list)
+
+
+class Benchmark(BaseModel):
+    """A matrix of recipes (the module says what each key means).
+
+    Attributes:
+        compare: the axis whose points are set side by side in plots; the last one by default.
+        leave_out: points that this benchmark has no cell for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    description: str
+    base: Values = Field(default_factory=dict)
+    axes: dict[str, dict[str, Any]]
+    pilot: dict[str, list[Any]] = Field(default_factory=dict)
+    pilot_values: Values = Field(default_factory=dict)
+    seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
+    sizes: dict[str, Size] = Field(default_factory=dict)
+    leave_out: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def load(cls, source: str, size: str | None = None) -> Benchmark:
+        """A built-in benchmark by name, or a YAML file, at one of its sizes. Raises UserError where it is wrong."""
+        path = find_benchmark(source)
+        try:
+            found = cls.model_validate({"name": path.stem, **(load_yaml(path.read_text(encoding="utf-8")) or {})})
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise UserError(f"benchmark {path}: {where}: {first['msg']}") from None
+        return found.at(size)
+
+    def at(self, size: str | None) -> Benchmark:
+        """This benchmark with what `size` says otherwise; None takes the first size that is declared."""
+        if not self.sizes:
+            if size is None:
+                return self
+            raise UserError(f"the benchmark {self.name} has no sizes: leave out --size")
+        name = size or next(iter(self.sizes))
+        if name not in self.sizes:
+            raise UserError(f"unknown size {name!r} of {self.name}: {suggest(name, list(self.sizes))}")
+        chosen = self.sizes[name]
+        return self.model_copy(
+            update={
+                "base": {**self.base, **chosen.base},
+                "pilot": self.pilot if chosen.pilot is None else chosen.pilot,
+                "pilot_values": {**self.pilot_values, **chosen.pilot_values},
+                "seeds": chosen.seeds or self.seeds,
+                "leave_out": [*self.leave_out, *chosen.leave_out],
+            }
+        )
+
+    def cells(self) -> list[Cell]:
+        """Every combination of points, one of each axis, in the order of the axes."""
+        axes = {axis: _points(points, self.leave_out) for axis, points in self.axes.items()}
+        found = []
+        for names in itertools.product(*axes.values()):
+            values, pilot = dict(self.base), dict(self.pilot)
+            for axis, name in zip(axes, names, strict=True):
+                changes = dict(axes[axis][name])
+                pilot |= changes.pop("pilot", {})
+                values = {k: v for k, v in values.items() if not any(k.startswith(f"{c}.") for c in changes)} | changes
+            place = dict(zip(axes, names, strict=True))
+            found.append(
+                Cell(benchmark=self.name, place=place, values=values, pilot=pilot, pilot_values=self.pilot_values)
+            )
+        return found
+
+
+class Cell(BaseModel):
+    """One point of the matrix.
+
+    Attributes:
+        place: axis → point.
+        values: its recipe's keys.
+        pilot: key → the values that are tried for it.
+        pilot_values: what makes the pilot's runs short.
+    """
+
+    model_config = ConfigDict(frozen=True)
+    benchmark: str
+    place: dict[str, str]
+    values: Values
+    pilot: dict[str, list[Any]]
+    pilot_values: Values
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.place.values())
+
+    def recipe(self, seed: int, more: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe of this cell. Raises UserError where a key is wrong, naming the cell."""
+        values = {**copy.deepcopy(self.values), "name": self.name.replace("/", "-"), "seed": seed, **(more or {})}
+        try:
+            return Recipe.parse({}, values)
+        except UserError as error:
+            raise UserError(f"benchmark {self.benchmark}, {self.name}: {error}") from None
+
+    def choices(self) -> list[Values]:
+        """Every combination of the pilot's values; one, empty, where nothing is to be chosen."""
+        return [dict(zip(self.pilot, chosen, strict=True)) for chosen in itertools.product(*self.pilot.values())]
+
+
+def _points(points: Mapping[str, Any], leave_out: list[str]) -> dict[str, Values]:
+    """An axis written out."""
+    found: dict[str, Values] = {}
+    if points.get("all") == EVERY_ALGORITHM:
+        found = {name: {"algorithm": name} for name in registry.algorithms.names()}
+    elif "all" in points:
+        raise UserError(f"an axis has all: {points['all']!r}: the only word that it may have is {EVERY_ALGORITHM}")
+    for name, values in points.items():
+        if name != "all":
+            found[name] = {**found.get(name, {}), **(values or {})}
+    return {name: values for name, values in found.items() if name not in leave_out}
+
+
+def builtin_benchmarks() -> dict[str, Path]:
+    """Name → file of every benchmark of this package."""
+    return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
+
+
+def find_benchmark(source: str) -> Path:
+    """The file behind a benchmark's name, or its path. Raises UserError."""
+    builtin = builtin_benchmarks()
+    if source in builtin:
+        return builtin[source]
+    if Path(source).is_file():
+        return Path(source)
+    raise UserError(f"unknown benchmark {source!r}: {suggest(source, builtin)}")

@@ -1,0 +1,188 @@
+"""Runs a benchmark's cells, the cheapest first, and carries on where it was killed.
+
+    OUT/benchmark.json              what is run: written first, and held against what is asked for when it goes on
+    OUT/pilots/CELL/k/              the k-th choice's short run
+    OUT/cells/CELL/SEED/            a run's folder, as `fedloom run` writes it
+
+A run is finished where it has a summary. Whatever else lies there is carried on from its checkpoint, so a benchmark
+that was killed gives the table that it would have given. A cell that fails is a row that says why, and costs the others
+nothing. This file does not know what a cell is about.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.benchmarking.declaration import Benchmark, Cell, Values
+from fedloom.checkpoint import write_json
+from fedloom.config import Recipe
+from fedloom.errors import RunFailed, UserError
+from fedloom.experiment import Watch, run
+from fedloom.runfolder import RunFolder
+from fedloom.tracking import read_events
+
+Say = Callable[[str], None]
+
+#: What the hook `validation_loss` says, among a round's metrics.
+VALIDATION = "validation_loss/loss"
+
+
+#: The trouble of a cell that nobody began, or whose run was killed.
+NOT_RUN = "not run yet"
+
+
+@dataclass
+class Outcome:
+    """What became of a cell.
+
+    Attributes:
+        chosen: what the pilot chose; empty where nothing was to be chosen.
+        summaries: seed → the run's summary.json.
+        trouble: why it has none, or not all of them.
+    """
+
+    cell: Cell
+    chosen: Values = field(default_factory=dict)
+    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    trouble: str = ""
+
+
+def run_benchmark(
+    benchmark: Benchmark, out: Path, say: Say, *, only: str = "", size: str | None = None
+) -> list[Outcome]:
+    """Run every cell that is not finished; the outcomes of all, in the order of the axes.
+
+    Args:
+        only: cells whose name has this in it; the others are taken as they lie there.
+
+    Raises:
+        UserError: a recipe is wrong, or `out` holds another benchmark. Nothing was run.
+    """
+    cells = benchmark.cells()
+    for cell in cells:
+        for choice in cell.choices():
+            cell.recipe(benchmark.seeds[0], choice)
+    _claim(benchmark, out, size)
+    order = sorted(range(len(cells)), key=lambda i: (cost(cells[i].recipe(benchmark.seeds[0])), i))
+    chosen_first = [cells[i] for i in order if only in cells[i].name]
+    if only and not chosen_first:
+        raise UserError(f"--only {only}: no cell has this in its name: one is {cells[0].name}")
+    for number, cell in enumerate(chosen_first, start=1):
+        say(f"{cell.name} ({number} of {len(chosen_first)})")
+        for line in _run_cell(benchmark, cell, out):
+            say(f"  {line}")
+    return [outcome(benchmark, cell, out) for cell in cells]
+
+
+def cost(recipe: Recipe) -> float:
+    """About how many tokens a run trains on: what the order of the cells goes by."""
+    train, federation = recipe.train, recipe.federation
+    sampled = federation.clients_per_round
+    clients = float(sampled) if sampled and sampled >= 1 else float(recipe.split.num_clients or 8)
+    steps = train.steps or 16
+    return federation.rounds * steps * train.batch_size * train.accumulation * clients * recipe.data.max_length
+
+
+def _run_cell(benchmark: Benchmark, cell: Cell, out: Path) -> Iterator[str]:
+    """The pilot and then a run for each seed; yields what happened, a line at a time."""
+    trouble = out / "cells" / cell.name / "trouble.json"
+    trouble.unlink(missing_ok=True)
+    try:
+        choices = cell.choices()
+        if len(choices) > 1:
+            for number, choice in enumerate(choices):
+                with contextlib.suppress(RunFailed):  # as with a rate that is far too high: it is not taken
+                    _finish(_pilot(benchmark, cell, choice), _pilot_folder(out, cell, number))
+            chosen = choose(cell, out)
+            yield "chosen " + ", ".join(f"{key}={value:g}" for key, value in chosen.items())
+        else:
+            chosen = choices[0]
+        for seed in benchmark.seeds:
+            folder = out / "cells" / cell.name / str(seed)
+            if RunFolder(folder).read("summary.json") is None:
+                summary = _finish(cell.recipe(seed, chosen), folder)
+                loss = summary["loss"]
+                yield f"seed {seed}: loss {_number(loss['before'])} to {_number(loss['after'])}"
+    except (UserError, RunFailed) as error:
+        write_json(trouble, {"trouble": str(error)})
+        yield f"no result: {error}"
+
+
+def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The summary of a run that lies in `folder`, finished, begun or not begun."""
+    there = RunFolder(folder).read("summary.json")
+    if there is not None:
+        return there
+    return run(recipe, folder, resume=RunFolder(folder).holds_a_run, watch=Watch()).summary
+
+
+def _pilot(benchmark: Benchmark, cell: Cell, choice: Values) -> Recipe:
+    """A short run that measures nothing but the validation loss after its last round."""
+    recipe = cell.recipe(benchmark.seeds[0], {**cell.pilot_values, **choice})
+    quiet = {"evaluation.suite": None, "evaluation.every": 0, "evaluation.answers": 0}
+    return recipe.with_values({**quiet, "hooks": [{"name": "validation_loss", "every": recipe.federation.rounds}]})
+
+
+def _pilot_folder(out: Path, cell: Cell, number: int) -> Path:
+    return out / "pilots" / cell.name / str(number)
+
+
+def choose(cell: Cell, out: Path) -> Values:
+    """The choice with the lowest validation loss in its pilot; one that did not end in a number is never taken.
+
+    Raises:
+        RunFailed: none did.
+    """
+    losses = [_validation_loss(_pilot_folder(out, cell, number)) for number in range(len(cell.choices()))]
+    best = min(range(len(losses)), key=lambda i: losses[i])
+    if not math.isfinite(losses[best]):
+        raise RunFailed(f"no value of {', '.join(cell.pilot)} gives a finite validation loss")
+    return cell.choices()[best]
+
+
+def _validation_loss(folder: Path) -> float:
+    events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
+    found = [e["metrics"].get(VALIDATION) for e in events if e["event"] == "round_finished"]
+    loss = found[-1] if found else None
+    return float(loss) if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
+
+
+def outcome(benchmark: Benchmark, cell: Cell, out: Path) -> Outcome:
+    """What lies there of a cell."""
+    folder = out / "cells" / cell.name
+    found = Outcome(cell)
+    for seed in benchmark.seeds:
+        summary = RunFolder(folder / str(seed)).read("summary.json")
+        if summary is not None:
+            found.summaries[seed] = summary
+    if len(cell.choices()) > 1 and found.summaries:
+        found.chosen = choose(cell, out)
+    trouble = RunFolder(folder).read("trouble.json")
+    if trouble is not None:
+        found.trouble = str(trouble["trouble"])
+    elif len(found.summaries) < len(benchmark.seeds):
+        found.trouble = NOT_RUN
+    return found
+
+
+def _claim(benchmark: Benchmark, out: Path, size: str | None) -> None:
+    """Write what is run, or hold what is there against it. Raises UserError."""
+    wanted = {"size": size, **benchmark.model_dump(mode="json", exclude={"sizes"})}
+    there = RunFolder(out).read("benchmark.json")
+    if there is not None and there != wanted:
+        differs = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
+        raise UserError(f"{out} holds another benchmark ({', '.join(differs)} differ): name another --out")
+    if there is None:
+        if out.is_dir() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty and holds no benchmark: name another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "benchmark.json", wanted)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"

@@ -1,0 +1,39 @@
+"""The loss on the clients' validation data after every k-th round, for whoever chooses settings by it; changes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from pydantic import Field
+
+from fedloom.config import Recipe
+from fedloom.errors import UserError
+from fedloom.hooks.base import Hook, HookOptions, ServerRound
+from fedloom.types import Partition
+
+if TYPE_CHECKING:
+    from fedloom.algorithms.base import Algorithm
+
+
+class ValidationLoss(Hook):
+    """Numbers: `loss`, the mean over all tokens of the clients' validation answers."""
+
+    class Options(HookOptions):
+        every: int = Field(1, ge=1, description="measure after every k rounds")
+
+    options: Options
+    tells_of_data: ClassVar = True
+
+    def check(self, recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
+        if not any(shard.validation for shard in clients.shards.values()):
+            raise UserError(
+                f"the hook validation_loss measures validation data, and split.validation={recipe.split.validation:g} gives "
+                "no client any: set split.validation=0.1"
+            )
+
+    def validates(self, round: int) -> bool:
+        return round % self.options.every == 0
+
+    def round_end(self, at: ServerRound) -> None:
+        if at.validation is not None and self.validates(at.number):
+            self.numbers = {"loss": at.validation}

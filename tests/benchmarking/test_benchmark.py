@@ -1,0 +1,241 @@
+"""`fedloom benchmark`: the cells are the recipes that they say, the table is the runs', and a kill changes nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fedloom
+from fedloom import registry
+from fedloom.benchmarking import runner
+from fedloom.benchmarking.declaration import Benchmark, builtin_benchmarks
+from fedloom.benchmarking.page import write_benchmark
+from fedloom.benchmarking.runner import run_benchmark
+from fedloom.benchmarking.table import COLUMNS, MEASURED, rows, to_csv, to_latex
+from fedloom.errors import UserError
+from fedloom.report.scatter import Point, Scatter, draw
+from fedloom.tracking import Events
+
+pytestmark = pytest.mark.usefixtures("loading_once")
+
+
+@pytest.fixture
+def declared(tiny_model, tiny_data, tmp_path):
+    """A function of what is different: the file of a benchmark of 2 × 3 cells."""
+
+    def make(**more: Any) -> str:
+        values: dict[str, Any] = {
+            "description": "a small one & its 100 % table",
+            "base": {
+                "model": str(tiny_model),
+                "data": {"path": str(tiny_data), "max_length": 96, "template": "plain"},
+                "adapter": {"rank": 2, "alpha": 4},
+                "train": {"steps": 2, "batch_size": 2, "lr": 1e-2},
+                "federation": {"rounds": 2},
+                "runtime": {"threads": 1, "device": "cpu"},
+                "evaluation": {"suite": None, "answers": 0},
+            },
+            "axes": {
+                "split": {
+                    "own": {"split": {"splitter": "meta", "test": 0.2, "validation": 0.1}},
+                    "even": {"split": {"splitter": "uniform", "num_clients": 2, "test": 0.2, "validation": 0.1}},
+                },
+                "row": {
+                    "global": {"algorithm": "global"},
+                    "federated": {"algorithm": "fedavg"},
+                    "local": {"algorithm": "local"},
+                },
+            },
+            "seeds": [1, 2],
+            "sizes": {"small": {}, "long": {"base": {"federation.rounds": 3}, "seeds": [7]}},
+            **more,
+        }
+        path = tmp_path / "mine.yaml"
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return str(path)
+
+    return make
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+def measured(text: str) -> list[Mapping[str, str]]:
+    """The columns of a CSV that follow from the recipes."""
+    keys = {key for c in MEASURED for key in (c.key, f"{c.key}_std")} | {"split", "row", "seeds", "chosen", "trouble"}
+    return [{k: v for k, v in row.items() if k in keys} for row in csv.DictReader(text.splitlines())]
+
+
+def test_every_built_in_benchmark_is_whole():
+    for name in builtin_benchmarks():
+        declared = Benchmark.load(name)
+        assert {"smoke", "laptop"} <= set(declared.sizes)
+        for size in declared.sizes:
+            cells = Benchmark.load(name, size).cells()
+            recipes = [cell.recipe(1, choice) for cell in cells for choice in cell.choices()]
+            assert len({cell.name for cell in cells}) == len(cells) <= len(recipes)
+    assert len(Benchmark.load("paper", "laptop").cells()) == 18
+    assert [c.place["algorithm"] for c in Benchmark.load("zoo").cells()] == [
+        n for n in registry.algorithms.names() if n not in Benchmark.load("zoo").leave_out
+    ]
+
+
+def test_a_cell_is_the_recipe_with_its_points(declared):
+    cells = Benchmark.load(declared(), "long").cells()
+    assert [c.name for c in cells] == [f"{s}/{r}" for s in ("own", "even") for r in ("global", "federated", "local")]
+    recipe = cells[4].recipe(7)
+    assert (recipe.algorithm.name, recipe.split.splitter, recipe.federation.rounds, recipe.seed) == (
+        "fedavg",
+        "uniform",
+        3,
+        7,
+    )
+
+
+def test_the_table_has_what_the_runs_have(declared, tmp_path):
+    benchmark = Benchmark.load(declared(), "small")
+    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    assert not any(row.trouble for row in found)
+    for row, cell in zip(found, benchmark.cells(), strict=True):
+        alone = [fedloom.run(cell.recipe(s), out=tmp_path / "alone" / row.name / str(s)).summary for s in (1, 2)]
+        losses = [summary["loss"]["after"] for summary in alone]
+        assert row.means["loss"] == pytest.approx(statistics.fmean(losses), abs=1e-12)
+        assert row.spreads["loss"] == pytest.approx(statistics.stdev(losses), abs=1e-12)
+        sent = [s["cost"]["upload_bytes"] - s["cost"]["evaluation_upload_bytes"] for s in alone]
+        assert row.means["upload_bytes"] == pytest.approx(statistics.fmean(sent), rel=1e-2)
+        own = [statistics.fmean(c["loss"]["after"] for c in s["per_client"].values()) for s in alone]
+        assert row.means["loss_own"] == pytest.approx(statistics.fmean(own), abs=1e-12)
+    by_name = {row.name: row for row in found}
+    assert by_name["own/global"].means["upload_bytes"] < by_name["own/federated"].means["upload_bytes"]
+
+
+def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatch):
+    benchmark = Benchmark.load(
+        declared(pilot={"train.lr": [1e-3, 1e-2]}, pilot_values={"federation.rounds": 1}, seeds=[3]), "small"
+    )
+    whole = to_csv(rows(run_benchmark(benchmark, tmp_path / "whole", quiet)))
+    write, left = Events.write, [0]
+
+    def dying(self: Events, event: str, **fields: Any) -> None:
+        write(self, event, **fields)
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Events, "write", dying)
+    kills = 0
+    for after in (3, 17, 40, 5, 61):
+        left[0] = after
+        try:
+            run_benchmark(benchmark, tmp_path / "killed", quiet)
+        except KeyboardInterrupt:
+            kills += 1
+    left[0] = -1
+    resumed = to_csv(rows(run_benchmark(benchmark, tmp_path / "killed", quiet)))
+    assert kills == 5
+    assert measured(resumed) == measured(whole)
+
+
+def test_what_is_finished_is_not_run_again(declared, tmp_path, monkeypatch):
+    benchmark = Benchmark.load(declared(seeds=[1]), "small")
+    run_benchmark(benchmark, tmp_path / "out", quiet, only="federated")
+    ran = []
+    monkeypatch.setattr(
+        runner, "run", lambda recipe, folder, **how: ran.append(recipe.name) or fedloom.run(recipe, folder, **how)
+    )
+    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
+    assert sorted(ran) == ["own-global", "own-local"]
+    assert [row.trouble for row in found] == ["", "", "", "not run yet", "", "not run yet"]
+    with pytest.raises(UserError, match="--only nothing: no cell has this in its name"):
+        run_benchmark(benchmark, tmp_path / "out", quiet, only="nothing")
+
+
+def test_the_pilot_takes_what_validation_says(declared, tmp_path):
+    benchmark = Benchmark.load(
+        declared(pilot={"train.lr": [1e-6, 1e-2, 1e30]}, pilot_values={"train.steps": 3}, seeds=[1]), "small"
+    )
+    out = tmp_path / "out"
+    found = rows(run_benchmark(benchmark, out, quiet, only="own/federated"))[1]
+    assert found.chosen == {"train.lr": 1e-2}
+    losses = []
+    for number, rate in enumerate((1e-6, 1e-2)):
+        events = [
+            json.loads(line)
+            for line in (out / "pilots/own/federated" / str(number) / "events.jsonl").read_text().splitlines()
+        ]
+        losses.append(
+            next(e["metrics"]["validation_loss/loss"] for e in reversed(events) if e["event"] == "round_finished")
+        )
+        stored = yaml.safe_load((out / "pilots/own/federated" / str(number) / "recipe.yaml").read_text())
+        assert (stored["train"]["lr"], stored["train"]["steps"]) == (rate, 3)
+    assert losses[1] < losses[0]
+    stored = yaml.safe_load((out / "cells/own/federated/1/recipe.yaml").read_text())
+    assert (stored["train"]["lr"], stored["train"]["steps"]) == (1e-2, 2)
+
+
+def test_a_cell_that_fails_is_a_row(declared, tmp_path):
+    values = yaml.safe_load(Path(declared(seeds=[1])).read_text())
+    values["axes"]["row"]["federated"] = {"algorithm": "fedavg", "federation.min_clients": 9}
+    benchmark = Benchmark.load(declared(axes=values["axes"], seeds=[1]), "small")
+    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
+    assert "federation.min_clients=9" in found[1].trouble
+    assert found[1].means["loss"] is None
+    assert [row.trouble for row in (found[0], found[2])] == ["", ""]
+
+
+@pytest.mark.parametrize(
+    ("more", "size", "sentence"),
+    [
+        ({}, "huge", "unknown size 'huge' of mine"),
+        ({"sizes": {}}, "small", "the benchmark mine has no sizes"),
+        ({"axes": {"a": {"all": "models"}}}, None, "the only word that it may have is algorithms"),
+        ({"axes": {"a": {"b": {"train.stepz": 3}}}}, None, "mine, b: .*stepz"),
+        ({"sead": [1]}, None, "sead"),
+        ({"seeds": []}, None, "seeds"),
+    ],
+)
+def test_mistakes_are_named_before_anything_runs(declared, tmp_path, more, size, sentence):
+    with pytest.raises(UserError, match=sentence):
+        run_benchmark(Benchmark.load(declared(**more), size), tmp_path / "out", quiet)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_benchmark_in_the_folder_is_refused(declared, tmp_path):
+    run_benchmark(Benchmark.load(declared(seeds=[1]), "small"), tmp_path / "out", quiet, only="own/local")
+    with pytest.raises(UserError, match=r"holds another benchmark \(seeds differ\): name another --out"):
+        run_benchmark(Benchmark.load(declared(seeds=[2]), "small"), tmp_path / "out", quiet)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no benchmark"):
+        run_benchmark(Benchmark.load(declared(), "small"), tmp_path / "full", quiet)
+
+
+def test_the_page_and_the_tabular(declared, tmp_path):
+    benchmark = Benchmark.load(declared(seeds=[1]), "small")
+    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
+    page = write_benchmark(benchmark, "small", found, tmp_path / "out").read_text()
+    best = min(found[:3], key=lambda row: row.means["loss"])
+    column = next(c for c in COLUMNS if c.key == "loss")
+    assert f"<b>{best.text(column)}</b>" in page
+    assert page.count("not run yet") == 3
+    assert "100 % table" in page and "<script src" not in page
+    tabular = to_latex(found, benchmark.description)
+    assert rf"\textbf{{{best.text(column)}}}" in tabular
+    assert r"a small one \& its 100 \% table" in tabular
+    assert tabular.count(r" \\") == 1 + len(found)
+
+
+def test_a_point_without_cost_stands_at_the_edge():
+    points = (Point("free", 0.0, 1.0, "c0"), Point("dear", 1e6, 2.0, "c1"), Point("cheap", 1e3, 1.5, "c1"))
+    drawn = str(draw(Scatter("t", "bytes", "size", "loss", points), 400, 300))
+    centres = [float(part.split('"')[0]) for part in drawn.split('cx="')[1:]]
+    free, cheap, dear = centres  # from the lowest y on
+    assert free == 52.0 < cheap < dear
