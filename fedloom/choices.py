@@ -308,6 +308,11 @@ def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:
     wanted = recipe.evaluation.suite
     if wanted is None:
         return None, "the recipe asks for no score (evaluation.suite=null)"
+    if wanted in registry.task_suites and wanted not in registry.suites:
+        raise UserError(
+            f"evaluation.suite={wanted} is measured once, after the run: `fedloom evaluate RUN --suite {wanted}`; a run can "
+            f"measure {', '.join(registry.suites.names())} every round"
+        )
     if wanted != "auto":
         return registry.suites.get(wanted), ""
     if corpus.suite is None:

@@ -179,22 +179,50 @@ def evaluate(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change the recipe, e.g. evaluation.limit=50")
     ] = None,
     suite: Annotated[
-        str | None, typer.Option("--suite", help="the evaluation suite; the recipe's own by default")
+        str | None,
+        typer.Option(
+            "--suite",
+            help="skills, gsm or multiple-choice on the recipe's held-out data (its own by default), or a public benchmark: "
+            "gsm8k, humaneval, humaneval-x, mmlu, medmcqa, helm-mini",
+        ),
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", min=1, help="the first so many questions of each task; all by default")
+    ] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option("--shots", min=0, help="answered examples in front; the benchmark's own number by default"),
+    ] = None,
+    allow_unsafe: Annotated[
+        bool, typer.Option("--allow-unsafe", help="run a model's programs as yourself where no cage works")
+    ] = False,
     client: Annotated[
         str | None, typer.Option("--client", help="a client's own result, after a personal algorithm")
     ] = None,
     out_: Annotated[Path | None, typer.Option("--out", help="write the numbers as JSON as well")] = None,
 ) -> None:
-    """Measure held-out loss and score of a run's result, an adapter or a plain model."""
-    from fedloom.console import evaluation_table
+    """Measure a run's result, an adapter or a plain model: held-out loss and score, or a public benchmark."""
+    from fedloom.console import evaluation_table, suite_table
     from fedloom.evaluate import evaluate as measure
+    from fedloom.evaluate import evaluate_suite, measured_by_tasks
+
+    def say(text: str) -> None:
+        err.print(text, markup=False)
 
     values = parse_overrides(overrides or [])
-    if suite is not None:
-        values["evaluation.suite"] = suite
-    measured = measure(target, recipe, values, client, say=lambda text: err.print(text, markup=False))
-    out.print(evaluation_table(measured))
+    if suite is not None and measured_by_tasks(suite):
+        measured = evaluate_suite(
+            target, suite, recipe, values, client, say, limit=limit, shots=shots, allow_unsafe=allow_unsafe
+        )
+        out.print(suite_table(measured))
+    else:
+        if shots is not None or allow_unsafe:
+            option = "--shots" if shots is not None else "--allow-unsafe"
+            raise UserError(f"{option} is for public benchmarks: name one with --suite (docs/evaluation.md)")
+        values |= {"evaluation.suite": suite} if suite else {}
+        values |= {"evaluation.limit": limit} if limit else {}
+        measured = measure(target, recipe, values, client, say)
+        out.print(evaluation_table(measured))
     if out_ is not None:
         from fedloom.checkpoint import write_json
 

@@ -199,6 +199,23 @@ def evaluation_table(measured: Mapping[str, Any]) -> Table:
     return table
 
 
+def suite_table(measured: Mapping[str, Any]) -> Table:
+    """A suite's tasks, each with the number that counts, and the evaluation score below."""
+    table = Table("task", "measure", "score", "±", "questions", "shots", box=None, pad_edge=False)
+    for name, task in measured["tasks"].items():
+        first = task["metric"]
+        for metric in (first, *(m for m in task["metrics"] if m != first)):
+            head = (name, str(task["questions"]), str(task["shots"])) if metric == first else ("", "", "")
+            value, error = task["metrics"][metric], task["stderr"].get(metric)
+            mark = "*" if metric == first else ""
+            table.add_row(head[0], f"{metric}{mark}", _number(value), _number(error, 3), head[1], head[2])
+    for name in measured["left_out"]:
+        table.add_row(name, "left out", "", "", "", "")
+    part = "" if measured["complete"] else f" over {len(measured['tasks'])} tasks, {len(measured['left_out'])} left out"
+    table.caption = f"evaluation score {measured['score']:.4f}{part}: {measured['note']} (* is what counts)"
+    return table
+
+
 def size(count: float) -> str:
     """Bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):

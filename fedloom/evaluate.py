@@ -1,4 +1,6 @@
-"""`fedloom evaluate`: a run's result, an adapter's folder or a plain model, measured on a recipe's held-out data."""
+"""`fedloom evaluate`: a run's result, an adapter's folder or a plain model, measured on a recipe's held-out data, or by a
+suite of lm-eval tasks on public benchmarks.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,13 @@ from typing import Any
 
 import torch
 
-from fedloom import carriers, environment
+from fedloom import carriers, environment, registry
 from fedloom.choices import federated_data, load_data, pick_suite
 from fedloom.config import AdapterConfig, ModelConfig, Recipe
 from fedloom.data.federated import ClientData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition
+from fedloom.errors import UserError, suggest
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
 from fedloom.export import result_folder
@@ -46,13 +49,7 @@ def evaluate(
         {"target", "loss", "score", "questions", "preference", "suite", "note",
         "clients": {client: {loss, score, questions}}}
     """
-    run = RunFolder(Path(target))
-    if run.holds_a_run:
-        chosen = (Recipe.load(recipe) if recipe else run.stored_recipe()).with_values(values)
-    else:
-        chosen = Recipe.load(recipe or "quickstart").with_values(values)
-    torch.set_num_threads(chosen.runtime.threads or environment.available_cores())
-    model = _model(target, run, chosen, client, say)
+    chosen, model = _loaded(target, recipe, values, client, say)
     corpus, chosen = load_data(chosen, say)
     clients = partition(corpus, chosen.split, chosen.seed)
     template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
@@ -102,6 +99,79 @@ def evaluate(
         "note": note,
         "clients": {name: _means([s]) for name, s in sums.items()},
     }
+
+
+def measured_by_tasks(suite: str | None) -> bool:
+    """Whether a suite's name means lm-eval tasks (`evaluate_suite`) and not a recipe's own measure. Raises UserError."""
+    if suite is None or suite in registry.suites or suite == "auto":
+        return False
+    if suite not in registry.task_suites:
+        names = {*registry.suites.names(), *registry.task_suites.names()}
+        raise UserError(f"unknown suite {suite!r}: {suggest(suite, names)}")
+    return True
+
+
+def evaluate_suite(
+    target: str,
+    suite: str,
+    recipe: str | None,
+    values: Mapping[str, Any],
+    client: str | None,
+    say: Callable[[str], None],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    allow_unsafe: bool = False,
+) -> dict[str, Any]:
+    """Public benchmarks, scored by lm-eval with the live model. Prompts are written as the recipe writes them.
+
+    Args:
+        target, recipe, values, client: as in `evaluate`; of the recipe the template, batch size and device matter.
+        limit: the first so many questions of each task.
+        shots: answered examples in front of each question; the suite's own number without.
+        allow_unsafe: run programs as the user, where no cage works.
+
+    Returns:
+        {"target", "suite", "note", "template", "limit", "command"} and what `harness.score` returns.
+    """
+    chosen_suite = registry.task_suites.get(suite)
+    from fedloom.evaluation import harness
+
+    chosen, model = _loaded(target, recipe, values, client, say)
+    template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
+    batch_size = chosen.evaluation.batch_size
+    measured = harness.score(
+        model,
+        chosen_suite,
+        template,
+        batch_size=batch_size,
+        limit=limit,
+        shots=shots,
+        allow_unsafe=allow_unsafe,
+        say=say,
+    )
+    return {
+        "target": target,
+        "suite": suite,
+        "note": chosen_suite.note,
+        "template": template.style,
+        "limit": limit,
+        "command": harness.command("MODEL_FOLDER", chosen_suite, template, batch_size, limit, shots),
+        **measured,
+    }
+
+
+def _loaded(
+    target: str, recipe: str | None, values: Mapping[str, Any], client: str | None, say: Callable[[str], None]
+) -> tuple[Recipe, AdaptedModel]:
+    """The recipe that says how to measure, and the model, live."""
+    run = RunFolder(Path(target))
+    if run.holds_a_run:
+        chosen = (Recipe.load(recipe) if recipe else run.stored_recipe()).with_values(values)
+    else:
+        chosen = Recipe.load(recipe or "quickstart").with_values(values)
+    torch.set_num_threads(chosen.runtime.threads or environment.available_cores())
+    return chosen, _model(target, run, chosen, client, say)
 
 
 def _model(target: str, run: RunFolder, recipe: Recipe, client: str | None, say: Callable[[str], None]) -> AdaptedModel:

@@ -22,7 +22,7 @@ import torch
 #: Every purpose that randomness is drawn for; a new one is added here.
 Purpose = Literal[
     "corpus", "split", "sample", "batches", "init", "dropout", "noise", "quantise", "questions", "directions", "seeds",
-    "arrival", "measured", "device", "available", "vanishing",
+    "arrival", "measured", "device", "available", "vanishing", "benchmark",
 ]  # fmt: skip
 
 

@@ -265,6 +265,24 @@ suites = Registry(
     instance=True,
 )
 
+#: Suites of lm-eval tasks, which `fedloom evaluate --suite` measures once; `suites` are measured every round.
+task_suites = Registry(
+    "suite",
+    "task_suites",
+    {
+        "gsm8k": "fedloom.evaluation.task_suites:GSM8K",
+        "humaneval": "fedloom.evaluation.task_suites:HUMANEVAL",
+        "humaneval-drawn": "fedloom.evaluation.task_suites:HUMANEVAL_DRAWN",
+        "humaneval-x": "fedloom.evaluation.task_suites:HUMANEVAL_X",
+        "humaneval-x-drawn": "fedloom.evaluation.task_suites:HUMANEVAL_X_DRAWN",
+        "mmlu": "fedloom.evaluation.task_suites:MMLU",
+        "medmcqa": "fedloom.evaluation.task_suites:MEDMCQA",
+        "helm-mini": "fedloom.evaluation.task_suites:HELM_MINI",
+    },
+    "fedloom.evaluation.task_suites:TaskSuite",
+    instance=True,
+)
+
 runtimes = Registry(
     "runtime",
     "runtimes",
@@ -330,6 +348,6 @@ def notes() -> list[str]:
     """What the user should know of all the names that were asked for, each sentence once in a process."""
     return [
         note
-        for table in (algorithms, corpora, splitters, suites, runtimes, operators, hooks)
+        for table in (algorithms, corpora, splitters, suites, task_suites, runtimes, operators, hooks)
         for note in table.take_notes()
     ]

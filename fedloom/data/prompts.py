@@ -6,6 +6,7 @@ token, what it was trained to answer. This file does not know how long a sequenc
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,17 +59,24 @@ class Template:
         text = self.tokenizer.chat_template if self.style == "chat" else ""
         return f"{self.style}/{self.system!r}/{text}"
 
-    def prompt_text(self, example: Example) -> str:
-        """The text that the model reads before its answer."""
+    def prompt_text(self, example: Example, shots: Sequence[Example] = ()) -> str:
+        """The text that the model reads before its answer.
+
+        Args:
+            shots: answered examples that stand in front of it: earlier turns under chat, one after another elsewhere.
+        """
+        if self.style == "chat":
+            messages = [{"role": "system", "content": self.system}] if self.system is not None else []
+            for shot in shots:
+                messages.append({"role": "user", "content": _question(shot)})
+                messages.append({"role": "assistant", "content": shot.output})
+            messages.append({"role": "user", "content": _question(example)})
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        before = "".join(f"{self.prompt_text(shot)}{shot.output}\n\n" for shot in shots)
         if self.style == "alpaca":
             form = _ALPACA_WITH_INPUT if example.input else _ALPACA
-            return form.format(instruction=example.instruction, input=example.input)
-        question = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
-        if self.style == "plain":
-            return f"{question}\n"
-        messages = [{"role": "system", "content": self.system}] if self.system is not None else []
-        messages.append({"role": "user", "content": question})
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+            return before + form.format(instruction=example.instruction, input=example.input)
+        return f"{before}{_question(example)}\n"
 
     def prompt_ids(self, example: Example) -> list[int]:
         """The prompt as token ids; a chat template writes its own special tokens, the others get the model's own."""
@@ -82,3 +90,7 @@ class Template:
         """An answer as token ids, closed by the end-of-sequence token."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
+
+
+def _question(example: Example) -> str:
+    return f"{example.instruction}\n\n{example.input}" if example.input else example.instruction

@@ -92,14 +92,12 @@ class Language:
         tools: the programs that have to be there.
         build: (record, answer, closing word) → the program.
         closes: whether the program prints the closing word after its tests.
-        stops: what ends a generated answer, for the model is asked for one function.
     """
 
     name: str
     tools: tuple[str, ...]
     build: Callable[[Record, str, str], Program]
     closes: bool
-    stops: tuple[str, ...]
 
     def missing(self) -> list[str]:
         """The tools that are not installed."""
@@ -187,9 +185,37 @@ def _go(record: Record, answer: str, word: str) -> Program:
 
 
 LANGUAGES = {
-    "python": Language("python", (), _python, True, ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(", "\n@")),
-    "js": Language("js", ("node",), _javascript, True, ("\nconst ", "\nfunction ", "\n//", "\nconsole.")),
-    "cpp": Language("cpp", ("g++",), _cpp, False, ("\nint main", "\nbool ", "\n//", "\n#")),
-    "java": Language("java", ("javac", "java"), _java, False, ("\npublic class ", "\n    }\n}")),
-    "go": Language("go", ("go",), _go, False, ("\nfunc ", "\n//", "\nimport ")),
+    "python": Language("python", (), _python, closes=True),
+    "js": Language("js", ("node",), _javascript, closes=True),
+    "cpp": Language("cpp", ("g++",), _cpp, closes=False),
+    "java": Language("java", ("javac", "java"), _java, closes=False),
+    "go": Language("go", ("go",), _go, closes=False),
 }
+
+#: A comment, a text or a character: braces in these count for nothing.
+_NO_BRACES = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`""", re.DOTALL)
+
+
+def completed(record: Record, answer: str) -> str:
+    """The answer without what follows the function that was asked for, which the model is free to go on with.
+
+    Where braces close a function, what follows its last one is left out, and braces that were open around it (Java's
+    class) are closed. An answer that never closes its function stays as it is. In Python the task's stop words do it.
+    """
+    if of_task(str(record["task_id"])) == "python":
+        return answer
+    depth = around = _braces(str(record["prompt"]))
+    around -= 1
+    skipped = {i for found in _NO_BRACES.finditer(answer) for i in range(*found.span())}
+    for i, sign in enumerate(answer):
+        if sign in "{}" and i not in skipped:
+            depth += 1 if sign == "{" else -1
+            if depth == around:
+                return answer[: i + 1] + "\n}" * around + "\n"
+    return answer
+
+
+def _braces(text: str) -> int:
+    """How many are open at the end of `text`."""
+    bare = _NO_BRACES.sub("", text)
+    return bare.count("{") - bare.count("}")

@@ -59,25 +59,39 @@ def packed_inputs(model: AdaptedModel, batch: Batch) -> dict[str, Any]:
     }
 
 
+def answer_starts(model: AdaptedModel, width: int) -> int:
+    """How many ids in front of an answer generation gives back, for questions of `width` ids.
+
+    Of a prompt's embeddings it knows no ids, and gives back none at all; of a prefix it wants to see them.
+    """
+    if not model.virtual_tokens:
+        return width
+    return model.virtual_tokens + width if model.prefixed else 0
+
+
 @torch.no_grad()
-def generate(model: AdaptedModel, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """What the live model says after each row of left-padded ids [rows, L]: [rows, new], without the question."""
-    v, (rows, width) = model.virtual_tokens, ids.shape
+def generate(
+    model: AdaptedModel, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, **how: Any
+) -> torch.Tensor:
+    """What the live model says after each row of left-padded ids [rows, L]: [rows, new], without the question.
+
+    Args:
+        how: what else transformers' `generate` takes, such as stopping criteria.
+    """
+    v, rows = model.virtual_tokens, len(ids)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-    skipped = width  # ids of the question, which generation gives back
     if v:
         inputs["attention_mask"] = torch.cat([mask.new_ones(rows, v), mask], dim=1)
         prompt = model.module.get_prompt(batch_size=rows)
         if model.prefixed:  # a cache of v positions, of which generation wants to see ids too
             inputs["input_ids"] = torch.cat([ids.new_full((rows, v), config.pad_token_id or 0), ids], dim=1)
             inputs["past_key_values"] = prompt
-            skipped = v + width
         else:
             words = model.module.word_embeddings(inputs.pop("input_ids"))
             inputs["inputs_embeds"] = torch.cat([prompt.to(words.dtype), words], dim=1)
-            skipped = 0
-    said: torch.Tensor = (model.causal_lm if v else model.module).generate(**inputs, generation_config=config)
-    return said[:, skipped:]
+    whole = model.causal_lm if v else model.module
+    said: torch.Tensor = whole.generate(**inputs, generation_config=config, **how)
+    return said[:, answer_starts(model, ids.shape[1]) :]
 
 
 @torch.no_grad()

@@ -225,3 +225,20 @@ def test_choices_are_ranked_by_the_answers_log_likelihood(model, packed):
             scores[f"{letter}. {text}"] = sum(float(log[len(prompt) - 1 + k, token]) for k, token in enumerate(answer))
         assert choice == max(scores, key=scores.get)
         assert np.ptp(list(scores.values())) > 0.1
+
+
+@pytest.mark.parametrize("style", ["chat", "alpaca", "plain"])
+def test_answered_examples_stand_in_front_as_they_were_trained(style):
+    made = tiny.tokenizer("{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}<assistant>")
+    template = Template(made, style)
+    shots = [Example("one", "", "1"), Example("two", "given", "2")]
+    question = Example("three", "given", "3")
+    text = template.prompt_text(question, shots)
+    assert template.prompt_text(question, []) == template.prompt_text(question)
+    assert text.endswith(template.prompt_text(question)[-20:]) and "3" not in text
+    places = [text.index(piece) for piece in ("one", "1", "two", "given", "2", "three")]
+    assert places == sorted(places)
+    if style != "chat":
+        assert text.startswith(template.prompt_text(shots[0]) + "1\n\n" + template.prompt_text(shots[1]) + "2\n\n")
+    else:
+        assert text.count("<assistant>") == 3 and text.count("<user>") == 3
