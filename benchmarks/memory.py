@@ -7,7 +7,8 @@ first runs; of the last two ten are sampled in each, from 10 clients or from 10,
     python benchmarks/memory.py --clients 10 60    other numbers of clients to take the slope between
 
 Prints, for plain SGD and for AdamW whose moments are kept: bytes_per_client_ratio= (memory of a further client over the
-adapter's bytes), disk_per_client_ratio= (the same of what it leaves in the run folder), and then population_10k_ratio=.
+adapter's bytes), disk_per_client_ratio= (the same of what it leaves in the run folder), and then population_10k_ratio=. The exit code is 1 where a further client takes more than 1.1 adapters (3.3 with moments), or 10,000
+clients more than 1.1 times the memory of 10.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ STATES = {
     "adam_moments": {"train.optimizer": "adamw", "train.optimizer_state": "keep", "federation.rounds": 2},
 }
 
+#: Adapters that a further client may take in memory.
+LIMITS = {"stateless": 1.1, "adam_moments": 3.3}
+
 
 def measured(out: Path, values: dict[str, Any], overrides: dict[str, Any]) -> tuple[int, int, int]:
     """(peak bytes of memory, the adapter's bytes, bytes of the clients' own files) of a run in a process of its own."""
@@ -46,6 +50,7 @@ def main() -> int:
     parser.add_argument("--population", type=int, default=10_000)
     arguments = parser.parse_args()
     few, more = arguments.clients
+    broken = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model, rows = small_model(folder / "model"), equal_rows(folder / "rows.jsonl", more)
@@ -55,6 +60,7 @@ def main() -> int:
             print(f"{name}.adapter_bytes={adapter}")
             memory, disk = ((found[more][i] - found[few][i]) / (more - few) / adapter for i in (0, 2))
             print(f"{name}.bytes_per_client_ratio={memory:.3f}")
+            broken += [f"{name}.bytes_per_client_ratio"] if memory > LIMITS[name] else []
             print(f"{name}.disk_per_client_ratio={disk:.3f}", flush=True)
         crowd = equal_rows(folder / "crowd.jsonl", 2 * arguments.population)
         sampled = {"federation.clients_per_round": 10, "federation.rounds": 3, "train.optimizer_state": "keep"}
@@ -64,8 +70,12 @@ def main() -> int:
         }
         for n, peak in peaks.items():
             print(f"population_{n}_peak_bytes={peak}")
-        print(f"population_10k_ratio={peaks[arguments.population] / peaks[10]:.3f}")
-    return 0
+        ratio = peaks[arguments.population] / peaks[10]
+        print(f"population_10k_ratio={ratio:.3f}")
+        broken += ["population_10k_ratio"] if ratio > 1.1 else []
+    if broken:
+        print(f"over its limit: {', '.join(broken)}", file=sys.stderr)
+    return bool(broken)
 
 
 if __name__ == "__main__":

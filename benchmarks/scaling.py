@@ -15,7 +15,8 @@ The peak of memory is counted in updates, the message that was received included
 Prints round_seconds_SAMPLED= for each, r_squared= and seconds_per_client= of the line through them,
 population_POPULATION_round_seconds= and population_time_ratio=, aggregate_ms_per_update= (in process),
 aggregate_sealed_ms_per_update= (from elsewhere), digest_ms_per_update= (sha256 of the message alone) and
-aggregate_memory_updates=.
+aggregate_memory_updates=. The exit code is 1 where r_squared is under 0.99, population_time_ratio over 1.1,
+aggregate_ms_per_update over 8 or aggregate_memory_updates over 4.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -134,8 +136,8 @@ class Folding:
         self.spent.append((time.process_time() - began - receiving) / updates)
 
 
-def aggregate(updates: int, scratch: Path, rounds: int = 10) -> None:
-    """Fold `updates` messages of each kind, in rounds that take turns."""
+def aggregate(updates: int, scratch: Path, rounds: int = 10) -> tuple[float, float]:
+    """Fold `updates` messages of each kind, in rounds that take turns: milliseconds for one in process, memory in updates."""
     flat = torch.randn(large_layout().numel)
     ways = [Folding(flat, scratch, sealed) for sealed in (False, True)]
     digests = []
@@ -160,6 +162,7 @@ def aggregate(updates: int, scratch: Path, rounds: int = 10) -> None:
     print(f"aggregate_sealed_ms_per_update={sealed * 1e3:.2f}")
     print(f"digest_ms_per_update={median(digests) * 1e3:.2f}")
     print(f"aggregate_memory_updates={peak / (flat.numel() * 4):.2f}", flush=True)
+    return plain * 1e3, peak / (flat.numel() * 4)
 
 
 def main() -> int:
@@ -173,7 +176,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        aggregate(arguments.updates, folder / "early")
+        milliseconds, held_updates = aggregate(arguments.updates, folder / "early")
         model = small_model(folder / "model")
         rows = equal_rows(folder / "rows.jsonl", 2 * max(arguments.sampled))
         all_of_them = recipe_values(model, rows, max(arguments.sampled))
@@ -193,8 +196,15 @@ def main() -> int:
         found = in_turns(populations, arguments.turns, folder)
         for n, seconds in found.items():
             print(f"population_{n}_round_seconds={seconds:.4f}")
-        print(f"population_time_ratio={found[arguments.population] / found[10]:.3f}")
-    return 0
+        ratio = found[arguments.population] / found[10]
+        print(f"population_time_ratio={ratio:.3f}")
+    broken = [name for name, held in (
+        ("r_squared", fit >= 0.99), ("population_time_ratio", ratio <= 1.1),
+        ("aggregate_ms_per_update", milliseconds <= 8), ("aggregate_memory_updates", held_updates <= 4),
+    ) if not held]  # fmt: skip
+    if broken:
+        print(f"beyond its limit: {', '.join(broken)}", file=sys.stderr)
+    return bool(broken)
 
 
 if __name__ == "__main__":
