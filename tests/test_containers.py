@@ -128,7 +128,7 @@ def test_an_image_runs_fedloom_as_an_ordinary_user(image):
 def test_only_one_stage_asks_an_index():
     asking = {n for n, (_, lines) in stages().items() if "id=pip" in " ".join(lines)}
     assert asking == {"wheels"}
-    for name in ("libraries", "federation", "research", *IMAGES):
+    for name in ("libraries", "federation", "research", "suites", *IMAGES):
         for line in stages()[name][1]:
             assert "pip install" not in line or "--no-index" in line
     assert "--no-index" in (FOLDER / "install.sh").read_text(encoding="utf-8")
@@ -141,7 +141,7 @@ def test_every_extra_of_an_image_is_among_the_collected_ones():
     match = re.search(r"--extras ([\w,]+)", text["wheels"])
     assert match
     collected = set(requirements.requirements(match[1].split(",")))
-    for name in ("libraries", "federation", "research"):
+    for name in ("libraries", "federation", "research", "suites"):
         call = re.search(r" /run/containers/install\.sh((?: \w+)*)$", text[name].partition(" COPY ")[0])
         assert call and bool(call[1]) == (name != "libraries")
         assert set(requirements.requirements(call[1].split())) <= collected
