@@ -232,7 +232,9 @@ def test_on_a_gpu_bitsandbytes_is_asked_for_while_loading(tiny_model, monkeypatc
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     monkeypatch.setattr(transformers, "BitsAndBytesConfig", Played)
-    monkeypatch.setattr(quantised.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(
+        quantised.importlib.util, "find_spec", lambda name: object() if name == "bitsandbytes" else None
+    )
     made = load_base(ModelConfig(name=str(tiny_model), quantization=kind, dtype="bfloat16"), "cuda:0")
     assert seen["device_map"] == {"": "cuda:0"} and seen["dtype"] == torch.bfloat16
     asked = seen["quantization_config"].given

@@ -166,7 +166,8 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
     return {
         "name": recipe.name, "description": recipe.description, "algorithm": recipe.algorithm.name,
         "corpus": recipe.data.corpus, "corpus_license": "CC BY-SA 3.0", "corpus_source": "generated, seed 42",
-        "model": recipe.model.name, "adapter": {"method": "lora", "parameters": 1_216_512, "bytes": 4_866_048},
+        "model": recipe.model.name, "base": {"dtype": "float32", "quantization": None},
+        "adapter": {"method": "lora", "parameters": 1_216_512, "bytes": 4_866_048},
         "score": {
             "before": first["score"], "after": last["score"], "suite": "skills" if score else None,
             "worst_client": {"client": poorest, **pair("score", poorest)} if score else None,
