@@ -199,8 +199,8 @@ def recipe_for(model: str, scratch: Path) -> dict[str, Any]:
     }
     if model != "tiny":
         data = {"corpus": "fed-skills", "max_length": 128, "limit": 400, "template": "plain"}
-        train = {"steps": 2, "batch_size": 4, "lr": 2e-3, "schedule": "linear"}
-        return values | {"model": model, "data": data, "train": train, "federation": {"rounds": 10}}
+        train = {"steps": 1, "batch_size": 4, "lr": 1e-3, "schedule": "constant"}
+        return values | {"model": model, "data": data, "train": train, "federation": {"rounds": 16}}
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import tiny
 
