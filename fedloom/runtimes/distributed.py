@@ -15,6 +15,7 @@ whom and which round it speaks of. This file does not know the engine that carri
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -187,6 +188,7 @@ class Distributed:
                     message = self._outgoing.take(wire.stream_assignment(replace(assignment, recipe=None)))
                     pending.add(self._pool.submit(self._carry, assignment, message))
             if not pending:
+                gc.collect()  # messages hang in cycles of the engine's, which are looked for too rarely for their size
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:

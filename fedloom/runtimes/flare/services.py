@@ -29,13 +29,12 @@ from fedloom.runtimes.flare.launcher import clear_jobs
 #: Messages are large and come in any order. Blocks over 4 MB are mapped one by one, so that what is freed goes back to the
 #: system instead of into holes of the heap (without a threshold that is set, glibc raises it to 32 MB by itself); and in
 #: huge pages, since each is new and 10 MB are 2,400 small ones. The engine's frames of 1 MB are taken from the heap, which
-#: keeps up to 8 MB at its end: mapping those too takes a third of a round's CPU time. The engine has hundreds of threads, each
-#: of which would have a heap of its own: two for all keep the server from growing (`benchmarks/distributed_memory.py`).
+#: keeps up to 8 MB at its end: mapping those too takes a third of a round's CPU time.
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=2",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 
 #: States in which the engine's job is over.
