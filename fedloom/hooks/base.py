@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 from fedloom.config import Recipe, TrainConfig
 from fedloom.data.batching import Batch
+from fedloom.errors import UserError
 from fedloom.models.adapters import AdaptedModel
 from fedloom.types import Partition, Payload
 
@@ -177,3 +178,12 @@ class Hook:
     def deploys(self, algorithm: Algorithm) -> torch.Tensor | None:
         """[numel] of `algorithm.shared`: what is measured and saved in its place; None leaves it as it is."""
         return None
+
+
+def check_validation(name: str, recipe: Recipe, clients: Partition) -> None:
+    """For hooks that measure it: raise UserError where no client has validation data."""
+    if not any(shard.validation for shard in clients.shards.values()):
+        raise UserError(
+            f"the hook {name} goes by validation data, and split.validation={recipe.split.validation:g} gives no client "
+            "any: set split.validation=0.1"
+        )

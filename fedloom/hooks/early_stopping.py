@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from fedloom.config import Recipe
-from fedloom.errors import UserError
-from fedloom.hooks.base import Hook, HookOptions, ServerRound
+from fedloom.hooks.base import Hook, HookOptions, ServerRound, check_validation
 from fedloom.types import Partition
 
 if TYPE_CHECKING:
@@ -33,11 +32,7 @@ class EarlyStopping(Hook):
     tells_of_data: ClassVar = True
 
     def check(self, recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
-        if not any(shard.validation for shard in clients.shards.values()):
-            raise UserError(
-                f"the hook early_stopping goes by validation data, and split.validation={recipe.split.validation:g} gives "
-                "no client any: set split.validation=0.1"
-            )
+        check_validation("early_stopping", recipe, clients)
 
     def validates(self, round: int) -> bool:
         return round % self.options.every == 0
