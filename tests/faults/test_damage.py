@@ -72,8 +72,15 @@ def not_an_object(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [("server.safetensors", d) for d in (truncate, empty, flip, Path.unlink)]
-    + [("state.json", d) for d in (truncate, empty, alter_number, other_round, not_an_object, Path.unlink)],
+    [("server.safetensors", truncate), ("state.json", other_round), ("state.json", Path.unlink)]
+    + [
+        pytest.param(name, d, marks=pytest.mark.faults)  # the others by `make test-faults` alone
+        for name, damages in {
+            "server.safetensors": (empty, flip, Path.unlink),
+            "state.json": (truncate, empty, alter_number, not_an_object),
+        }.items()
+        for d in damages
+    ],
 )
 def test_the_round_before_a_damaged_checkpoint_is_used_and_said(cli, killed, name, damage):
     damage(killed / "checkpoints" / "round-0002" / name)

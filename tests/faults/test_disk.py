@@ -61,8 +61,11 @@ def whole(cli, recipe_file, tmp_path):
     return recipe, *WHOLE["run"]
 
 
-# Full at the start, in the first checkpoint, between rounds, while the result is written.
-@pytest.mark.parametrize("share", [0.02, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.97])
+# Full at the start, in the first checkpoint, between rounds, while the result is written; the others by `make test-faults`.
+@pytest.mark.parametrize(
+    "share",
+    [0.02, 0.25, 0.7, 0.97] + [pytest.param(share, marks=pytest.mark.faults) for share in (0.1, 0.4, 0.55, 0.8, 0.9)],
+)
 def test_a_full_disk_costs_no_finished_round(cli, whole, disk, share):
     recipe, expected, kilobytes = whole
     remount(disk, f"size={max(8, int(kilobytes * share))}k")
