@@ -140,7 +140,7 @@ class Recipe(Section):
         if len(both) == 2:
             raise UserError(f"{both[0]} and {both[1]} both say how long a client trains: keep one")
         for dotted, value in (overrides or {}).items():
-            set_dotted(merged, dotted, value)
+            set_dotted(merged, dotted, nested_copy(value) if isinstance(value, Mapping) else value)
         try:
             return cls.model_validate(merged)
         except ValidationError as error:

@@ -268,3 +268,10 @@ def test_suggestions():
     assert suggest("fedagv", ["fedavg", "local"]) == "did you mean fedavg?"
     assert suggest("zzz", ["b", "a"]) == "valid names are a, b"
     assert suggest("zzz", []) == "there are none"
+
+
+def test_overrides_are_not_written_into():
+    section = {"rounds": 2}
+    overrides = {"federation": section, "federation.min_clients": 3}
+    assert Recipe.parse({}, overrides).federation.min_clients == 3
+    assert section == {"rounds": 2}

@@ -14,7 +14,6 @@ This file knows recipes, and nothing of how cells are run or shown.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -137,7 +136,7 @@ class Cell(BaseModel):
 
     def recipe(self, seed: int, more: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe of this cell. Raises UserError where a key is wrong, naming the cell."""
-        values = {**copy.deepcopy(self.values), "name": self.name.replace("/", "-"), "seed": seed, **(more or {})}
+        values = {**self.values, "name": self.name.replace("/", "-"), "seed": seed, **(more or {})}
         try:
             return Recipe.parse({}, values)
         except UserError as error:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -19,8 +21,14 @@ from fedloom.evaluation.programs import Limits, Program
 SMALL = Limits(seconds=8.0, memory=256 << 20, processes=32, scratch=32 << 20, output=4096)
 HERE = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
-trouble = Bubblewrap().trouble()
-caged = pytest.mark.skipif(bool(trouble), reason=trouble)
+
+def namespaces() -> bool:
+    """Whether the system itself makes a cage; one of ours that does not work there is a failure and no skip."""
+    bare = ["bwrap", "--unshare-all", "--unshare-user", "--ro-bind", "/", "/", "true"]
+    return shutil.which("bwrap") is not None and subprocess.run(bare, capture_output=True, check=False).returncode == 0
+
+
+caged = pytest.mark.skipif(not namespaces(), reason="bwrap is not here, or may make no namespaces")
 
 
 def python(source: str, limits: Limits = SMALL) -> Program:
