@@ -19,7 +19,7 @@ from fedloom.runtimes.worker import Worker, WorkerLost
 from fedloom.site import Room
 
 #: Short enough for a test, long enough for a slow machine.
-BRISK = Patience(answer=10.0, silence=0.4, poll=0.2, start=5.0)
+BRISK = Patience(answer=10.0, silence=1.0, poll=0.2, start=5.0)
 
 
 class Inline:
