@@ -42,6 +42,11 @@ from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
 
 
+def held_seconds(device: torch.device | None, ranks: int, wall: float) -> float:
+    """How long work of `wall` seconds held GPUs, one for each rank; 0 elsewhere. It ends when its result is on the CPU."""
+    return wall * ranks if device is not None and device.type == "cuda" else 0.0
+
+
 class Client:
     """Serves any number of clients, one at a time, from one model.
 
@@ -101,7 +106,9 @@ class Client:
             outcome = Failure(
                 assignment.client, assignment.round, "out_of_memory", "out of memory: lower train.batch_size"
             )
-        spent = Cost(wall_seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        held = held_seconds(self._model.device if self._model is not None else None, self._ranks.count, wall)
+        spent = Cost(wall_seconds=wall, cpu_seconds=cpu, gpu_seconds=held)
         return replace(outcome, cost=outcome.cost + spent)
 
     def beside(self, recipe: Mapping[str, Any], live: AdaptedModel) -> Client:

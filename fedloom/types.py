@@ -224,6 +224,7 @@ class Cost:
         train_flops: floating-point operations of training (evaluation/cost.py has the closed form).
         steps: optimiser steps.
         wall_seconds, cpu_seconds: of the work itself.
+        gpu_seconds: how long it held CUDA devices, added up over them; 0 on a CPU.
     """
 
     upload_bytes: int = 0
@@ -233,6 +234,7 @@ class Cost:
     steps: int = 0
     wall_seconds: float = 0.0
     cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})

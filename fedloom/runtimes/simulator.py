@@ -22,7 +22,7 @@ from fedloom.config import Recipe
 from fedloom.runtimes import wire
 from fedloom.runtimes.ranked import Ranked
 from fedloom.training.cohort import Cohort
-from fedloom.types import Assignment, Outcome
+from fedloom.types import Assignment, Cost, Outcome
 
 
 class Simulator:
@@ -97,6 +97,11 @@ def _shared(outcomes: Sequence[Outcome], wall: float, cpu: float) -> list[Outcom
     tokens = [outcome.cost.train_tokens for outcome in outcomes]
     shares = [n / sum(tokens) if any(tokens) else 1 / len(outcomes) for n in tokens]
     return [
-        replace(outcome, cost=replace(outcome.cost, wall_seconds=wall * share, cpu_seconds=cpu * share))
+        replace(outcome, cost=_part(outcome.cost, wall * share, cpu * share))
         for outcome, share in zip(outcomes, shares, strict=True)
     ]
+
+
+def _part(cost: Cost, wall: float, cpu: float) -> Cost:
+    """`cost` with another time; what held a device holds it for that time."""
+    return replace(cost, wall_seconds=wall, cpu_seconds=cpu, gpu_seconds=wall if cost.gpu_seconds else 0.0)

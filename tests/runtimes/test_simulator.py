@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from fedloom.client import held_seconds
 from fedloom.runtimes import wire
 from fedloom.runtimes.simulator import Simulator, _shared
 from fedloom.types import Assignment, Cost, Failure, Payload, Update
@@ -75,3 +76,12 @@ def test_a_cohorts_time_is_dealt_out_by_tokens_and_evenly_where_nobody_trained()
     assert [(o.cost.wall_seconds, o.cost.cpu_seconds) for o in shared] == [(6.0, 3.0), (2.0, 1.0), (0.0, 0.0)]
     failed = [Failure(n, 1, "test", "as asked") for n in "ab"]
     assert [o.cost.wall_seconds for o in _shared(failed, wall=8.0, cpu=4.0)] == [4.0, 4.0]
+
+
+def test_time_on_a_gpu_is_the_works_own_for_each_device_and_a_cohorts_is_dealt_out():
+    assert held_seconds(torch.device("cuda", 0), 2, 3.0) == 6.0
+    assert held_seconds(torch.device("cpu"), 2, 3.0) == held_seconds(None, 1, 3.0) == 0.0
+    done = [Update(n, 1, Payload(), cost=Cost(train_tokens=t, gpu_seconds=8.0)) for n, t in (("a", 30), ("b", 10))]
+    shared = _shared(done, wall=8.0, cpu=4.0)
+    assert [o.cost.gpu_seconds for o in shared] == [6.0, 2.0]
+    assert sum((o.cost for o in shared), Cost()).gpu_seconds == 8.0
