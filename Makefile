@@ -29,8 +29,8 @@ test-faults: $(VENV)/.dev  ## whatever can be killed, full, torn or foreign, and
 	$(BIN)/python -m pytest -q tests/faults
 
 check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
-	$(BIN)/ruff format --check fedloom tests containers
-	$(BIN)/ruff check fedloom tests containers
+	$(BIN)/ruff format --check fedloom tests containers benchmarks
+	$(BIN)/ruff check fedloom tests containers benchmarks
 	$(BIN)/mypy
 	$(MAKE) test
 

@@ -7,7 +7,8 @@ first runs; of the last two ten are sampled in each, from 10 clients or from 10,
     python benchmarks/memory.py --clients 10 60    other numbers of clients to take the slope between
 
 Prints, for plain SGD and for AdamW whose moments are kept: bytes_per_client_ratio= (memory of a further client over the
-adapter's bytes), disk_per_client_ratio= (the same of what it leaves in the run folder), and then population_10k_ratio=. The exit code is 1 where a further client takes more than 1.1 adapters (3.3 with moments), or 10,000
+adapter's bytes), disk_per_client_ratio= (the same of what it leaves in the run folder), and then
+population_10k_ratio=. The exit code is 1 where a further client takes more than 1.1 adapters (3.3 with moments), or 10,000
 clients more than 1.1 times the memory of 10.
 """
 
@@ -21,7 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import fedloom  # noqa: F401  sets what torch reads when it is imported
+import fedloom  # noqa: F401  isort: skip  sets what torch reads when it is imported
 from small import equal_rows, recipe_values, small_model
 
 RUN = "import json, sys; from fedloom import Recipe, run; run(Recipe.parse(*json.loads(sys.argv[1])), out=sys.argv[2])"

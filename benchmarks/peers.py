@@ -3,10 +3,11 @@
     python benchmarks/peers.py --install          once: Flower 1.41 into a virtual environment of its own (1.6 GB)
     python benchmarks/peers.py                    4 CPU minutes and more
     python benchmarks/peers.py --steps 100        a longer job, in which loading counts less
+    python benchmarks/peers.py --words 3 9        examples of twice the length
     python benchmarks/peers.py --ways fedloom bare processes     where PyPI cannot be reached
 
 The job: S, a Llama of 7.6M parameters, LoRA of rank 8 on all linear layers, FedAvg, 4 clients × 3 rounds × 10 steps of 4
-examples of some 60 tokens, AdamW afresh in each round, clipped; the same token ids in the same steps from the same adapter.
+examples of some 30 tokens, AdamW afresh in each round, clipped; the same token ids in the same steps from the same adapter.
 Each way is a command of its own, from the start of its interpreter to the end of its last process, on one thread for each:
 
     fedloom     `python -m fedloom run RECIPE`, report and all
@@ -15,6 +16,7 @@ Each way is a command of its own, from the start of its interpreter to the end o
     bare        one process, one model, transformers and peft, adapters in and out by peft's functions (peer_job.py)
     processes   the same with a process for each client and round
 
+    tokens_per_example=         the mean, without padding
     NAME_cpu_seconds=           user and system time of all its processes, looked at ten times a second: the last tenth of a
                                 second of each process is lost, least of fedloom's one and most of the peers' many
     flower_cpu_ratio=           flower over fedloom; process_per_client_ratio=, bare_ratio= likewise
@@ -54,7 +56,7 @@ from fedloom.experiment import Watch, prepare
 from fedloom.overrides import dump_yaml
 
 HERE = Path(__file__).resolve().parent
-CLIENTS, ROUNDS, BATCH = 4, 3, 4
+CLIENTS, ROUNDS, BATCH, WORDS = 4, 3, 4, (1, 4)
 WAYS = ("fedloom", "flower", "bare", "processes")
 
 #: Ratio → (whose seconds over fedloom's, how much they have to be at least).
@@ -134,10 +136,10 @@ def cpu_of(command: Sequence[str], environment: dict[str, str]) -> float:
 # ------------------------------------------------------------------ the job
 
 
-def write_job(folder: Path, steps: int) -> Recipe:
-    """The recipe, and the same as lists of token ids for those who read no recipe."""
+def write_job(folder: Path, steps: int, words: tuple[int, int]) -> float:
+    """The recipe, and the same as lists of token ids for those who read no recipe; returns tokens in an example."""
     model = small_model(folder / "model")
-    rows = worded_rows(folder / "rows.jsonl", CLIENTS * BATCH * steps, (3, 9))
+    rows = worded_rows(folder / "rows.jsonl", CLIENTS * BATCH * steps, words)
     train = {"steps": steps, "batch_size": BATCH, "lr": 1e-3, "schedule": "constant"}
     values = recipe_values(model, rows, CLIENTS) | {"train": train, "federation": {"rounds": ROUNDS}}
     recipe = Recipe.parse(values, {"data.max_length": 192})
@@ -161,7 +163,8 @@ def write_job(folder: Path, steps: int) -> Recipe:
     from safetensors.torch import save_file
 
     save_file(setting.model.initial_adapter().tensors(), folder / "initial.safetensors")
-    return recipe
+    seen = [len(ids) for clients in rounds for steps in clients for step in steps for ids, _ in step]
+    return statistics.fmean(seen)
 
 
 def ways(folder: Path, flower: Path) -> dict[str, tuple[list[str], dict[str, str]]]:
@@ -195,6 +198,9 @@ def losses(folder: Path, names: Sequence[str]) -> dict[str, float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument(
+        "--words", type=int, nargs=2, default=WORDS, metavar=("LEAST", "MOST"), help="of an example; S spells them out"
+    )
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--flower", type=Path, default=flower_home(), help="a virtual environment with flwr")
     parser.add_argument("--install", action="store_true", help="make that environment first")
@@ -211,7 +217,7 @@ def main() -> int:
     print(load(), flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_job(folder, arguments.steps)
+        print(f"tokens_per_example={write_job(folder, arguments.steps, tuple(arguments.words)):.0f}", flush=True)
         commands = {name: way for name, way in ways(folder, arguments.flower).items() if name in arguments.ways}
         seconds: dict[str, list[float]] = {way: [] for way in commands}
         for turn in range(arguments.repeats):

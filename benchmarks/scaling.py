@@ -34,9 +34,11 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any, cast
 
-import fedloom  # noqa: F401  sets what torch reads when it is imported
+import fedloom  # noqa: F401  isort: skip  sets what torch reads when it is imported
 import numpy as np
 import torch
+from small import equal_rows, recipe_values, small_model
+
 from fedloom import Recipe, run
 from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.fedavg import FedAvg
@@ -46,7 +48,6 @@ from fedloom.experiment import Watch
 from fedloom.models.state import Adapter, Layout
 from fedloom.runtimes import wire
 from fedloom.types import Payload, Update
-from small import equal_rows, recipe_values, small_model
 
 #: (inputs, outputs) of the linear layers of a decoder block of SmolLM2-135M.
 BLOCK = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576), "gate": (576, 1536), "up": (576, 1536),
@@ -137,7 +138,7 @@ class Folding:
 
 
 def aggregate(updates: int, scratch: Path, rounds: int = 10) -> tuple[float, float]:
-    """Fold `updates` messages of each kind, in rounds that take turns: milliseconds for one in process, memory in updates."""
+    """Fold `updates` messages of each kind, in rounds that take turns: milliseconds for one in process, memory in them."""
     flat = torch.randn(large_layout().numel)
     ways = [Folding(flat, scratch, sealed) for sealed in (False, True)]
     digests = []
