@@ -3,7 +3,8 @@
     python benchmarks/operators.py              a Llama of 8 layers and 9M weights, vocabulary 16,384, LoRA r=8, packed
     python benchmarks/operators.py --model M    a model's folder or name, such as smollm2-135m
     python benchmarks/operators.py --only NAME  one case: checkpointing, loss_chunk, both, bf16, fp16, prefix, quantised,
-                                                offload, attention
+                                                offload, attention, compile
+    python benchmarks/operators.py --whole      with compile: the whole model compiled as well, minutes
 
 For each of checkpointing, loss_chunk and both, on a GPU also bf16 and fp16, against plain training of the same batches:
 
@@ -29,6 +30,14 @@ AdamW over 4 million numbers, its moments in memory and on disk (train.optimizer
     offload_plain_memory_mb=, offload_disk_memory_mb=   memory that a first step takes and that is in no file
     offload_disk_time_ratio=   CPU seconds of later steps, over those in memory; offload_same_bits= whether they are the same
 
+S (small.py; or the model given) with its layers compiled (train.compile), once compiled, against plain layers:
+
+    compile_time_ratio=   seconds of a pass over plain's; compile_same_ratio= plain's over plain's (A/A)
+    compile_seconds=, compile_cpu_seconds=   until the code was there, on a clock, and of all cores with the C++ compiler's
+    compile_graphs=       pieces of code; compile_graphs_later= those that passes of other lengths added
+    compile_loss_difference=, compile_gradient_error=   as above
+    compile_whole_cpu_seconds=, compile_whole_graphs=   with --whole: of the model compiled as one and not by layers
+
 Kernels for packed batches (model.attention), on a GPU:
 
     attention_auto=       what auto chooses here; attention_NAME_speedup= over a call for each sequence, attention_NAME=none
@@ -38,18 +47,21 @@ On a CPU bf16 may take minutes, so its products alone are timed, as `train.preci
 
     bf16_product_ratio=   seconds of a layer's products over those in fp32
 
-The exit code is 1 where checkpointing, loss_chunk or the kept prefix changes a loss by more than 1e-5 or a gradient by more
+The exit code is 1 where compiled layers change a loss or a gradient by more than 1e-5 or compile more for other lengths,
+where checkpointing, loss_chunk or the kept prefix changes a loss by more than 1e-5 or a gradient by more
 than 1e-5, or one of the first two keeps no less than plain training.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -62,6 +74,7 @@ from fedloom.config import (
 
 import numpy as np  # isort: skip
 import torch
+from small import S
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom.data.batching import Batch, collate
@@ -74,6 +87,7 @@ from fedloom.models.loading import Base, load_base
 from fedloom.models.memory import sparing
 from fedloom.models.prefix import PrefixCache
 from fedloom.models.quantised import dequantise_model, quantise_model
+from fedloom.training.compiling import compiled, trouble
 from fedloom.training.optimizer import FlatOptimizer
 from fedloom.training.precision import autocast, slowdown
 
@@ -93,6 +107,14 @@ def small() -> Base:
         LlamaConfig(num_attention_heads=8, num_key_value_heads=4, tie_word_embeddings=True, **shape)
     )
     return Base(model.requires_grad_(False).eval(), None, "")  # type: ignore[arg-type]
+
+
+def named_s() -> Base:
+    """S."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    import tiny
+
+    return Base(tiny.causal_lm(spread=0.05, **S).requires_grad_(False), None, "")  # type: ignore[arg-type]
 
 
 def once(
@@ -221,6 +243,71 @@ def attention(base: Callable[[], Base], batch: Batch, pairs: int) -> bool:
     return False
 
 
+def _batch(size: int, lengths: Sequence[int]) -> Batch:
+    draw = np.random.default_rng(0)
+    return collate([TokenSequence(draw.integers(3, size, n).astype(np.int32), 1) for n in lengths], packed=True, pad=0)
+
+
+def _spent() -> float:
+    """CPU seconds of this process and of those that it waited for."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def compiling(base: Callable[[], Base], batch: Batch, pairs: int) -> bool:
+    """Compiled layers against plain ones. Whether a gradient differs, or passes of other lengths compile anew."""
+    from torch._dynamo.utils import counters
+
+    model = attach(base(), AdapterConfig(), 0)
+    size = model.causal_lm.config.vocab_size
+    batch = _batch(size, batch.lengths)
+
+    def timed(wanted: bool, given: Batch = batch) -> tuple[float, float, torch.Tensor, int]:
+        with compiled(model, wanted):
+            return once(model, given, PLAIN)
+
+    timed(False)
+    with tempfile.TemporaryDirectory() as folder:  # so that nothing is there from earlier
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        torch.compiler.reset()
+        counters.clear()
+        clock, cpu = time.perf_counter(), _spent()
+        why = trouble(model, TrainConfig(compile=True), True)
+        if why:
+            print(f"compile=none  # {why}")
+            return False
+        print(f"compile_seconds={time.perf_counter() - clock:.0f}", f"compile_cpu_seconds={_spent() - cpu:.0f}", sep="\n")
+        before = counters["stats"]["unique_graphs"]
+        rows = [(timed(False), timed(True), timed(False)) for _ in range(pairs + 1)][1:]
+        for lengths in ((40,), (33, 33), (90, 7, 61, 12, 5)):
+            timed(True, _batch(size, lengths))
+        later = counters["stats"]["unique_graphs"] - before
+    plain, quick, again = (statistics.median(row[i][0] for row in rows) for i in range(3))
+    loss, gradient = abs(rows[-1][1][1] - rows[-1][0][1]), rows[-1][1][2] - rows[-1][0][2]
+    error = float(gradient.norm() / rows[-1][0][2].norm())
+    print(f"compile_time_ratio={quick / plain:.2f}", f"compile_same_ratio={again / plain:.2f}", sep="\n")
+    print(f"compile_graphs={before}", f"compile_graphs_later={later}", sep="\n")
+    print(f"compile_loss_difference={loss:.1e}", f"compile_gradient_error={error:.1e}", sep="\n", flush=True)
+    return loss > 1e-5 or error > 1e-5 or later > 0
+
+
+def compiling_whole(base: Callable[[], Base], batch: Batch) -> None:
+    """What the other way would take: the decoder's own forward compiled, all of its layers in it."""
+    from torch._dynamo.utils import counters
+
+    model = attach(base(), AdapterConfig(), 0)
+    batch = _batch(model.causal_lm.config.vocab_size, batch.lengths)
+    decoder: Any = model.causal_lm.base_model
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder
+        torch.compiler.reset()
+        counters.clear()
+        cpu = _spent()
+        decoder.forward = torch.compile(decoder.forward, dynamic=True)
+        once(model, batch, PLAIN)
+        print(f"compile_whole_cpu_seconds={_spent() - cpu:.0f}")
+        print(f"compile_whole_graphs={counters['stats']['unique_graphs']}", flush=True)
+
+
 def _anonymous() -> int:
     """Bytes of this process that are in no file, and so have to stay in memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -235,6 +322,7 @@ def _bytes(model: AdaptedModel) -> int:
 #: Operators that need a model of their own.
 CASES: dict[str, Callable[[Callable[[], Base], Batch, int], bool]] = {
     "prefix": prefix, "quantised": quantised, "offload": offload, "attention": attention,
+    "compile": compiling,
 }  # fmt: skip
 
 
@@ -243,6 +331,7 @@ def main() -> int:
     parser.add_argument("--model")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--only", help="one case by its name")
+    parser.add_argument("--whole", action="store_true", help="with compile: the whole model as well")
     given = parser.parse_args()
 
     def make() -> Base:
@@ -271,7 +360,9 @@ def main() -> int:
         bad |= exact and (loss > 1e-5 or gradient > 1e-5 or other[3] >= plain[3])
     for name, case in CASES.items():
         if given.only in {None, name}:
-            bad |= case(make, batch, given.pairs)
+            bad |= case(named_s if name == "compile" and not given.model else make, batch, given.pairs)
+    if given.whole:
+        compiling_whole(make if given.model else named_s, batch)
     if given.only is None:
         print(f"bf16_product_ratio={slowdown(model.device, 'bf16'):.1f}")
     return int(bad)

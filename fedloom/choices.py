@@ -64,6 +64,11 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
             f"algorithm {name} works on weights of the base, which model.quantization={recipe.model.quantization} keeps in "
             "a few bits: set model.quantization=null, or use an algorithm that leaves the base as it is, such as fedavg"
         )
+    if recipe.train.compile and cls.properties.weights:
+        raise UserError(
+            f"algorithm {name} changes the base under its layers, and code that was compiled of them would not hear of it: "
+            "set train.compile=false, or use an algorithm that leaves the base as it is, such as fedavg"
+        )
     check_parallel(recipe)
     options = parse_options(cls, name, recipe.algorithm.options)
     cls.check(options, recipe.adapter, recipe.train, recipe.model)
@@ -84,6 +89,11 @@ def check_parallel(recipe: Recipe) -> None:
         )
     if recipe.train.cache_prefix:
         raise UserError(f"{asked} cannot be had with train.cache_prefix, which is one process's: leave one of them out")
+    if strategy == "fsdp" and recipe.train.compile:
+        raise UserError(
+            "train.compile=true cannot be had with runtime.parallel=fsdp, which puts a layer's weights in place as it is "
+            "called: leave it out, or use runtime.parallel=ddp"
+        )
     spared = "checkpointing=true" if recipe.train.checkpointing else f"loss_chunk={recipe.train.loss_chunk}"
     if strategy == "fsdp" and (recipe.train.checkpointing or recipe.train.loss_chunk):
         raise UserError(

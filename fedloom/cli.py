@@ -300,7 +300,8 @@ def fetch(
         list[str] | None, typer.Argument(metavar="[NAME]…", help="built-in models, corpora, or all of them: all")
     ] = None,
     clear: Annotated[
-        str | None, typer.Option("--clear", help="delete from the cache: carriers, models, tokenised, prefix or all")
+        str | None,
+        typer.Option("--clear", help="delete from the cache: carriers, models, tokenised, prefix, compiled or all"),
     ] = None,
 ) -> None:
     """Get built-in models and corpora into the cache, for later without a network; installs nothing."""

@@ -35,6 +35,7 @@ from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.models.prefix import MEGABYTE, PrefixCache
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
+from fedloom.training.compiling import trouble
 from fedloom.training.objectives import OBJECTIVES
 from fedloom.training.parallel import ALONE, Ranks, bystander, deal
 from fedloom.training.precision import autocast
@@ -153,6 +154,10 @@ class Client:
             if (megabytes := self._recipe.train.cache_prefix) is not None:
                 folder = (self._cache or carriers.home()) / "prefix"
                 self._model.prefix = PrefixCache(self._model, folder, megabytes * MEGABYTE)
+        if self._recipe.train.compile and assignment.kind == "train":
+            why = trouble(self._model, self._recipe.train, self._recipe.train.packing == "on")
+            if why:
+                raise ClientFailed("not_compiled", f"train.compile=true cannot be had here: {why}")
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
         self._algorithm.evaluating = assignment.kind != "train"

@@ -42,6 +42,7 @@ def check_cohort(recipe: Recipe, algorithm: Algorithm, say: Say) -> Recipe:
         "train.packing=off pads batches": recipe.train.packing == "off",
         f"train.precision={train.precision} is one client's": train.precision != "fp32",
         "train.checkpointing=true computes layers again for one client": train.checkpointing,
+        "train.compile=true compiles layers with one client's adapter": train.compile,
         f"train.loss_chunk={train.loss_chunk} makes logits again for one client": train.loss_chunk is not None,
         "train.cache_prefix starts in the middle of the model": train.cache_prefix is not None,
         "hooks look into one client's steps": bool(Hooks.of_client(recipe.hooks)),

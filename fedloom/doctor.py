@@ -77,6 +77,14 @@ def machine(folder: Path) -> Iterator[Check]:
         yield Check("good", "GPU", f"{torch.cuda.get_device_name(0)}, {total:.0f} GB")
     else:
         yield Check("note", "GPU", "none; runs go to the CPU", "")
+    compiler = environment.cpp_compiler()
+    there = shutil.which(compiler)
+    yield Check(
+        "good" if there else "note",
+        "C++ compiler",
+        there or f"{compiler} is not there; only for train.compile on a CPU",
+        "" if there else "install it, or name another one in CXX",
+    )
     memory = _memory_gb()
     if memory is not None:
         enough = memory >= MEMORY_GB

@@ -66,6 +66,11 @@ def available_cores() -> int:
     return cores
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that torch calls on a CPU, by its name or path, whether or not it is there."""
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
 def peak_memory_bytes() -> int | None:
     """The most resident memory that this process had; with a GPU, its memory comes on top."""
     try:

@@ -12,7 +12,7 @@ from fedloom.errors import UserError, suggest
 Say = Callable[[str], None]
 
 #: What lies in the cache, by the folder's name.
-CACHES = ("carriers", "models", "tokenised", "prefix")
+CACHES = ("carriers", "models", "tokenised", "prefix", "compiled")
 
 
 def fetchable() -> list[tuple[str, str, bool]]:

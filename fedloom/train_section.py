@@ -70,6 +70,11 @@ class TrainConfig(Section):
         False,
         description="keep each layer's input alone and compute the rest again in backward: less memory, more time",
     )
+    compile: bool = Field(
+        False,
+        description="run each decoder layer as code that torch compiles for this machine, in training; it takes a minute "
+        "or more before the first step, and a C++ compiler on a CPU or triton on a GPU",
+    )
     loss_chunk: int | None = Field(
         None,
         ge=1,

@@ -13,6 +13,7 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import supports_chunks, supports_packing, supports_prefix
 from fedloom.models.memory import can_recompute
 from fedloom.models.prefix import no_prefix
+from fedloom.training.compiling import trouble
 
 Say = Callable[[str], None]
 
@@ -61,6 +62,10 @@ def check_sparing(recipe: Recipe, model: AdaptedModel, *, elsewhere: bool = Fals
             "train.optimizer_offload=cpu but the model is on the CPU, and the optimiser's state with it: leave it out, or "
             "set train.optimizer_offload=disk"
         )
+    if train.compile and not elsewhere:
+        why = trouble(model, train, train.packing == "on")
+        if why:
+            raise UserError(f"train.compile=true cannot be had: {why}; set train.compile=false")
     if train.cache_prefix is not None:
         why = no_prefix(model, train.packing == "on")
         if not why and not supports_prefix(model):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -25,7 +25,8 @@ from fedloom.algorithms import base
 from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.directions import Direction
 from fedloom.algorithms.history import Replayed, listed
-from fedloom.algorithms.zeroth import descend
+from fedloom.algorithms.zeroth import check_compile, descend
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.randomness import forked_torch
 from fedloom.training.trainer import FitResult, LocalRun
 from fedloom.types import Payload, Update
@@ -53,6 +54,11 @@ class DeComFL(Replayed):
         perturbations: int = Field(1, ge=1, description="P: directions in a step; each costs two forward passes")
 
     options: Options
+
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        super().check(options, adapter, train, model)
+        check_compile("decomfl", train)
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         mean = self.mean(updates)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -25,7 +25,8 @@ from pydantic import Field
 from fedloom.algorithms import base
 from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.directions import Direction, Directions, Replay, check_coefficients
-from fedloom.algorithms.zeroth import descend
+from fedloom.algorithms.zeroth import check_compile, descend
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel, Models
 from fedloom.randomness import forked_torch, numpy_generator
@@ -60,6 +61,11 @@ class FedKSeed(base.Algorithm):
         epsilon: float = Field(1e-3, gt=0, description="ε: how far from the weights the two losses are taken")
 
     options: Options
+
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        super().check(options, adapter, train, model)
+        check_compile("fedkseed", train)
 
     def server_model(self, models: Models) -> AdaptedModel:
         model = super().server_model(models)

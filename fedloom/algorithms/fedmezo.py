@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -17,7 +17,8 @@ from pydantic import Field
 from fedloom.algorithms import base, fedavg
 from fedloom.algorithms.about import About
 from fedloom.algorithms.directions import Direction, Directions
-from fedloom.algorithms.zeroth import descend
+from fedloom.algorithms.zeroth import check_compile, descend
+from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.randomness import derived_seed, forked_torch
 from fedloom.training.trainer import FitResult, LocalRun
 
@@ -31,6 +32,11 @@ class FedMeZO(fedavg.FedAvg):
         perturbations: int = Field(1, ge=1, description="directions in a step; each costs two forward passes")
 
     options: Options
+
+    @classmethod
+    def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
+        super().check(options, adapter, train, model)
+        check_compile("fedmezo", train)
 
     def local_training(self, run: LocalRun) -> FitResult:
         own = derived_seed(self.seed, "seeds", self.round, self.client)

@@ -18,11 +18,20 @@ from functools import partial
 
 import torch
 
+from fedloom.config import TrainConfig
 from fedloom.data.batching import Batch
-from fedloom.errors import ClientFailed
+from fedloom.errors import ClientFailed, UserError
 from fedloom.models.adapters import AdaptedModel
 from fedloom.training.flops import Flops
 from fedloom.training.trainer import FitResult, Learner, LocalRun
+
+
+def check_compile(name: str, train: TrainConfig) -> None:
+    """Refuse what is for passes with a backward. Raises UserError."""
+    if train.compile:
+        raise UserError(
+            f"{name} trains without a backward pass, and train.compile is for those that have one: leave it out"
+        )
 
 
 def two_point(model: AdaptedModel, z: torch.Tensor, loss: Callable[[], float], epsilon: float) -> tuple[float, float]:

@@ -2,7 +2,8 @@
 
 Registered with transformers as an attention function, so that every architecture which goes through its attention
 interface takes it. The lengths of the sequences travel as the keyword `segment_lengths` from the model's forward down
-to here. Per-segment SDPA runs on CPU and GPU alike; no GPU has run this file yet. It does not know what is trained.
+to here, sealed where layers are compiled (training/compiling.py). Per-segment SDPA runs on CPU and GPU alike; no GPU has
+run this file yet. It does not know what is trained.
 """
 
 from __future__ import annotations
@@ -19,6 +20,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "fedloom_packed"
 
 
+class Sealed:
+    """A value on its way through a compiled layer to its attention: torch would make code anew for every other tuple."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def opened(value: Any) -> Any:
+    """What a keyword of a layer holds, whether or not it was sealed."""
+    return value.value if isinstance(value, Sealed) else value
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer stops here and goes on behind it
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -27,10 +41,10 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: tuple[int, ...] | None = None,
+    segment_lengths: tuple[int, ...] | Sealed | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | Sealed | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment, and to this layer's prefix where there is one.
@@ -39,14 +53,16 @@ def packed_attention(
     `prefix_states` has for each layer the prefix's keys and values, each [1, kv_heads, v, d].
     Raises ValueError where it is called without `segment_lengths`, or for what SDPA cannot do.
     """
-    if segment_lengths is None or attention_mask is not None or softcap is not None:
+    lengths: tuple[int, ...] | None = opened(segment_lengths)
+    states: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = opened(prefix_states)
+    if lengths is None or attention_mask is not None or softcap is not None:
         raise ValueError("packed attention needs segment_lengths, no mask and no softcap")
-    if prefix_states is None and len(set(segment_lengths)) == 1 < len(segment_lengths):
-        return _equal_segments(query, key, value, segment_lengths, dropout, scaling, sliding_window), None
-    queries, keys, values = (list(torch.split(x, list(segment_lengths), 2)) for x in (query, key, value))
+    if states is None and len(set(lengths)) == 1 < len(lengths):
+        return _equal_segments(query, key, value, lengths, dropout, scaling, sliding_window), None
+    queries, keys, values = (list(torch.split(x, list(lengths), 2)) for x in (query, key, value))
     before = 0
-    if prefix_states is not None:
-        front = prefix_states[int(module.layer_idx)]  # type: ignore[arg-type]
+    if states is not None:
+        front = states[int(module.layer_idx)]  # type: ignore[arg-type]
         before = front[0].shape[2]
         keys = [torch.cat([front[0].to(k.dtype), k], dim=2) for k in keys]
         values = [torch.cat([front[1].to(v.dtype), v], dim=2) for v in values]

@@ -22,7 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fedloom.errors import UserError
-from fedloom.models.attention import NAME
+from fedloom.models.attention import NAME, Sealed, opened
 
 #: A recipe's word → the function's name in transformers' table.
 PACKED = {"sdpa": NAME, "flash_attention_2": "fedloom_packed_flash", "flex": "fedloom_packed_flex"}
@@ -59,6 +59,7 @@ def _trouble(name: str, device: str, dtype: torch.dtype, dropout: float) -> str:
     return "" if major >= 8 else f"it needs compute capability 8.0, and this GPU has {major}.{minor}"
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_flash(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -67,15 +68,15 @@ def packed_flash(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: tuple[int, ...] | None = None,
+    segment_lengths: tuple[int, ...] | Sealed | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | Sealed | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As `attention.packed_attention`. flash-attn's causal mask is aligned to the end of the keys, so a prefix fits."""
-    lengths = _checked(segment_lengths, attention_mask, softcap)
-    key, value, before = _with_prefix(module, key, value, lengths, prefix_states)
+    lengths = _checked(opened(segment_lengths), attention_mask, softcap)
+    key, value, before = _with_prefix(module, key, value, lengths, opened(prefix_states))
     queries, keys = lengths, [n + before for n in lengths]
     ends = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=query.device) for each in (queries, keys)]
     out = _varlen()(
@@ -91,6 +92,7 @@ def packed_flash(
     return out[None], None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def packed_flex(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -99,17 +101,17 @@ def packed_flex(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: tuple[int, ...] | None = None,
+    segment_lengths: tuple[int, ...] | Sealed | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
+    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | Sealed | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """As `attention.packed_attention`, without dropout."""
-    lengths = _checked(segment_lengths, attention_mask, softcap)
+    lengths = _checked(opened(segment_lengths), attention_mask, softcap)
     if dropout:
         raise ValueError("flex attention draws no dropout")
-    key, value, before = _with_prefix(module, key, value, lengths, prefix_states)
+    key, value, before = _with_prefix(module, key, value, lengths, opened(prefix_states))
     mask = _block_mask(lengths, before, sliding_window, str(query.device))
     out = _flex(query.device.type)(
         query, key, value, block_mask=mask, scale=scaling, enable_gqa=query.shape[1] > key.shape[1]

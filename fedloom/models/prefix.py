@@ -148,11 +148,14 @@ class PrefixCache:
             out = hidden_states if states is None else states.to(hidden_states.dtype)
             return (out,) if self._wrapped else out
 
+        before = vars(layer).get("forward")  # a compiled layer has one of its own
         layer.forward = forward
         try:
             yield
         finally:
             del layer.forward
+            if before is not None:
+                layer.forward = before
 
     # ------------------------------------------------------------------ on disk
 

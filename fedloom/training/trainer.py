@@ -19,6 +19,7 @@ from fedloom.data.batching import Batch
 from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.memory import sparing
+from fedloom.training.compiling import compiled
 from fedloom.training.flops import Flops
 from fedloom.training.optimizer import FlatOptimizer
 from fedloom.training.parallel import ALONE, Ranks
@@ -248,7 +249,11 @@ def _gradient(
 
     Returns the step's loss.
     """
-    with sparing(model, config.checkpointing, config.loss_chunk), autocast(model.device, config.precision):
+    with (
+        sparing(model, config.checkpointing, config.loss_chunk),
+        compiled(model, config.compile),
+        autocast(model.device, config.precision),
+    ):
         loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
         while scale.overflowed(model.grad):
             loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
