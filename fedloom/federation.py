@@ -10,6 +10,7 @@ import json
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.choices import load_data, make_schedule, pick_suite
@@ -26,6 +27,7 @@ from fedloom.models.results import load_adapted
 from fedloom.project import Project
 from fedloom.runfolder import RunFolder
 from fedloom.runtimes.flare.kits import provision
+from fedloom.runtimes.flare.services import CONNECTED, SILENT
 from fedloom.serving import FEDERATION, checked
 from fedloom.supervision import Server, serve
 from fedloom.types import Corpus, Partition
@@ -60,7 +62,7 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
     try:
         for site in sites.values():
             settle(kits / site, {"data": str(out / FEDERATION / "data" / f"{site}.jsonl")})
-            joined.append(Joined(kits / site, watch.say))
+            joined.append(Joined(kits / site, _of_note(site, watch)))
 
         def look() -> None:
             for one in joined:
@@ -72,6 +74,16 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
         for one in joined:
             one.close()
     return result(out, watch)
+
+
+def _of_note(site: str, watch: Watch) -> Callable[[str], None]:
+    """Says what a site says, but for its coming and going, which the server tells."""
+
+    def say(text: str) -> None:
+        if text not in {CONNECTED, SILENT}:
+            watch.say(f"{site}: {text}")
+
+    return say
 
 
 def deal(recipe: Recipe, corpus: Corpus, clients: Partition, files: dict[str, Path]) -> None:

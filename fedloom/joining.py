@@ -16,7 +16,7 @@ from fedloom.errors import UserError
 from fedloom.overrides import dump_yaml, load_yaml
 from fedloom.policy import Policy
 from fedloom.project import SiteConfig
-from fedloom.runtimes.flare.services import Service, site_service, trouble
+from fedloom.runtimes.flare.services import Service, site_service, standing
 from fedloom.serving import kit_file
 
 #: In a site's kit: its own settings, kept from one `join` to the next.
@@ -55,6 +55,7 @@ class Joined:
         self._about = kit_file(kit, "site")
         self._say = say
         self._said: str | None = None
+        self._seen: str | None = None
         self._starts = 0
         self._began = 0.0
         self._service = self._start()
@@ -71,7 +72,7 @@ class Joined:
         return self._service.pid
 
     def look(self) -> None:
-        """Start the service again where it is gone, and say what keeps it from the server."""
+        """Start the service again where it is gone, and say how it stands with the server where that has changed."""
         if not self._service.alive:
             wait = min(60.0, 2.0 ** min(self._starts, 6)) if time.monotonic() - self._began < 60.0 else 0.0
             if time.monotonic() < self._began + wait:
@@ -79,10 +80,11 @@ class Joined:
             self._say("the site's service ended; it is started again")
             self._service.close()
             self._service = self._start()
-        found = trouble(self._service.log)
-        if found and found != self._said:
+        found = standing(self._service.log, self.pid)
+        if found and found == self._seen != self._said:  # twice in a row: not in the middle of an attempt
             self._say(found)
-        self._said = found or self._said
+            self._said = found
+        self._seen = found
 
     def close(self) -> None:
         self._service.close()

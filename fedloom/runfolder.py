@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from fedloom.checkpoint import write_bytes, write_json
-from fedloom.config import Recipe
+from fedloom.config import Recipe, find_recipe
 from fedloom.errors import UserError
 from fedloom.overrides import load_yaml
 
@@ -127,6 +127,20 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
                 (path / ".lock").unlink()
                 for empty in made:
                     empty.rmdir()
+
+
+def recipe_and_folder(name: str, values: Mapping[str, Any], out: Path | None, resume: bool) -> tuple[Recipe, Path]:
+    """What a command line asks for: a recipe with `values` in it, and its run's folder.
+
+    A run that is resumed has its recipe in the folder, with what was settled as it began: of `name` only `values` count.
+    """
+    source = find_recipe(name)
+    folder = out or (source.parent if resume and source == Path(name) / "recipe.yaml" else None)
+    chosen = Recipe.load(source, values)
+    folder = folder or Path("runs") / chosen.name
+    if resume and RunFolder(folder).holds_a_run:
+        chosen = RunFolder(folder).stored_recipe().with_values(values)
+    return chosen, folder
 
 
 #: What may differ between a run and its continuation; everything else would make it another run.

@@ -297,5 +297,5 @@ def kit_file(kit: Path, role: str) -> dict[str, Any]:
     except OSError:
         raise UserError(f"{kit} is no kit: give a folder that `fedloom provision` made") from None
     if values["role"] != role:
-        raise UserError(f"{kit} is the kit of {values['role']}, and the {role}'s is needed here")
+        raise UserError(f"{kit} is the {values['role']}'s kit, and the {role}'s is needed here")
     return dict(values)

@@ -174,11 +174,32 @@ def last_words(path: Path, count: int = 1 << 16) -> str:
     return ""
 
 
-def trouble(log: Path) -> str | None:
-    """What the engine's log says over and over, as one sentence that a person can act on."""
+CONNECTED = "connected to the server"
+SILENT = (
+    "the server does not answer: it does while `fedloom serve` runs there, and is tried again until then "
+    "(`fedloom join KIT --check` says more)"
+)
+FOREIGN = "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
+REVOKED = "the server does not let this site in, which stands in its list of revoked sites: ask there"
+
+
+def standing(log: Path, pid: int) -> str | None:
+    """How a site stands with the server, as one sentence; None where its service's log says nothing yet.
+
+    Args:
+        pid: the service's; a job's processes write into the same log.
+    """
     text = last_words(log)
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        return "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
-    if "target_unreachable" in text[-2000:]:
-        return "the server does not answer; it is tried again until it does (`fedloom join --check` looks why)"
-    return None
+
+    def last(*marks: str) -> int:
+        return max(text.rfind(mark) for mark in marks)
+
+    let_in = last("Successfully registered client:", "Launched job ")
+    if last("CERTIFICATE_VERIFY_FAILED") > let_in:
+        return FOREIGN
+    silent = last("target_unreachable", f"Not Connected] is closed PID: {pid}")
+    if let_in > silent:
+        return CONNECTED
+    line = text.rfind(f"is created: PID: {pid}")  # one to the server that is not followed by its end
+    again = line > silent and "N/A =>" in text[text.rfind("\n", 0, line) : line]
+    return CONNECTED if let_in >= 0 and again else SILENT if silent >= 0 else None
