@@ -103,5 +103,8 @@ def join(
         while True:
             joined.look()
             time.sleep(1.0)
+    except KeyboardInterrupt:
+        err.print("fedloom: interrupted; this site takes no part until it joins again", markup=False)
+        raise typer.Exit(130) from None
     finally:
         joined.close()

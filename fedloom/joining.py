@@ -16,8 +16,8 @@ from fedloom.errors import UserError
 from fedloom.overrides import dump_yaml, load_yaml
 from fedloom.policy import Policy
 from fedloom.project import SiteConfig
-from fedloom.runtimes.flare.services import Service, site_service, standing
-from fedloom.serving import kit_file
+from fedloom.runtimes.flare.services import REVOKED, Service, site_service, standing
+from fedloom.serving import hold, kit_file
 
 #: In a site's kit: its own settings, kept from one `join` to the next.
 SITE_FILE = "local/site.yaml"
@@ -48,11 +48,12 @@ def settle(kit: Path, settings: Mapping[str, Any]) -> SiteConfig:
 
 
 class Joined:
-    """A site's service that is started again when it was killed."""
+    """A site's service that is started again when it was killed. Raises UserError where the kit is in use."""
 
     def __init__(self, kit: Path, say: Callable[[str], None] = lambda text: None) -> None:
         self._kit = kit
         self._about = kit_file(kit, "site")
+        self._lock = hold(kit, "join")
         self._say = say
         self._said: str | None = None
         self._seen: str | None = None
@@ -77,7 +78,12 @@ class Joined:
             wait = min(60.0, 2.0 ** min(self._starts, 6)) if time.monotonic() - self._began < 60.0 else 0.0
             if time.monotonic() < self._began + wait:
                 return
-            self._say("the site's service ended; it is started again")
+            found = standing(self._service.log, self.pid)
+            if found != REVOKED:  # its service gives up by itself
+                self._say("the site's service ended; it is started again")
+            elif found != self._said:
+                self._say(found)
+                self._said = found
             self._service.close()
             self._service = self._start()
         found = standing(self._service.log, self.pid)
@@ -88,3 +94,4 @@ class Joined:
 
     def close(self) -> None:
         self._service.close()
+        self._lock.close()

@@ -103,7 +103,9 @@ def _handshake(kit: Path, host: str, port: int) -> Check:
         ):
             secured.settimeout(PATIENCE)
             with contextlib.suppress(TimeoutError):
-                secured.recv(1)  # a server that takes us greets at once; under TLS 1.3 one that does not says so only now
+                secured.recv(
+                    1
+                )  # a server that takes us greets at once; under TLS 1.3 one that does not says so only now
     except (OSError, ssl.SSLError) as error:
         said = getattr(error, "reason", None) or error.strerror or type(error).__name__
         return Check(

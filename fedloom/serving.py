@@ -10,6 +10,7 @@ site works, nor what certificates are.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -299,3 +300,14 @@ def kit_file(kit: Path, role: str) -> dict[str, Any]:
     if values["role"] != role:
         raise UserError(f"{kit} is the {values['role']}'s kit, and the {role}'s is needed here")
     return dict(values)
+
+
+def hold(kit: Path, command: str) -> TextIO:
+    """The kit for this process alone, until what is returned is closed or the process ends. Raises UserError."""
+    lock = (kit / ".lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise UserError(f"another `fedloom {command}` uses {kit}: end that one first") from None
+    return lock

@@ -21,7 +21,7 @@ pytest.importorskip("nvflare")
 from fedloom.joining import Joined, settle
 from fedloom.preflight import checks
 from fedloom.runtimes.flare.kits import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS, provision
-from fedloom.runtimes.flare.services import CONNECTED, FOREIGN, SILENT, standing, write_job
+from fedloom.runtimes.flare.services import CONNECTED, FOREIGN, REVOKED, SILENT, standing, write_job
 from fedloom.serving import heard_again, kit_file
 from fedloom.supervision import Server
 
@@ -106,6 +106,22 @@ def test_the_engines_half_private_parts_are_as_the_launcher_expects():
     handle = ProcessHandle(process_adapter=ProcessAdapter(pid=1))
     assert isinstance(handle.adapter, ProcessAdapter)
     assert {"wait", "poll", "terminate"} <= set(dir(handle.adapter))
+
+
+def test_the_engines_server_refuses_whom_the_kit_names_and_nobody_of_before(tmp_path, monkeypatch):
+    """The engine's own reader of the file: its name and format may change with another release."""
+    from nvflare.private.fed.server import fed_server
+    from nvflare.private.fed.server.client_manager import ClientManager
+
+    from fedloom.runtimes.flare import services
+
+    assert f'"{services.REFUSED}"' in Path(fed_server.__file__).read_text(encoding="utf-8")
+    monkeypatch.setattr(services, "Service", lambda *_: None)
+    for revoked in (["b", "a"], []):
+        services.server_service(tmp_path, {}, revoked)
+        clients = ClientManager(project_name="hospitals")
+        clients.set_disabled_clients_file(str(tmp_path / services.REFUSED))
+        assert clients.disabled_clients == set(revoked)
 
 
 def test_a_sites_job_answers_its_own_runs_server_and_nobody_else():
@@ -264,6 +280,7 @@ WORDS = {
     "refused": "ssl_transport: handshake failed: CERTIFICATE_VERIFY_FAILED: self signed\n",
     "let in": "FederatedClient - INFO - Successfully registered client:a for project hospitals.\n",
     "unreachable": "CoreCell - ERROR - cannot send to 'server': target_unreachable\n",
+    "revoked": "FLCommunicationError: error:client_registration Client 'a' is disabled\n",
     "job": "JobExecutor - INFO - Launched job d1d7 with job launcher\n",
     "job ends": "conn_manager - INFO - Connection [CN00003 Not Connected] is closed PID: 8\n",
     "job's own": "conn_manager - INFO - Connection [CN00005 127.0.0.1:9 => localhost:45206] is created: PID: 7\n",
@@ -279,6 +296,7 @@ WORDS = {
         ("tries, refused, fails, tries, refused, fails", FOREIGN),
         ("tries, fails, tries, let in", CONNECTED),
         ("tries, let in, job, job ends", CONNECTED),
+        ("tries, revoked, fails", REVOKED),
         ("tries, let in, job, job ends, fails, unreachable, tries, fails", SILENT),
         ("tries, let in, fails, unreachable, tries", CONNECTED),
         ("tries, let in, fails, job's own", SILENT),
@@ -296,7 +314,9 @@ def test_the_engines_log_becomes_one_sentence(tmp_path, words, found):
 def test_a_site_says_how_it_stands_when_that_has_changed(kits, tmp_path, monkeypatch):
     """Not in the middle of an attempt, and nothing twice."""
     found: list[str | None] = []
-    monkeypatch.setattr("fedloom.joining.site_service", lambda *_: SimpleNamespace(pid=7, log=None, alive=True))
+    monkeypatch.setattr(
+        "fedloom.joining.site_service", lambda *_: SimpleNamespace(pid=7, log=None, alive=True, close=lambda: None)
+    )
     monkeypatch.setattr("fedloom.joining.standing", lambda log, pid: found.pop(0))
     said: list[str] = []
     joined = Joined(kits / "b", said.append)
@@ -304,6 +324,16 @@ def test_a_site_says_how_it_stands_when_that_has_changed(kits, tmp_path, monkeyp
     while found:
         joined.look()
     assert said == [SILENT, CONNECTED]
+    found = [REVOKED, None, REVOKED, None, CONNECTED, None]
+    monkeypatch.setattr("fedloom.joining.standing", lambda log, pid: found.pop(0))
+    while found:
+        joined._began, joined._service.alive = -1e9, False  # it ran for long, and ended
+        joined.look()
+    assert said[2:] == [REVOKED, "the site's service ended; it is started again"]
+    with pytest.raises(UserError, match=r"another `fedloom join` uses .*b: end that one first"):
+        Joined(kits / "b")
+    joined.close()
+    Joined(kits / "b").close()
 
 
 def test_a_lost_site_that_was_heard_again_ends_the_job(tmp_path):
