@@ -6,7 +6,9 @@ splits it and each site given its own part as a file. This file adds nothing to 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import shutil
 import socket
@@ -107,9 +109,13 @@ def site_names(clients: tuple[str, ...]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of loopback that nobody uses, outside the range from which the system gives others theirs in the meantime."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(20_000, 30_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def result(out: Path, watch: Watch) -> Result:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -87,6 +87,17 @@ class RunFolder:
                 target.unlink(missing_ok=True)
 
 
+def locked(path: Path) -> TextIO | None:
+    """The file, locked for this process until it is closed or the process ends; None where another one has it."""
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
 @contextmanager
 def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     """Hold a run's folder for the length of a block.
@@ -107,13 +118,10 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         raise UserError(f"{path} is not empty and holds no run: name another folder with --out")
     made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run folder {path} is in use by another process: wait for it, or use another --out"
-            ) from None
+    lock = locked(path / ".lock")
+    if lock is None:
+        raise UserError(f"run folder {path} is in use by another process: wait for it, or use another --out")
+    with lock:
         if folder.holds_a_run and not (resume or overwrite):
             raise UserError(
                 f"run folder {path} already holds a run: continue it with --resume, replace it with --overwrite, "

@@ -10,7 +10,6 @@ site works, nor what certificates are.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -48,7 +47,7 @@ from fedloom.operators.channel import Chains
 from fedloom.overrides import load_yaml
 from fedloom.project import Project
 from fedloom.rounds import Schedule
-from fedloom.runfolder import RunFolder
+from fedloom.runfolder import RunFolder, locked
 from fedloom.runtimes.distributed import Distributed, StartAgain
 from fedloom.runtimes.exchange import Patience
 from fedloom.runtimes.flare.controller import RunController
@@ -304,10 +303,7 @@ def kit_file(kit: Path, role: str) -> dict[str, Any]:
 
 def hold(kit: Path, command: str) -> TextIO:
     """The kit for this process alone, until what is returned is closed or the process ends. Raises UserError."""
-    lock = (kit / ".lock").open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise UserError(f"another `fedloom {command}` uses {kit}: end that one first") from None
+    lock = locked(kit / ".lock")
+    if lock is None:
+        raise UserError(f"another `fedloom {command}` uses {kit}: end that one first")
     return lock
