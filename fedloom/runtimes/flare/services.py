@@ -200,9 +200,9 @@ def standing(log: Path, pid: int) -> str | None:
     let_in = last("Successfully registered client:", "Launched job ")
     if last("CERTIFICATE_VERIFY_FAILED") > let_in:
         return FOREIGN
-    if last("is disabled\n") > let_in:
-        return REVOKED
     silent = last("target_unreachable", f"Not Connected] is closed PID: {pid}")
+    if last("is disabled\n") > let_in or last("error:client_quit") > max(let_in, silent):  # as it registers; or later
+        return REVOKED
     if let_in > silent:
         return CONNECTED
     line = text.rfind(f"is created: PID: {pid}")  # one to the server that is not followed by its end
