@@ -81,17 +81,11 @@ def run(
     ] = None,
 ) -> None:
     """Run a recipe: fine-tune, evaluate, report."""
-    from fedloom.config import Recipe, find_recipe
     from fedloom.console import Display
-    from fedloom.runfolder import RunFolder
+    from fedloom.runfolder import recipe_and_folder
 
     values = parse_overrides(overrides or []) | ({"runtime.name": runtime} if runtime else {})
-    source = find_recipe(recipe)
-    folder = out_ or (source.parent if resume and source == Path(recipe) / "recipe.yaml" else None)
-    chosen = Recipe.load(source, values)
-    folder = folder or Path("runs") / chosen.name
-    if resume and RunFolder(folder).holds_a_run:
-        chosen = RunFolder(folder).stored_recipe().with_values(values)
+    chosen, folder = recipe_and_folder(recipe, values, out_, resume)
     with Display(err, quiet=quiet) as display:
         from fedloom.experiment import run as run_recipe
 

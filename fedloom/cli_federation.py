@@ -48,14 +48,12 @@ def serve(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
 ) -> None:
     """Run a recipe among the sites of a federation, as its server."""
-    from fedloom.config import Recipe
     from fedloom.console import Display, result_table
-    from fedloom.runfolder import RunFolder
+    from fedloom.runfolder import RunFolder, recipe_and_folder
 
     server = federation.get("server").open(kit, admin)
-    values = parse_overrides(overrides or [])
-    chosen = Recipe.load(recipe, {**values, "runtime.name": "distributed"})
-    folder = out_ or Path("runs") / chosen.name
+    values = {**parse_overrides(overrides or []), "runtime.name": "distributed"}
+    chosen, folder = recipe_and_folder(recipe, values, out_, resume)
     with Display(err, quiet=quiet) as display:
         federation.get("serve")(
             server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait
@@ -100,10 +98,13 @@ def join(
         show_checks(federation.get("checks")(kit, site))
         return
     joined = federation.get("joined")(kit, lambda text: err.print(text, markup=False))
-    out.print(f"joined   as {site.client}; audit log {Path(site.home) / 'audit.jsonl'}", markup=False)
+    out.print(f"joining  as {site.client}; audit log {Path(site.home) / 'audit.jsonl'}", markup=False)
     try:
         while True:
             joined.look()
             time.sleep(1.0)
+    except KeyboardInterrupt:
+        err.print("fedloom: interrupted; this site takes no part until it joins again", markup=False)
+        raise typer.Exit(130) from None
     finally:
         joined.close()

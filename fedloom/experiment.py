@@ -295,14 +295,16 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     samples: list[Sample] = pick(setting.data, settings.answers)
     answers = folder.read("answers.json")
     if answers is None:
-        watch.say(f"asking {len(samples)} test questions before training")
+        if samples:
+            watch.say(f"asking {len(samples)} test questions before training")
         answers = asker.before(samples, model)  # the adapter is as the seed made it
         folder.write("answers.json", answers)
 
     progress = coordinator.run()
 
     digest = save_result(algorithm, model, recipe.model.name, folder, coordinator)
-    watch.say("asking the same questions after training")
+    if samples:
+        watch.say("asking the same questions after training")
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.runtime.close()

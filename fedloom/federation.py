@@ -6,10 +6,13 @@ splits it and each site given its own part as a file. This file adds nothing to 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import re
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.choices import load_data, make_schedule, pick_suite
@@ -26,6 +29,7 @@ from fedloom.models.results import load_adapted
 from fedloom.project import Project
 from fedloom.runfolder import RunFolder
 from fedloom.runtimes.flare.kits import provision
+from fedloom.runtimes.flare.services import CONNECTED, SILENT
 from fedloom.serving import FEDERATION, checked
 from fedloom.supervision import Server, serve
 from fedloom.types import Corpus, Partition
@@ -60,7 +64,7 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
     try:
         for site in sites.values():
             settle(kits / site, {"data": str(out / FEDERATION / "data" / f"{site}.jsonl")})
-            joined.append(Joined(kits / site, watch.say))
+            joined.append(Joined(kits / site, _of_note(site, watch)))
 
         def look() -> None:
             for one in joined:
@@ -72,6 +76,16 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
         for one in joined:
             one.close()
     return result(out, watch)
+
+
+def _of_note(site: str, watch: Watch) -> Callable[[str], None]:
+    """Says what a site says, but for its coming and going, which the server tells."""
+
+    def say(text: str) -> None:
+        if text not in {CONNECTED, SILENT}:
+            watch.say(f"{site}: {text}")
+
+    return say
 
 
 def deal(recipe: Recipe, corpus: Corpus, clients: Partition, files: dict[str, Path]) -> None:
@@ -95,9 +109,13 @@ def site_names(clients: tuple[str, ...]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of loopback that nobody uses, outside the range from which the system gives others theirs in the meantime."""
+    draw = random.SystemRandom()
+    while True:
+        port = draw.randrange(20_000, 30_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def result(out: Path, watch: Watch) -> Result:

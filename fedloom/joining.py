@@ -16,8 +16,8 @@ from fedloom.errors import UserError
 from fedloom.overrides import dump_yaml, load_yaml
 from fedloom.policy import Policy
 from fedloom.project import SiteConfig
-from fedloom.runtimes.flare.services import Service, site_service, trouble
-from fedloom.serving import kit_file
+from fedloom.runtimes.flare.services import REVOKED, Service, site_service, standing
+from fedloom.serving import hold, kit_file
 
 #: In a site's kit: its own settings, kept from one `join` to the next.
 SITE_FILE = "local/site.yaml"
@@ -48,13 +48,15 @@ def settle(kit: Path, settings: Mapping[str, Any]) -> SiteConfig:
 
 
 class Joined:
-    """A site's service that is started again when it was killed."""
+    """A site's service that is started again when it was killed. Raises UserError where the kit is in use."""
 
     def __init__(self, kit: Path, say: Callable[[str], None] = lambda text: None) -> None:
         self._kit = kit
         self._about = kit_file(kit, "site")
+        self._lock = hold(kit, "join")
         self._say = say
         self._said: str | None = None
+        self._seen: str | None = None
         self._starts = 0
         self._began = 0.0
         self._service = self._start()
@@ -71,18 +73,25 @@ class Joined:
         return self._service.pid
 
     def look(self) -> None:
-        """Start the service again where it is gone, and say what keeps it from the server."""
+        """Start the service again where it is gone, and say how it stands with the server where that has changed."""
         if not self._service.alive:
             wait = min(60.0, 2.0 ** min(self._starts, 6)) if time.monotonic() - self._began < 60.0 else 0.0
             if time.monotonic() < self._began + wait:
                 return
-            self._say("the site's service ended; it is started again")
+            found = standing(self._service.log, self.pid)
+            if found != REVOKED:  # its service gives up by itself
+                self._say("the site's service ended; it is started again")
+            elif found != self._said:
+                self._say(found)
+                self._said = found
             self._service.close()
             self._service = self._start()
-        found = trouble(self._service.log)
-        if found and found != self._said:
+        found = standing(self._service.log, self.pid)
+        if found and found == self._seen != self._said:  # twice in a row: not in the middle of an attempt
             self._say(found)
-        self._said = found or self._said
+            self._said = found
+        self._seen = found
 
     def close(self) -> None:
         self._service.close()
+        self._lock.close()

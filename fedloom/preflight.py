@@ -29,7 +29,8 @@ from fedloom.serving import kit_file
 #: A certificate with fewer days left than this is worth a word.
 SOON_DAYS = 30
 
-PATIENCE = 5.0
+#: Seconds for one answer of the network.
+PATIENCE = 10.0
 
 
 def checks(kit: Path, site: SiteConfig) -> Iterator[Check]:
@@ -42,12 +43,14 @@ def checks(kit: Path, site: SiteConfig) -> Iterator[Check]:
     yield from _certificates(kit)
     if address.level == "good":
         yield _handshake(kit, host, port)
+    elif address.level == "note":
+        yield Check("note", "mutual TLS", "not tried", "look again while the server runs")
     differs = versions.mismatch(versions.own(), about["versions"])
     yield Check(
         "bad" if differs else "good",
         "versions",
         differs or ", ".join(f"{k} {v}" for k, v in versions.own().items()),
-        "install the versions that the kit was made with (there)" if differs else "",
+        "install what kit.yaml names (there: the server's)" if differs else "",
     )
     yield from machine(Path(site.home))
     yield _model(site)
@@ -59,6 +62,9 @@ def checks(kit: Path, site: SiteConfig) -> Iterator[Check]:
 def _address(host: str, port: int) -> Check:
     try:
         socket.create_connection((host, port), PATIENCE).close()
+    except ConnectionRefusedError:
+        mend = "the server listens while `fedloom serve` runs there: if it does, ask whether a firewall refuses this machine"
+        return Check("note", "address", f"{host}:{port} is there and nobody listens (yet)", mend)
     except OSError as error:
         mend = "is the server up, and does the firewall let this machine dial out to that port?"
         return Check("bad", "address", f"{host}:{port} cannot be reached ({error.strerror or error})", mend)
@@ -95,9 +101,11 @@ def _handshake(kit: Path, host: str, port: int) -> Check:
             socket.create_connection((host, port), PATIENCE) as raw,
             context.wrap_socket(raw, server_hostname=host) as secured,
         ):
-            secured.settimeout(0.5)
+            secured.settimeout(PATIENCE)
             with contextlib.suppress(TimeoutError):
-                secured.recv(1)  # under TLS 1.3 a refused certificate is only told now
+                secured.recv(
+                    1
+                )  # a server that takes us greets at once; under TLS 1.3 one that does not says so only now
     except (OSError, ssl.SSLError) as error:
         said = getattr(error, "reason", None) or error.strerror or type(error).__name__
         return Check(
@@ -111,7 +119,7 @@ def _handshake(kit: Path, host: str, port: int) -> Check:
 
 def _model(site: SiteConfig) -> Check:
     if site.model is None:
-        return Check("note", "model", "named by the recipe", "--model FOLDER, where it has to be found offline")
+        return Check("note", "model", "named by the recipe", "--model FOLDER, where this machine has no internet")
     try:
         where, source = locate(ModelConfig(name=site.model), lambda text: None)
     except UserError as error:
@@ -131,4 +139,6 @@ def _data(site: SiteConfig) -> Check:
         corpus = load_corpus(DataConfig.model_validate(settings), seed=0, say=lambda text: None, splitter="uniform")
     except UserError as error:
         return Check("bad", "data", str(error), "name the columns with --column ROLE=COLUMN")
-    return Check("good", "data", f"{len(corpus.examples):,} examples in {len(corpus.categories())} categories")
+    count = len(corpus.categories())
+    many = "1 category" if count == 1 else f"{count} categories"
+    return Check("good", "data", f"{len(corpus.examples):,} examples in {many}")

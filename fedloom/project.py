@@ -58,7 +58,7 @@ class Project(Section):
     server: ServerConfig = Field(default_factory=ServerConfig, description="where the server is")
     sites: list[SiteEntry] = Field(min_length=1, description="the sites; a bare string is a name")
     admin: str = Field("admin@fedloom.org", description="whose certificate submits runs")
-    valid_days: int = Field(360, ge=1, le=3650, description="how long certificates are valid")
+    valid_days: int = Field(360, ge=1, le=3650, description="days for which the authority is valid")
     revoked: list[str] = Field(default_factory=list, description="sites that the server no longer lets in")
 
     @field_validator("sites", mode="before")

@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
 from fedloom.checkpoint import write_bytes, write_json
-from fedloom.config import Recipe
+from fedloom.config import Recipe, find_recipe
 from fedloom.errors import UserError
 from fedloom.overrides import load_yaml
 
@@ -87,6 +87,17 @@ class RunFolder:
                 target.unlink(missing_ok=True)
 
 
+def locked(path: Path) -> TextIO | None:
+    """The file, locked for this process until it is closed or the process ends; None where another one has it."""
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock
+
+
 @contextmanager
 def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     """Hold a run's folder for the length of a block.
@@ -107,13 +118,10 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         raise UserError(f"{path} is not empty and holds no run: name another folder with --out")
     made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    with (path / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"run folder {path} is in use by another process: wait for it, or use another --out"
-            ) from None
+    lock = locked(path / ".lock")
+    if lock is None:
+        raise UserError(f"run folder {path} is in use by another process: wait for it, or use another --out")
+    with lock:
         if folder.holds_a_run and not (resume or overwrite):
             raise UserError(
                 f"run folder {path} already holds a run: continue it with --resume, replace it with --overwrite, "
@@ -127,6 +135,20 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
                 (path / ".lock").unlink()
                 for empty in made:
                     empty.rmdir()
+
+
+def recipe_and_folder(name: str, values: Mapping[str, Any], out: Path | None, resume: bool) -> tuple[Recipe, Path]:
+    """What a command line asks for: a recipe with `values` in it, and its run's folder.
+
+    A run that is resumed has its recipe in the folder, with what was settled as it began: of `name` only `values` count.
+    """
+    source = find_recipe(name)
+    folder = out or (source.parent if resume and source == Path(name) / "recipe.yaml" else None)
+    chosen = Recipe.load(source, values)
+    folder = folder or Path("runs") / chosen.name
+    if resume and RunFolder(folder).holds_a_run:
+        chosen = RunFolder(folder).stored_recipe().with_values(values)
+    return chosen, folder
 
 
 #: What may differ between a run and its continuation; everything else would make it another run.

@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -47,7 +47,7 @@ from fedloom.operators.channel import Chains
 from fedloom.overrides import load_yaml
 from fedloom.project import Project
 from fedloom.rounds import Schedule
-from fedloom.runfolder import RunFolder
+from fedloom.runfolder import RunFolder, locked
 from fedloom.runtimes.distributed import Distributed, StartAgain
 from fedloom.runtimes.exchange import Patience
 from fedloom.runtimes.flare.controller import RunController
@@ -297,5 +297,13 @@ def kit_file(kit: Path, role: str) -> dict[str, Any]:
     except OSError:
         raise UserError(f"{kit} is no kit: give a folder that `fedloom provision` made") from None
     if values["role"] != role:
-        raise UserError(f"{kit} is the kit of {values['role']}, and the {role}'s is needed here")
+        raise UserError(f"{kit} is the {values['role']}'s kit, and the {role}'s is needed here")
     return dict(values)
+
+
+def hold(kit: Path, command: str) -> TextIO:
+    """The kit for this process alone, until what is returned is closed or the process ends. Raises UserError."""
+    lock = locked(kit / ".lock")
+    if lock is None:
+        raise UserError(f"another `fedloom {command}` uses {kit}: end that one first")
+    return lock

@@ -23,7 +23,7 @@ from fedloom.experiment import Watch
 from fedloom.project import Project
 from fedloom.runfolder import RunFolder
 from fedloom.runtimes.flare.services import OVER, Admin, Service, server_service, write_job
-from fedloom.serving import AGAIN, FEDERATION, Order, checked, kit_file
+from fedloom.serving import AGAIN, FEDERATION, Order, checked, hold, kit_file
 
 #: Seconds that a run which goes on waits for all its sites before it goes on without some.
 AGAIN_SECONDS = 60.0
@@ -78,6 +78,7 @@ def serve(
             f"run folder {out} already holds a run: continue it with --resume, replace it with --overwrite, "
             "or name another folder with --out"
         )
+    lock = hold(server.kit, "serve")
     folder.mkdir(parents=True, exist_ok=True)
     exchange = server.kit / "run"
     shutil.rmtree(exchange, ignore_errors=True)
@@ -95,6 +96,7 @@ def serve(
         supervisor.run(wait)
     finally:
         supervisor.close()
+        lock.close()
 
 
 class _Supervisor:
@@ -157,10 +159,9 @@ class _Supervisor:
                 self._service.close()
             self._clear()
             path = self._exchange / "order.json"
-            self._service = server_service(self._server.kit, {"FEDLOOM_ORDER": str(path.resolve())})
+            order = {"FEDLOOM_ORDER": str(path.resolve())}
+            self._service = server_service(self._server.kit, order, self._server.project.revoked)
             self._admin = Admin(self._server.admin, self._server.user)
-            for site in self._server.project.revoked:
-                self._admin.refuse(site)
             self._connected = set()
 
     def _clear(self) -> None:

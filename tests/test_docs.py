@@ -66,12 +66,35 @@ def test_the_readme_names_every_command():
     assert not missing
 
 
-def test_every_row_of_the_fault_table_names_a_test_that_exists():
+def fault_table() -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(fault, outcome, its tests) of docs/operations.md."""
     page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    table = page[page.index("| fault | outcome | test") :].split("\n\n")[0].splitlines()[2:]
-    assert len(table) >= 15
-    for row in table:
-        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row.split("|")[3])
-        assert named, row
-        for path, test in named:
-            assert f"def {test}(" in (ROOT / "tests" / path).read_text(encoding="utf-8"), (path, test)
+    rows = page[page.index("| fault | outcome | test") :].split("\n\n")[0].splitlines()[2:]
+    cells = [row.strip("|").split("|") for row in rows]
+    return [(f.strip(), o.strip(), re.findall(r"`([\w/]+\.py)::(test_\w+)`", t)) for f, o, t in cells]
+
+
+@pytest.mark.parametrize(("fault", "outcome", "named"), fault_table(), ids=lambda cell: cell[:40] if cell else None)
+def test_a_row_of_the_fault_table_names_tests_that_exist_and_speak_of_its_codes(fault, outcome, named):
+    assert named
+    code = ""
+    for path, test in named:
+        text = (ROOT / "tests" / path).read_text(encoding="utf-8")
+        assert len(re.findall(rf"^def {test}\(", text, re.MULTILINE)) == 1, (path, test)
+        code += text
+    for said in re.findall(r"`([a-z_]+)`", outcome):
+        if said != "min_clients":
+            assert f'"{said}"' in code, said
+
+
+#: What has to have a row, by words of its fault.
+FAULTS = (
+    "SIGKILL of a trainer", "SIGKILL of a site's job", "SIGKILL of the server's job", "`fedloom serve` itself", "hangs", "slow",
+    "full disk", "truncated", "oversized", "bit-flipped", "replayed", "wrong names", "wrong shapes", "decompression bomb",
+    "certificate of another authority, or none", "fewer updates than `min_clients`", "site's host that is lost", "revoked",
+)  # fmt: skip
+
+
+def test_every_fault_that_was_promised_has_a_row():
+    rows = [fault for fault, _, _ in fault_table()]
+    assert [words for words in FAULTS if not any(words in fault for fault in rows)] == []

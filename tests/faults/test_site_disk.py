@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-from sites import between_sites
-from test_disk import mount
+import torch
+from sites import BRISK, Sites, between_sites
+from test_disk import mount, remount
 
 from fedloom.runtimes import wire
+from fedloom.runtimes.distributed import Distributed
 from fedloom.tracking import read_events
+from fedloom.types import Assignment, Failure, Payload, Update
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_waiting", "no_reports")]
@@ -65,3 +70,69 @@ def test_a_site_that_cannot_write_its_audit_log_says_nothing():
     reply = handler(answer, "server.job")(request)
     assert reply.get_header(MessageHeaderKey.RETURN_CODE) == ReturnCode.PROCESS_EXCEPTION
     assert "patients" not in f"{reply.headers} {reply.payload}"
+
+
+class Hearing(Sites):
+    """As the engine's link: a site whose answer could not be made has given none."""
+
+    def ask(self, site, header, data, timeout):
+        try:
+            return super().ask(site, header, data, timeout)
+        except OSError:
+            return None
+
+
+def read_only(disk: Path) -> None:
+    """The answer to a question that nobody waits for may be on its way into the log."""
+    until = time.monotonic() + 60
+    while True:
+        try:
+            return remount(disk, "ro")
+        except subprocess.CalledProcessError:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+
+
+def echo(kind, body, deadline=None, stopped=None):
+    if kind == "prepare":
+        counts = {"train": 5, "validation": 1, "test": 2, "questions": 0, "tokens": 40}
+        return {"state": "done"}, json.dumps(counts).encode()
+    given = wire.decode_assignment(body)
+    update = Update(given.client, given.round, Payload(dict(given.payload.tensors)), 5, 40, {"loss": 1.0})
+    return {"state": "done"}, wire.encode_outcome(update)
+
+
+def test_a_site_whose_audit_log_takes_no_line_is_lost_until_it_does(tmp_path):
+    """A disk that can only be read, in round 2; the other site does not notice."""
+    home = tmp_path / "a"
+    mount(home, "size=1m")
+    try:
+        link = Hearing(tmp_path, {"a": echo, "b": echo})
+        runtime = Distributed(link, {"client-a": "a", "client-b": "b"}, ["a", "b"], BRISK)
+        recipe = {
+            "algorithm": {"name": "fedavg"},
+            "adapter": {"method": "lora"},
+            "federation": {"rounds": 3},
+            "model": {},
+        }
+        assert set(runtime.greet(recipe, "0" * 32)) == {"client-a", "client-b"}
+
+        def outcomes(round):
+            payload = Payload({"w": torch.ones(3)})
+            found = runtime.run(Assignment("train", c, round, 3, payload) for c in ("client-a", "client-b"))
+            return {outcome.client: outcome for outcome in found}
+
+        assert all(isinstance(o, Update) for o in outcomes(1).values())
+        read_only(home)
+        before = (home / "audit.jsonl").read_text()
+        lost = outcomes(2)
+        assert isinstance(lost["client-a"], Failure) and lost["client-a"].reason == "lost"
+        assert isinstance(lost["client-b"], Update)
+        assert (home / "audit.jsonl").read_text() == before
+        remount(home, "rw")
+        assert all(isinstance(o, Update) for o in outcomes(3).values())
+        assert len((home / "audit.jsonl").read_text()) > len(before)
+        runtime.close()
+        link.close()
+    finally:
+        subprocess.run(["umount", home], check=True)

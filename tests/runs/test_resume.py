@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.runfolder import continued, recipe_and_folder
 from fedloom.tracking import SCHEMA, read_events
 
 #: Four clients' state matters here: moments kept between rounds, dropout, sampling, a falling rate.
@@ -276,3 +277,15 @@ def test_the_python_call_resumes_with_the_recipe_that_started_it(tiny_recipe, tm
     assert longer.summary["adapter_sha256"] != whole.summary["adapter_sha256"]  # another schedule
     (tmp_path / "run" / "summary.json").unlink()
     assert run(recipe, tmp_path / "run", resume=True).summary["adapter_sha256"] == longer.summary["adapter_sha256"]
+
+
+def test_a_command_that_resumes_takes_the_recipe_as_it_was_settled(recipe_file, tiny_recipe, tmp_path):
+    """Between sites `evaluation.answers` becomes 0 as a run begins; the file that it began with says 5 for ever."""
+    given, folder = recipe_file({"evaluation.answers": 5}), tmp_path / "run"
+    folder.mkdir()
+    stored = tiny_recipe({"evaluation.answers": 0})
+    (folder / "recipe.yaml").write_text(stored.to_yaml())
+    chosen, place = recipe_and_folder(str(given), {"federation.rounds": 7}, folder, True)
+    assert (chosen.evaluation.answers, chosen.federation.rounds, place) == (0, 7, folder)
+    assert continued(stored, chosen).federation.rounds == 7
+    assert recipe_and_folder(str(given), {}, folder, False)[0].evaluation.answers == 5

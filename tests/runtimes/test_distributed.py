@@ -102,7 +102,7 @@ def test_outcomes_come_as_they_arrive_and_none_waits_for_one(tmp_path):
     gate = threading.Event()
 
     def slow(kind, body, deadline, stopped):
-        assert gate.wait(20)
+        assert gate.wait(120)
         return echo(kind, body)
 
     link, runtime, _, _ = federation(tmp_path, {"a": Changing(slow), "b": echo})
@@ -135,7 +135,7 @@ def late(kind, body, deadline, stopped):
 
 @pytest.mark.parametrize(("behaviour", "reason"), [(killed, "crashed"), (late, "late")])
 def test_a_trainer_that_dies_or_hangs_costs_one_update_and_is_back(tmp_path, behaviour, reason):
-    patience = replace(BRISK, deadline=1.5)  # b answers at once, on a busy machine too
+    patience = replace(BRISK, deadline=3.0)  # b answers at once, on a busy machine too
     link, runtime, _, _ = federation(tmp_path, {"a": Changing(behaviour), "b": echo}, patience)
     found = outcomes(runtime, "client-a", "client-b")
     assert isinstance(found["client-a"], Failure)
@@ -150,26 +150,26 @@ def test_a_site_keeps_the_deadline_itself_when_the_server_is_gone(tmp_path):
     link = Sites(tmp_path, {"a": Changing(late)})
     agent = link.agents["a"]
     orders = json.dumps({"recipe": RECIPE}).encode()
-    put = {"verb": "put", "offset": 0, "deadline": 0.2}
-    agent.answer({**put, "work": "p", "kind": "prepare", "size": len(orders)}, orders)
-    assert agent.answer({"verb": "wait", "work": "p", "seconds": 10.0}, b"").header["state"] == "done"
+    put = {"verb": "put", "offset": 0}
+    agent.answer({**put, "work": "p", "kind": "prepare", "deadline": 60.0, "size": len(orders)}, orders)
+    assert agent.answer({"verb": "wait", "work": "p", "seconds": 60.0}, b"").header["state"] == "done"
     message = wire.encode_assignment(next(assignments("client-a")))
-    agent.answer({**put, "work": "w", "kind": "work", "size": len(message)}, message)
-    ended = agent.answer({"verb": "wait", "work": "w", "seconds": 10.0}, b"")
+    agent.answer({**put, "work": "w", "kind": "work", "deadline": 0.2, "size": len(message)}, message)
+    ended = agent.answer({"verb": "wait", "work": "w", "seconds": 60.0}, b"")
     assert (ended.header["state"], ended.header["reason"]) == ("refused", "late")
     link.close()
 
 
 def test_a_silent_site_is_lost_then_absent_then_taken_back(tmp_path):
-    patience = replace(BRISK, silence=4.0)  # far above what a busy machine may take for one question
-    link, runtime, _, said = federation(tmp_path, {"a": echo, "b": echo}, patience)
+    link, runtime, _, said = federation(tmp_path, {"a": echo, "b": echo})
     link.silent.add("a")
-    began = time.monotonic()
+    began, before = time.monotonic(), len(link.log)
     assert outcomes(runtime, "client-a")["client-a"].reason == "lost"
-    assert time.monotonic() - began >= patience.silence
-    began = time.monotonic()
+    assert time.monotonic() - began >= BRISK.silence
+    assert len(link.log) - before > 1, "asked again until its silence was too long"
+    before = len(link.log)
     assert outcomes(runtime, "client-a", round=2)["client-a"].reason == "absent"
-    assert time.monotonic() - began < patience.silence, "a site that is known to be dead is not waited for"
+    assert link.log[before:] == [("a", "hello")], "a site that is known to be dead is asked once and not waited for"
     link.silent.clear()
     assert isinstance(outcomes(runtime, "client-a", round=3)["client-a"], Update)
     assert said == ["a is lost: it is asked again in the next round", "a is back"]

@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -17,10 +18,10 @@ from fedloom.project import Project
 
 pytest.importorskip("nvflare")
 
-from fedloom.joining import settle
+from fedloom.joining import Joined, settle
 from fedloom.preflight import checks
 from fedloom.runtimes.flare.kits import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS, provision
-from fedloom.runtimes.flare.services import trouble, write_job
+from fedloom.runtimes.flare.services import CONNECTED, FOREIGN, REVOKED, SILENT, standing, write_job
 from fedloom.serving import heard_again, kit_file
 from fedloom.supervision import Server
 
@@ -107,6 +108,22 @@ def test_the_engines_half_private_parts_are_as_the_launcher_expects():
     assert {"wait", "poll", "terminate"} <= set(dir(handle.adapter))
 
 
+def test_the_engines_server_refuses_whom_the_kit_names_and_nobody_of_before(tmp_path, monkeypatch):
+    """The engine's own reader of the file: its name and format may change with another release."""
+    from nvflare.private.fed.server import fed_server
+    from nvflare.private.fed.server.client_manager import ClientManager
+
+    from fedloom.runtimes.flare import services
+
+    assert f'"{services.REFUSED}"' in Path(fed_server.__file__).read_text(encoding="utf-8")
+    monkeypatch.setattr(services, "Service", lambda *_: None)
+    for revoked in (["b", "a"], []):
+        services.server_service(tmp_path, {}, revoked)
+        clients = ClientManager(project_name="hospitals")
+        clients.set_disabled_clients_file(str(tmp_path / services.REFUSED))
+        assert clients.disabled_clients == set(revoked)
+
+
 def test_a_sites_job_answers_its_own_runs_server_and_nobody_else():
     """By the engine's own cell, job and message: what stands here of it may change with another release."""
     from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
@@ -174,7 +191,7 @@ def test_again_adds_a_site_and_changes_no_certificate(kits, listener):
 def test_a_folder_that_is_not_a_kit_is_said(kits, tmp_path):
     with pytest.raises(UserError, match="is no kit"):
         kit_file(tmp_path, "site")
-    with pytest.raises(UserError, match="is the kit of site, and the server's is needed"):
+    with pytest.raises(UserError, match="is the site's kit, and the server's is needed"):
         kit_file(kits / "a", "server")
     (tmp_path / "x").touch()
     with pytest.raises(UserError, match="is not empty and holds no kits"):
@@ -244,8 +261,9 @@ class _tls:
         while not self.over:
             try:
                 raw, _ = self.listener.accept()
-                raw.settimeout(5)
+                raw.settimeout(30)
                 with self.context.wrap_socket(raw, server_side=True) as line:
+                    line.sendall(b"\0")  # as the engine's server greets
                     line.recv(1)
             except (OSError, ssl.SSLError):
                 continue
@@ -255,11 +273,70 @@ class _tls:
         self.thread.join()
 
 
-def test_the_engines_endless_complaint_becomes_one_sentence(tmp_path):
+#: Lines of a site's service (process 7) as the engine writes them; a job's process writes beside it.
+WORDS = {
+    "tries": "conn_manager - INFO - Connection [CN00002 N/A => localhost:8002] is created: PID: 7\n",
+    "fails": "conn_manager - INFO - Connection [CN00002 Not Connected] is closed PID: 7\n",
+    "refused": "ssl_transport: handshake failed: CERTIFICATE_VERIFY_FAILED: self signed\n",
+    "let in": "FederatedClient - INFO - Successfully registered client:a for project hospitals.\n",
+    "unreachable": "CoreCell - ERROR - cannot send to 'server': target_unreachable\n",
+    "revoked": "FLCommunicationError: error:client_registration Client 'a' is disabled\n",
+    "quit": "Communicator - INFO - Failed to send heartbeat. Exception: FLCommunicationError: error:client_quit\n",
+    "job": "JobExecutor - INFO - Launched job d1d7 with job launcher\n",
+    "job ends": "conn_manager - INFO - Connection [CN00003 Not Connected] is closed PID: 8\n",
+    "job's own": "conn_manager - INFO - Connection [CN00005 127.0.0.1:9 => localhost:45206] is created: PID: 7\n",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("", None),
+        ("tries", None),
+        ("tries, fails", SILENT),
+        ("tries, refused, fails, tries, refused, fails", FOREIGN),
+        ("tries, fails, tries, let in", CONNECTED),
+        ("tries, let in, job, job ends", CONNECTED),
+        ("tries, revoked, fails", REVOKED),
+        ("tries, let in, fails, unreachable, tries, quit", REVOKED),
+        ("tries, let in, fails, tries, quit, fails, unreachable", SILENT),
+        ("tries, let in, job, job ends, fails, unreachable, tries, fails", SILENT),
+        ("tries, let in, fails, unreachable, tries", CONNECTED),
+        ("tries, let in, fails, job's own", SILENT),
+        ("tries, let in, fails, unreachable, tries, job", CONNECTED),
+        ("tries, refused, fails, tries, let in, fails", SILENT),
+    ],
+)
+def test_the_engines_log_becomes_one_sentence(tmp_path, words, found):
     log = tmp_path / "service.log"
-    assert trouble(log) is None
-    log.write_text("ssl_transport: handshake failed: CERTIFICATE_VERIFY_FAILED: self signed\n" * 50)
-    assert "ask for a new kit" in (trouble(log) or "")
+    assert standing(log, 7) is None
+    log.write_text("".join(WORDS[word] for word in words.split(", ") if word))
+    assert standing(log, 7) == found
+
+
+def test_a_site_says_how_it_stands_when_that_has_changed(kits, tmp_path, monkeypatch):
+    """Not in the middle of an attempt, and nothing twice."""
+    found: list[str | None] = []
+    monkeypatch.setattr(
+        "fedloom.joining.site_service", lambda *_: SimpleNamespace(pid=7, log=None, alive=True, close=lambda: None)
+    )
+    monkeypatch.setattr("fedloom.joining.standing", lambda log, pid: found.pop(0))
+    said: list[str] = []
+    joined = Joined(kits / "b", said.append)
+    found += [None, SILENT, CONNECTED, SILENT, SILENT, SILENT, CONNECTED, CONNECTED, None, CONNECTED, CONNECTED]
+    while found:
+        joined.look()
+    assert said == [SILENT, CONNECTED]
+    found = [REVOKED, None, REVOKED, None, CONNECTED, None]
+    monkeypatch.setattr("fedloom.joining.standing", lambda log, pid: found.pop(0))
+    while found:
+        joined._began, joined._service.alive = -1e9, False  # it ran for long, and ended
+        joined.look()
+    assert said[2:] == [REVOKED, "the site's service ended; it is started again"]
+    with pytest.raises(UserError, match=r"another `fedloom join` uses .*b: end that one first"):
+        Joined(kits / "b")
+    joined.close()
+    Joined(kits / "b").close()
 
 
 def test_a_lost_site_that_was_heard_again_ends_the_job(tmp_path):

@@ -153,7 +153,9 @@ def test_a_recipe_that_the_ranks_cannot_open_is_a_sentence(kept, tiny_recipe, tm
 # ------------------------------------------------------------------ processes, without a model
 
 SCRIPT = """
-import json, os, signal, socket, struct, sys, time
+import fcntl, json, os, signal, socket, struct, sys, time
+life = open(sys.argv[0] + ".life", "a")
+if sys.argv[2] == "1": fcntl.flock(life, fcntl.LOCK_EX)  # the kernel lets go of it when rank 1 has ended
 line = socket.socket(socket.AF_UNIX); line.connect(sys.argv[1])
 rank, count, meeting = int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 def exactly(n):
@@ -169,7 +171,9 @@ while True:
     if kind == "kill" and rank == 1: os.kill(os.getpid(), signal.SIGKILL)
     if kind == "memory" and rank == 1: os._exit(12)
     if kind == "error" and rank == 1: os._exit(70)
-    if kind in {"kill", "memory", "error"}: time.sleep(0.05); os._exit(70) if rank == 0 else time.sleep(60)
+    if kind in {"kill", "memory", "error"}:
+        if rank == 2: time.sleep(60)
+        fcntl.flock(life, fcntl.LOCK_EX); time.sleep(0.05); os._exit(70)
     if kind == "hang": time.sleep(60)
     text = json.dumps({"state": "done", "heard": rank, "of": count}).encode()
     if rank == 0: line.sendall(struct.pack("<IQ", len(text), len(body)) + text + body)

@@ -143,7 +143,7 @@ class Failing(Simulator):
 def test_a_killed_and_a_hung_actor_cost_one_update_each_and_are_replaced(
     made, faults, tiny_recipe, tmp_path, monkeypatch
 ):
-    recipe = tiny_recipe({"algorithm": "scaffold", "federation.rounds": 4, "federation.round_deadline": 6.0})
+    recipe = tiny_recipe({"algorithm": "scaffold", "federation.rounds": 4, "federation.round_deadline": 10.0})
     monkeypatch.setattr(Failing, "faults", {(2, "last"): "crashed", (3, "upper"): "late"})
     monkeypatch.setitem(registry.runtimes._targets, "failing", Failing)
     one = fedloom.run(recipe.with_values({"runtime.name": "failing"}), out=tmp_path / "simulator")

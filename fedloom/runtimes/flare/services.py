@@ -15,13 +15,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nvflare.apis.fl_exception import FLCommunicationError
 from nvflare.fuel.flare_api.api_spec import InternalError, JobNotFound, NoConnection
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
+from fedloom.checkpoint import write_json
 from fedloom.errors import RunFailed
 from fedloom.runtimes.flare.kits import SERVER_CLASS, SITE_CLASS
 from fedloom.runtimes.flare.launcher import clear_jobs
@@ -90,7 +91,13 @@ class Service:
         (self._kit / "service.pid").unlink(missing_ok=True)
 
 
-def server_service(kit: Path, environment: Mapping[str, str]) -> Service:
+#: In a server's kit: whom the engine does not let in. It reads this file as it starts, and remembers nobody but by it.
+REFUSED = "disabled_clients.json"
+
+
+def server_service(kit: Path, environment: Mapping[str, str], revoked: Sequence[str] = ()) -> Service:
+    """The server's. `revoked`: sites that are refused from the first moment; all others are let in, also those of before."""
+    write_json(kit / REFUSED, {"disabled_clients": sorted(revoked)})
     options = ["-m", "nvflare.private.fed.app.server.server_train", "-m", str(kit.resolve()), "-s", "fed_server.json"]
     return Service(kit, [*options, "--set", "secure_train=true", "org=fedloom", "config_folder=config"], environment)
 
@@ -121,10 +128,6 @@ class Admin:
         """Site → when it was last heard of, of those that are connected now."""
         info = self._session.get_system_info()
         return {client.name: float(client.last_connect_time or 0.0) for client in info.client_info}
-
-    def refuse(self, site: str) -> None:
-        """A revoked site is not let in again."""
-        self._session.disable_client(site)
 
     def submit(self, folder: Path) -> str:
         return str(self._session.submit_job(str(folder.resolve())))
@@ -174,11 +177,34 @@ def last_words(path: Path, count: int = 1 << 16) -> str:
     return ""
 
 
-def trouble(log: Path) -> str | None:
-    """What the engine's log says over and over, as one sentence that a person can act on."""
+CONNECTED = "connected to the server"
+SILENT = (
+    "the server does not answer: it does while `fedloom serve` runs there, and is tried again until then "
+    "(`fedloom join KIT --check` says more)"
+)
+FOREIGN = "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
+REVOKED = "the server has revoked this site and does not let it in: ask there; it is tried again every minute"
+
+
+def standing(log: Path, pid: int) -> str | None:
+    """How a site stands with the server, as one sentence; None where its service's log says nothing yet.
+
+    Args:
+        pid: the service's; a job's processes write into the same log.
+    """
     text = last_words(log)
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        return "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
-    if "target_unreachable" in text[-2000:]:
-        return "the server does not answer; it is tried again until it does (`fedloom join --check` looks why)"
-    return None
+
+    def last(*marks: str) -> int:
+        return max(text.rfind(mark) for mark in marks)
+
+    let_in = last("Successfully registered client:", "Launched job ")
+    if last("CERTIFICATE_VERIFY_FAILED") > let_in:
+        return FOREIGN
+    silent = last("target_unreachable", f"Not Connected] is closed PID: {pid}")
+    if last("is disabled\n") > let_in or last("error:client_quit") > max(let_in, silent):  # as it registers; or later
+        return REVOKED
+    if let_in > silent:
+        return CONNECTED
+    line = text.rfind(f"is created: PID: {pid}")  # one to the server that is not followed by its end
+    again = line > silent and "N/A =>" in text[text.rfind("\n", 0, line) : line]
+    return CONNECTED if let_in >= 0 and again else SILENT if silent >= 0 else None
