@@ -67,6 +67,7 @@ HOMES = {
     "ray": ("runtimes/ray.py",),
     "reasoning_gym": ("corpora/", "evaluation/"),
     "datasets": ("data/",),
+    "gguf": ("models/",),
     "typer": ("cli.py", "cli_federation.py", "console.py", "__main__.py"),
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
