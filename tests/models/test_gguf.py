@@ -13,22 +13,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from gguf_models import ROWS, model_of, saved
 from tokenizers import pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GemmaConfig,
     LlamaConfig,
-    MistralConfig,
-    MistralForCausalLM,
     Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
 from fedloom import run
-from fedloom.config import ModelConfig
+from fedloom.config import ModelConfig, Recipe
 from fedloom.errors import UserError
 from fedloom.export import export_run
 from fedloom.methods import AdapterConfig
@@ -40,37 +36,10 @@ from fedloom.models.results import export_gguf, export_merged
 
 TEXTS = ["copy: ant bee 12345", "def f(x):\n    return x + 1  # äöü ☃ 🐍\n", "  two  spaces\t7 77", "<s>owl</s>", ""]
 
-SIZES: dict[str, Any] = {**tiny.SHAPE, "vocab_size": 430, "initializer_range": 0.2, "head_dim": 8}
-
-
-def model_of(kind: str, **more: Any) -> Any:
-    """A random one; weights that begin as ones or zeros are moved away from them."""
-    classes: dict[str, Any] = {
-        "llama": (LlamaConfig, None),
-        "mistral": (MistralConfig, MistralForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
-    config, cls = classes[kind]
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = tiny.causal_lm(**{**SIZES, **more}) if cls is None else cls(config(**{**SIZES, **more}))
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-    return model.eval()
-
-
-def saved(folder: Path, model: Any, tokenizer: Any = None) -> Path:
-    model.save_pretrained(folder)
-    (tokenizer or tiny.words_tokenizer()).save_pretrained(folder)
-    return folder
-
-
 def adapter_of(base: Path, folder: Path, **more: Any) -> Path:
     """An adapter with random numbers in it, for the model in `base`."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    made = attach(Base(model, AutoTokenizer.from_pretrained(base), ""), AdapterConfig(rank=2, alpha=4, **more), 0)
+    made = attach(Base(model, AutoTokenizer.from_pretrained(base), ""), AdapterConfig(**(more or {"rank": 2, "alpha": 4})), 0)
     made.adapter.flat.copy_(0.3 * torch.randn(len(made.adapter.flat), generator=torch.manual_seed(1)))
     made.save(folder, str(base))
     return folder
@@ -99,10 +68,10 @@ def test_transformers_reads_back_the_merged_model(kind, more, tmp_path):
     export_merged(config, adapter, tmp_path / "merged")
     export_gguf(config, adapter, tmp_path / "model.gguf", "f32", "tiny")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    with quiet_transformers():
-        again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
     assert float((logits(merged) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max()) > 0.1
-    if not more.get("mlp_bias"):  # its reader takes no biases of llama
+    if not more.get("mlp_bias") and kind != "qwen3":  # its reader takes no biases of llama and no width of heads of qwen3
+        with quiet_transformers():
+            again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
         assert torch.allclose(logits(again), logits(merged), atol=1e-6)
     assert_holds(tmp_path / "model.gguf", merged, kind)
 
@@ -132,13 +101,13 @@ def fields(path: Path) -> dict[str, Any]:
 def test_the_header_says_what_the_configuration_says(tmp_path):
     model = model_of("mistral", sliding_window=64, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     tokenizer = tiny.words_tokenizer("digits", chat_template="{{ messages }}")
-    write_gguf(model, Vocabulary.of(tokenizer, 430), tmp_path / "model.gguf", "bf16", "mine")
+    write_gguf(model, Vocabulary.of(tokenizer, ROWS), tmp_path / "model.gguf", "bf16", "mine")
     found = fields(tmp_path / "model.gguf")
     assert found["general.name"] == "mine"
     assert found["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
     expected = {
         "context_length": 64,  # where a window of 64 changes nothing yet
-        "embedding_length": 32, "block_count": 2, "feed_forward_length": 64, "vocab_size": 430,
+        "embedding_length": 32, "block_count": 2, "feed_forward_length": 64, "vocab_size": ROWS,
         "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8, "attention.value_length": 8,
         "rope.dimension_count": 8, "rope.freq_base": 5e5,
     }  # fmt: skip
@@ -147,7 +116,7 @@ def test_the_header_says_what_the_configuration_says(tmp_path):
     tokens = found["tokenizer.ggml.tokens"]
     assert {t: i for i, t in enumerate(tokens) if not t.startswith("[PAD")} == tokenizer.get_vocab()
     kinds = found["tokenizer.ggml.token_type"]
-    assert [kinds[i] for i in (0, 1, 2, 3, 429)] == [3, 3, 3, 1, 5]  # control, ordinary, without a token
+    assert [kinds[i] for i in (0, 1, 2, 3, ROWS - 1)] == [3, 3, 3, 1, 5]  # control, ordinary, without a token
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
     said = {key: found[f"tokenizer.ggml.{key}"] for key in ("model", "pre", "bos_token_id", "eos_token_id", "padding_token_id")}
@@ -159,7 +128,7 @@ def test_the_header_says_what_the_configuration_says(tmp_path):
 @pytest.mark.parametrize(("dtype", "within"), [("f32", 0.0), ("f16", 2**-11), ("bf16", 2**-8), ("q8_0", 1 / 127)])
 def test_numbers_are_as_near_as_their_type_allows(dtype, within, tmp_path):
     model = model_of("llama")
-    write_gguf(model, Vocabulary.of(tiny.words_tokenizer(), 430), tmp_path / "model.gguf", dtype, "tiny")
+    write_gguf(model, Vocabulary.of(tiny.words_tokenizer(), ROWS), tmp_path / "model.gguf", dtype, "tiny")
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     state = model.state_dict()
     for name, own in (("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"), ("output.weight", "lm_head.weight")):
@@ -175,7 +144,7 @@ def test_numbers_are_as_near_as_their_type_allows(dtype, within, tmp_path):
 def test_what_f16_cannot_hold_is_refused(tmp_path):
     model = model_of("llama")
     model.lm_head.weight.data[3, 3] = 1e5
-    vocabulary = Vocabulary.of(tiny.words_tokenizer(), 430)
+    vocabulary = Vocabulary.of(tiny.words_tokenizer(), ROWS)
     with pytest.raises(UserError, match=r"output\.weight .* --dtype bf16 or f32"):
         write_gguf(model, vocabulary, tmp_path / "model.gguf", "f16", "tiny")
     write_gguf(model, vocabulary, tmp_path / "again.gguf", "bf16", "tiny")
@@ -188,7 +157,7 @@ def test_a_scaled_rotation_is_written_as_factors(tmp_path):
         "original_max_position_embeddings": 64,
     }  # fmt: skip
     model = model_of("llama", rope_parameters=rotation, head_dim=16)
-    write_gguf(model, Vocabulary.of(tiny.words_tokenizer(), 430), tmp_path / "model.gguf", "f16", "tiny")
+    write_gguf(model, Vocabulary.of(tiny.words_tokenizer(), ROWS), tmp_path / "model.gguf", "f16", "tiny")
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     waves = 2 * np.pi * 1e4 ** (np.arange(0, 16, 2) / 16)
     smooth = (64 / waves - 1.0) / (4.0 - 1.0)
@@ -210,7 +179,7 @@ def cut_by(*steps: Any) -> Any:
 def test_transformers_reads_back_the_tokenizer(digits, tmp_path):
     """Where no digits stand: its reader takes every byte-level tokenizer for GPT-2's."""
     tokenizer = tiny.words_tokenizer(*digits)
-    write_gguf(model_of("llama"), Vocabulary.of(tokenizer, 430), tmp_path / "model.gguf", "f16", "tiny")
+    write_gguf(model_of("llama"), Vocabulary.of(tokenizer, ROWS), tmp_path / "model.gguf", "f16", "tiny")
     with quiet_transformers():
         again = AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf")
     for text in TEXTS:
@@ -220,7 +189,7 @@ def test_transformers_reads_back_the_tokenizer(digits, tmp_path):
 
 def test_a_cut_that_llama_cpp_does_not_have_is_refused():
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    assert Vocabulary.of(cut_by(pre_tokenizers.Digits(individual_digits=True), words), 430).cut == "smollm"
+    assert Vocabulary.of(cut_by(pre_tokenizers.Digits(individual_digits=True), words), ROWS).cut == "smollm"
     for steps in (
         [pre_tokenizers.Digits(individual_digits=False), words],
         [words, pre_tokenizers.Digits(individual_digits=True)],
@@ -229,7 +198,7 @@ def test_a_cut_that_llama_cpp_does_not_have_is_refused():
         [pre_tokenizers.Whitespace()],
     ):
         with pytest.raises(UserError, match="cuts texts in a way of its own.*use --format merged"):
-            Vocabulary.of(cut_by(*steps), 430)
+            Vocabulary.of(cut_by(*steps), ROWS)
 
 
 def test_a_tokenizer_without_merges_needs_no_cut():
@@ -254,8 +223,6 @@ def finished(tmp_path_factory, tiny_data):
         "train": {"steps": 1, "batch_size": 2, "lr": 1e-2}, "federation": {"rounds": 1},
         "runtime": {"threads": 1, "device": "cpu"}, "evaluation": {"suite": None, "answers": 0},
     }  # fmt: skip
-    from fedloom.config import Recipe
-
     run(Recipe.parse(recipe), place / "run")
     return place / "run"
 
