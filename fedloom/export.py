@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from fedloom.card import write_card
 from fedloom.checkpoint import folder_name
 from fedloom.config import Recipe
 from fedloom.errors import UserError, suggest
@@ -67,6 +68,7 @@ def export_run(
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))  # the folder appears whole or not at all
     try:
         scratch.chmod(0o755)
+        recipe = RunFolder(run).stored_recipe()
         if format == "peft":
             for file in source.iterdir():
                 shutil.copyfile(file, scratch / file.name)
@@ -74,9 +76,10 @@ def export_run(
             from fedloom.models.results import export_merged
 
             say("merging the adapter into the base model's weights")
-            export_merged(RunFolder(run).stored_recipe().model, source, scratch, say)
+            export_merged(recipe.model, source, scratch, say)
         else:
-            _write_gguf(RunFolder(run).stored_recipe(), source, scratch, dtype or DTYPE, say)
+            _write_gguf(recipe, source, scratch, dtype or DTYPE, say)
+        write_card(scratch, recipe, RunFolder(run).read("summary.json"), client)
         os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -49,7 +49,7 @@ LAYERS = [
         "coordinator",
         "runfolder",
     },
-    {"runtimes", "summary", "answers", "report"},
+    {"runtimes", "summary", "answers", "report", "card"},
     {"choices", "cohorts", "trials", "deployment", "catalogue"},
     {"fleets"},
     {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},

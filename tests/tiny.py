@@ -60,7 +60,10 @@ def words_tokenizer(*digits: str, chat_template: str | None = None) -> PreTraine
     backend.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=420,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows(200)]
     backend.train_from_iterator([*texts, "def f(x):\n    return x + 123  # 12 and 3\n" * 20], trainer)

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from fedloom.errors import UserError
 
 _LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
@@ -109,11 +110,11 @@ def _tokens(vocab: Mapping[str, int], added: Sequence[Mapping[str, Any]], rows: 
     types = [int(gguf.TokenType.UNUSED)] * rows
     for token, number in vocab.items():
         tokens[number], types[number] = token, int(gguf.TokenType.NORMAL)
-    for token in added:
-        if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise _not_known(f"its token {token['content']!r} takes spaces around it away")
-        kind = gguf.TokenType.CONTROL if token["special"] else gguf.TokenType.USER_DEFINED
-        tokens[token["id"]], types[token["id"]] = token["content"], int(kind)
+    for extra in added:
+        if extra["lstrip"] or extra["rstrip"] or extra["single_word"]:
+            raise _not_known(f"its token {extra['content']!r} takes spaces around it away")
+        kind = gguf.TokenType.CONTROL if extra["special"] else gguf.TokenType.USER_DEFINED
+        tokens[extra["id"]], types[extra["id"]] = extra["content"], int(kind)
     return tokens, types
 
 

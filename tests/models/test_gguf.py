@@ -36,10 +36,13 @@ from fedloom.models.results import export_gguf, export_merged
 
 TEXTS = ["copy: ant bee 12345", "def f(x):\n    return x + 1  # äöü ☃ 🐍\n", "  two  spaces\t7 77", "<s>owl</s>", ""]
 
+
 def adapter_of(base: Path, folder: Path, **more: Any) -> Path:
     """An adapter with random numbers in it, for the model in `base`."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    made = attach(Base(model, AutoTokenizer.from_pretrained(base), ""), AdapterConfig(**(more or {"rank": 2, "alpha": 4})), 0)
+    made = attach(
+        Base(model, AutoTokenizer.from_pretrained(base), ""), AdapterConfig(**(more or {"rank": 2, "alpha": 4})), 0
+    )
     made.adapter.flat.copy_(0.3 * torch.randn(len(made.adapter.flat), generator=torch.manual_seed(1)))
     made.save(folder, str(base))
     return folder
@@ -69,7 +72,9 @@ def test_transformers_reads_back_the_merged_model(kind, more, tmp_path):
     export_gguf(config, adapter, tmp_path / "model.gguf", "f32", "tiny")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert float((logits(merged) - logits(AutoModelForCausalLM.from_pretrained(base))).abs().max()) > 0.1
-    if not more.get("mlp_bias") and kind != "qwen3":  # its reader takes no biases of llama and no width of heads of qwen3
+    if (
+        not more.get("mlp_bias") and kind != "qwen3"
+    ):  # its reader takes no biases of llama and no width of heads of qwen3
         with quiet_transformers():
             again = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
         assert torch.allclose(logits(again), logits(merged), atol=1e-6)
@@ -86,16 +91,25 @@ def assert_holds(path: Path, merged: Any, kind: str) -> None:
         del expected["lm_head.weight"]
     assert len(found) == len(expected)
     for name, tensor in expected.items():
-        numbers = gguf.dequantize(found[names.get_name(name, try_suffixes=(".weight", ".bias"))].data, gguf.GGMLQuantizationType.F32)
+        numbers = gguf.dequantize(
+            found[names.get_name(name, try_suffixes=(".weight", ".bias"))].data, gguf.GGMLQuantizationType.F32
+        )
         width = merged.config.head_dim
         if kind in {"llama", "mistral"} and ("q_proj" in name or "k_proj" in name):
-            order = [h * width + i + half for h in range(len(tensor) // width) for i in range(width // 2) for half in (0, width // 2)]
+            order = [
+                h * width + i + half
+                for h in range(len(tensor) // width)
+                for i in range(width // 2)
+                for half in (0, width // 2)
+            ]
             tensor = tensor[order]
         np.testing.assert_array_equal(numbers.reshape(tensor.shape), tensor.numpy())
 
 
 def fields(path: Path) -> dict[str, Any]:
-    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items() if not name.startswith("GGUF")}
+    return {
+        name: field.contents() for name, field in gguf.GGUFReader(path).fields.items() if not name.startswith("GGUF")
+    }
 
 
 def test_the_header_says_what_the_configuration_says(tmp_path):
@@ -119,7 +133,10 @@ def test_the_header_says_what_the_configuration_says(tmp_path):
     assert [kinds[i] for i in (0, 1, 2, 3, ROWS - 1)] == [3, 3, 3, 1, 5]  # control, ordinary, without a token
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
-    said = {key: found[f"tokenizer.ggml.{key}"] for key in ("model", "pre", "bos_token_id", "eos_token_id", "padding_token_id")}
+    said = {
+        key: found[f"tokenizer.ggml.{key}"]
+        for key in ("model", "pre", "bos_token_id", "eos_token_id", "padding_token_id")
+    }
     assert said == {"model": "gpt2", "pre": "smollm", "bos_token_id": 1, "eos_token_id": 2, "padding_token_id": 0}
     assert not found["tokenizer.ggml.add_bos_token"] and not found["tokenizer.ggml.add_eos_token"]
     assert found["tokenizer.chat_template"] == "{{ messages }}"
@@ -131,7 +148,10 @@ def test_numbers_are_as_near_as_their_type_allows(dtype, within, tmp_path):
     write_gguf(model, Vocabulary.of(tiny.words_tokenizer(), ROWS), tmp_path / "model.gguf", dtype, "tiny")
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
     state = model.state_dict()
-    for name, own in (("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"), ("output.weight", "lm_head.weight")):
+    for name, own in (
+        ("blk.1.ffn_down.weight", "model.layers.1.mlp.down_proj.weight"),
+        ("output.weight", "lm_head.weight"),
+    ):
         tensor = tensors[name]
         assert tensor.tensor_type.name.lower() == dtype
         numbers, exact = gguf.dequantize(tensor.data, tensor.tensor_type), state[own].numpy()
@@ -197,7 +217,7 @@ def test_a_cut_that_llama_cpp_does_not_have_is_refused():
         [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
         [pre_tokenizers.Whitespace()],
     ):
-        with pytest.raises(UserError, match="cuts texts in a way of its own.*use --format merged"):
+        with pytest.raises(UserError, match=r"cuts texts in a way of its own.*use --format merged"):
             Vocabulary.of(cut_by(*steps), ROWS)
 
 
@@ -257,18 +277,22 @@ def test_mistakes_are_told_before_anything_is_written(finished, tmp_path):
 def test_virtual_tokens_are_refused(method, tmp_path):
     base = saved(tmp_path / "base", model_of("llama"))
     adapter = adapter_of(base, tmp_path / "adapter", method=method, virtual_tokens=2)
-    with pytest.raises(UserError, match="cannot be merged.*use --format peft"):
+    with pytest.raises(UserError, match=r"cannot be merged.*use --format peft"):
         export_gguf(ModelConfig(name=str(base)), adapter, tmp_path / "model.gguf", "f16", "tiny")
 
 
 def test_models_of_other_kinds_are_refused():
-    with pytest.raises(UserError, match="type gemma .*only llama, mistral, qwen2, qwen3"):
+    with pytest.raises(UserError, match=r"type gemma .*only llama, mistral, qwen2, qwen3"):
         architecture(GemmaConfig())
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     with pytest.raises(UserError, match="rotation 'yarn'"):
         architecture(LlamaConfig(rope_parameters=yarn))
     with pytest.raises(UserError, match="rotation 'llama3' of this qwen2"):
-        architecture(Qwen2Config(rope_parameters={**yarn, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}))
+        architecture(
+            Qwen2Config(
+                rope_parameters={**yarn, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+            )
+        )
     with pytest.raises(UserError, match="has gelu"):
         architecture(LlamaConfig(hidden_act="gelu"))
 
