@@ -18,11 +18,11 @@ from fedloom.checkpoint import folder_name, write_bytes
 from fedloom.config import Recipe
 from fedloom.data.declaration import Source
 from fedloom.data.hub import HubRef
-from fedloom.data.prompts import Template
 from fedloom.models.loading import BUILTIN, RANDOM
 from fedloom.report import formats
 from fedloom.runfolder import RunFolder
-from fedloom.types import SITES, Example
+from fedloom.types import SITES
+from fedloom.usage import usage
 
 FILE = "README.md"
 
@@ -31,8 +31,6 @@ SECTIONS = (
     "model", "data", "split", "adapter", "algorithm", "train", "federation", "operators", "privacy", "devices", "hooks",
     "seed",
 )  # fmt: skip
-
-_QUESTION = "Name three animals."
 
 
 def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> None:
@@ -58,9 +56,8 @@ def write_cards(run: RunFolder, recipe: Recipe, summary: Mapping[str, Any], clie
 def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> str:
     """The text of the card; the files in `folder` say which form the result has."""
     base, corpus = _Base.of(recipe), None if _elsewhere(summary) else _corpus(recipe)
-    ggufs = sorted(p.name for p in folder.glob("*.gguf"))
     adapter = (folder / "adapter_config.json").is_file()
-    form = "gguf" if ggufs else "peft" if adapter else "merged"
+    form = "gguf" if list(folder.glob("*.gguf")) else "peft" if adapter else "merged"
     title = (recipe.name or "A run") + (f", {client}'s own" if client else "")
     what = {
         "peft": f"An adapter ({recipe.adapter.method}) for {base.shown}",
@@ -76,7 +73,7 @@ def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client
         "## Training\n\n" + "".join(f"- {line}\n" for line in _training(recipe, summary)).rstrip(),
         "## Numbers\n\n" + _numbers(summary, client),
         "## Privacy\n\n" + _privacy((summary or {}).get("privacy")),
-        "## Use\n\n" + _use(folder, form, base, recipe, ggufs),
+        "## Use\n\n" + usage(folder, form, base.hub, recipe),
         "## Licence\n\n"
         f"Of the base model: {base.license or 'unknown to fedloom, see its own card'}. Of the data: "
         f"{_license(corpus, recipe, summary)}. Both are given as their publishers state them. What may be done with this "
@@ -246,83 +243,6 @@ def _limits(base: _Base, recipe: Recipe, summary: Mapping[str, Any] | None) -> I
     cut = (summary or {}).get("data", {}).get("truncated")
     if cut:
         yield f"{cut:,} examples were cut at {recipe.data.max_length} tokens."
-
-
-def _use(folder: Path, form: str, base: _Base, recipe: Recipe, ggufs: list[str]) -> str:
-    if form == "gguf":
-        return _use_gguf(ggufs[0], recipe)
-    if (folder / "base_delta.safetensors").is_file():
-        return (
-            "Weights of the base changed too, by what lies in `base_delta.safetensors`: peft alone would load another "
-            "model. `fedloom export RUN --format merged` writes one that transformers loads, and `fedloom evaluate` takes "
-            "the run as it is."
-        )
-    where = base.hub or PurePath(recipe.model.name).name
-    lines = ["from peft import PeftModel"] if form == "peft" else []
-    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    here = '"."  # this folder, or its id on the hub'
-    if form == "peft":
-        lines += [
-            f'base = "{where}"' + ("" if base.hub else "  # the folder of the base model"),
-            f"adapter = {here}",
-            "tokenizer = AutoTokenizer.from_pretrained(base)",
-            "model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter)",
-        ]
-    else:
-        lines += [
-            f"model = {here}",
-            "tokenizer = AutoTokenizer.from_pretrained(model)",
-            "model = AutoModelForCausalLM.from_pretrained(model)",
-        ]
-    lines += _prompt(recipe)
-    lines += [
-        "made = model.generate(**asked, max_new_tokens=64, do_sample=False)",
-        'print(tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))',
-    ]
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
-def _messages(recipe: Recipe) -> list[dict[str, str]]:
-    system = [{"role": "system", "content": recipe.data.system}] if recipe.data.system is not None else []
-    return [*system, {"role": "user", "content": _QUESTION}]
-
-
-def _plain_prompt(recipe: Recipe) -> str | None:
-    """The text that the model was trained to answer; None where the tokenizer's chat template writes it."""
-    if recipe.data.template == "chat":
-        return None
-    return Template(None, recipe.data.template).prompt_text(Example(_QUESTION, "", ""))  # type: ignore[arg-type]
-
-
-def _prompt(recipe: Recipe) -> list[str]:
-    text = _plain_prompt(recipe)
-    if text is not None:
-        return [
-            f"prompt = {text!r}  # the form that it was trained on",
-            'asked = tokenizer(prompt, return_tensors="pt")',
-        ]
-    return [
-        f"messages = {_messages(recipe)!r}",
-        "asked = tokenizer.apply_chat_template(",
-        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-        ")",
-    ]
-
-
-def _use_gguf(file: str, recipe: Recipe) -> str:
-    text = _plain_prompt(recipe)
-    if text is None:
-        asked = f'answer = server.handle_chat_completions({{"messages": {_messages(recipe)!r}, "max_tokens": 64}})'
-        said = 'print(answer["choices"][0]["message"]["content"])'
-    else:
-        asked = f'answer = server.handle_completions({{"prompt": {text!r}, "max_tokens": 64}})'
-        said = 'print(answer["choices"][0]["text"])'
-    return (
-        f"Whatever is built on llama.cpp loads `{file}`. From Python (`pip install xllamacpp`):\n\n```python\n"
-        "import xllamacpp\n\n"
-        f'params = xllamacpp.CommonParams()\nparams.model.path = "{file}"\n'
-        f"server = xllamacpp.Server(params)\n{asked}\n{said}\n```"
-    )
 
 
 def settings(recipe: Recipe) -> str:

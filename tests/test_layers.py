@@ -49,7 +49,7 @@ LAYERS = [
         "coordinator",
         "runfolder",
     },
-    {"runtimes", "summary", "answers", "report", "card"},
+    {"runtimes", "summary", "answers", "report", "card", "usage"},
     {"choices", "cohorts", "trials", "deployment", "catalogue"},
     {"fleets"},
     {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
