@@ -113,7 +113,7 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def test_the_header_says_what_the_configuration_says(tmp_path):
-    model = model_of("mistral", sliding_window=64, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    model = model_of("mistral", sliding_window=64, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     tokenizer = tiny.words_tokenizer("digits", chat_template="{{ messages }}")
     write_gguf(model, Vocabulary.of(tokenizer, ROWS), tmp_path / "model.gguf", "bf16", "mine")
     found = fields(tmp_path / "model.gguf")
@@ -122,8 +122,8 @@ def test_the_header_says_what_the_configuration_says(tmp_path):
     expected = {
         "context_length": 64,  # where a window of 64 changes nothing yet
         "embedding_length": 32, "block_count": 2, "feed_forward_length": 64, "vocab_size": ROWS,
-        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 8, "attention.value_length": 8,
-        "rope.dimension_count": 8, "rope.freq_base": 5e5,
+        "attention.head_count": 4, "attention.head_count_kv": 2, "attention.key_length": 16, "attention.value_length": 16,
+        "rope.dimension_count": 16, "rope.freq_base": 5e5,
     }  # fmt: skip
     assert {key: found[f"llama.{key}"] for key in expected} == expected
     assert found["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(model.config.rms_norm_eps)
