@@ -29,7 +29,7 @@ test-faults: $(VENV)/.dev  ## whatever can be killed, full, torn or foreign, and
 	$(BIN)/python -m pytest -q tests/faults
 
 test-gguf: $(VENV)/.gguf  ## exported files in llama.cpp itself: the same tokens, the same answers; a minute
-	$(BIN)/python -m pytest -q -m gguf tests/gguf
+	$(BIN)/python -m pytest -q -m gguf tests/llama_cpp
 
 check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff format --check fedloom tests containers

@@ -1,5 +1,5 @@
 """A GGUF file holds the merged model: held against what was merged, tensor by tensor, and against transformers' own
-reader of GGUF files, which puts names, rows and tokenizer back by rules of its own. llama.cpp itself: tests/gguf.
+reader of GGUF files, which puts names, rows and tokenizer back by rules of its own. llama.cpp itself: tests/llama_cpp.
 """
 
 from __future__ import annotations
