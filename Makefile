@@ -10,7 +10,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 export OMP_WAIT_POLICY := PASSIVE
 export MKL_CBWR := AVX2
 
-.PHONY: quickstart demo-distributed test test-slow test-faults check bench docs wheel containers wheelhouse clean
+.PHONY: quickstart demo-distributed test test-slow test-faults test-gguf check bench docs wheel containers wheelhouse clean
 
 quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
@@ -20,13 +20,16 @@ demo-distributed: $(VENV)/.demo  ## a server and three sites on this machine, mu
 
 test: $(VENV)/.dev  ## all tests but those that take minutes, with coverage
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest -q -m "not slow and not faults" -n 2 --dist loadgroup --cov --cov-report=term tests
+	$(BIN)/python -m pytest -q -m "not slow and not faults and not gguf" -n 2 --dist loadgroup --cov --cov-report=term tests
 
 test-slow: $(VENV)/.dev  ## real models for minutes: learning, resume at random moments
 	$(BIN)/python -m pytest -q -m slow -s tests
 
 test-faults: $(VENV)/.dev  ## whatever can be killed, full, torn or foreign, and what becomes of the run
 	$(BIN)/python -m pytest -q tests/faults
+
+test-gguf: $(VENV)/.gguf  ## exported files in llama.cpp itself: the same tokens, the same answers; a minute
+	$(BIN)/python -m pytest -q -m gguf tests/llama_cpp
 
 check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
 	$(BIN)/ruff format --check fedloom tests containers benchmarks
@@ -74,3 +77,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[dev]"
 	touch $@ $(VENV)/.run $(VENV)/.demo
+
+$(VENV)/.gguf: $(VENV)/.dev
+	$(PIP) -e ".[dev,llama-cpp]"
+	touch $@

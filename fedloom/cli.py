@@ -273,17 +273,23 @@ def benchmark(
 @command
 def export(
     run: RunArgument,
-    format_: Annotated[str, typer.Option("--format", help="peft (the adapter) or merged (a plain model)")] = "peft",
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="peft (the adapter), merged (a plain model) or gguf (one file for llama.cpp)"),
+    ] = "peft",
     out_: Annotated[
         Path | None, typer.Option("--out", help="the folder to write; RUN/export-FORMAT by default")
     ] = None,
     client: Annotated[str | None, typer.Option("--client", help="a client's own result")] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="of a gguf file: f32, f16, bf16 or q8_0; f16 by default")
+    ] = None,
 ) -> None:
     """Write a run's result for use elsewhere."""
     from fedloom.export import export_run
 
     folder = export_run(
-        run, format_, out_ or run / f"export-{format_}", client, lambda text: err.print(text, markup=False)
+        run, format_, out_ or run / f"export-{format_}", client, lambda text: err.print(text, markup=False), dtype
     )
     out.print(f"{format_:8} {folder}", markup=False)
 

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from fedloom import carriers, environment, registry
 from fedloom.algorithms.base import Algorithm
 from fedloom.answers import Asker, Sample, pick
+from fedloom.card import write_cards
 from fedloom.checkpoint import Checkpoints, ClientStore
 from fedloom.choices import (
     check_ranks,
@@ -325,6 +326,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
         reference,
     )
     folder.write("summary.json", summary)
+    write_cards(folder, recipe, summary, setting.clients.clients)
     seconds = summary["cost"]["wall_seconds"]
     coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
     coordinator.events.close()

@@ -1,4 +1,5 @@
-"""A run's result for use elsewhere: the adapter in peft's format, or a plain model with the adapter merged in."""
+"""A run's result for use elsewhere: the adapter in peft's format, or a plain model with the adapter merged in, as a
+folder of transformers or as one GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
@@ -8,11 +9,16 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from fedloom.card import write_card
 from fedloom.checkpoint import folder_name
+from fedloom.config import Recipe
 from fedloom.errors import UserError, suggest
 from fedloom.runfolder import RunFolder
 
-FORMATS = ("peft", "merged")
+FORMATS = ("peft", "merged", "gguf")
+
+#: Of GGUF where none is named.
+DTYPE = "f16"
 
 
 def result_folder(run: Path, client: str | None = None) -> Path:
@@ -36,10 +42,21 @@ def result_folder(run: Path, client: str | None = None) -> Path:
     raise UserError(f"{run} has no result yet: finish it with `fedloom run {run} --resume`")
 
 
-def export_run(run: Path, format: str, out: Path, client: str | None, say: Callable[[str], None]) -> Path:
-    """Write the result of `run` into the new folder `out` and return it. Raises UserError."""
+def export_run(
+    run: Path, format: str, out: Path, client: str | None, say: Callable[[str], None], dtype: str | None = None
+) -> Path:
+    """Write the result of `run` into the new folder `out` and return it.
+
+    Args:
+        dtype: of a GGUF file's matrices, f16 where it is None; the other formats have the run's own.
+
+    Raises:
+        UserError: there is no such result, or it cannot be written in this format.
+    """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}: {suggest(format, FORMATS)}")
+    if dtype is not None and format != "gguf":
+        raise UserError(f"--dtype={dtype} is for --format gguf; {format} has the run's own: leave it out")
     source = result_folder(run, client)
     if format == "peft" and not (source / "adapter_config.json").is_file():
         raise UserError(
@@ -51,15 +68,30 @@ def export_run(run: Path, format: str, out: Path, client: str | None, say: Calla
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))  # the folder appears whole or not at all
     try:
         scratch.chmod(0o755)
+        recipe = RunFolder(run).stored_recipe()
         if format == "peft":
             for file in source.iterdir():
                 shutil.copyfile(file, scratch / file.name)
-        else:
+        elif format == "merged":
             from fedloom.models.results import export_merged
 
             say("merging the adapter into the base model's weights")
-            export_merged(RunFolder(run).stored_recipe().model, source, scratch, say)
+            export_merged(recipe.model, source, scratch, say)
+        else:
+            _write_gguf(recipe, source, scratch, dtype or DTYPE, say)
+        write_card(scratch, recipe, RunFolder(run).read("summary.json"), client)
         os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return out
+
+
+def _write_gguf(recipe: Recipe, source: Path, folder: Path, dtype: str, say: Callable[[str], None]) -> None:
+    from fedloom.models.gguf_model import DTYPES
+    from fedloom.models.results import export_gguf
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype} is not known: {suggest(dtype, DTYPES)}")
+    say(f"merging the adapter into the base model's weights, as {dtype}")
+    name = folder_name(recipe.name or "run")
+    export_gguf(recipe.model, source, folder / f"{name}-{dtype.upper()}.gguf", dtype, name, say)

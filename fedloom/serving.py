@@ -55,7 +55,7 @@ from fedloom.runtimes.flare.link import FlareLink
 from fedloom.runtimes.worker import end_with_parent
 from fedloom.training.precision import choose_precision
 from fedloom.trials import check_positions, check_sparing, choose_packing
-from fedloom.types import Corpus, Partition, Shard
+from fedloom.types import SITES, Corpus, Partition, Shard
 
 #: Seconds that a site has to load model and data, whatever the round's deadline.
 LOADING = 600.0
@@ -134,7 +134,7 @@ class Sites:
             )
         schedule = _schedule(recipe, algorithm, clients)
         check_hooks(recipe, algorithm, clients)
-        corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", "the sites")
+        corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", SITES)
         data = FederatedData(corpus, tokenise(corpus, template, recipe.data.max_length, None), clients, {})
         suite = registry.suites.get(suite_name) if suite_name else None
         return Setting(

@@ -44,6 +44,10 @@ class Example:
     rejected: str = ""
 
 
+#: `Corpus.source` of data that stay where they are.
+SITES = "the sites"
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A named list of examples, with its licence and where it was found.

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedloom.models.random_model import VOCABULARY, tokenizer
 
@@ -44,6 +45,33 @@ def save_model(folder: Path, model: Any = None, chat_template: str | None = None
     (causal_lm() if model is None else model).save_pretrained(folder)
     tokenizer(chat_template).save_pretrained(folder)
     return folder
+
+
+def words_tokenizer(*digits: str, chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer as GPT-2's: bytes, and merges learned from `rows` and a line of code.
+
+    Args:
+        digits: `digits` cuts numbers into single digits first, as SmolLM2's tokenizer does.
+    """
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, words]) if steps else words
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = [f"{row['instruction']} {row['input']} {row['output']}" for row in rows(200)]
+    backend.train_from_iterator([*texts, "def f(x):\n    return x + 123  # 12 and 3\n" * 20], trainer)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", padding_side="left"
+    )
+    made.chat_template = chat_template
+    return made
 
 
 WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "owl", "pig", "rat", "yak")

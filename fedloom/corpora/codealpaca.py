@@ -66,6 +66,7 @@ SOURCE = Source(
     homepage="https://huggingface.co/datasets/sahil2801/CodeAlpaca-20k",
     columns={"instruction": "instruction", "input": "input", "output": "output", "category": "category"},
     default_split={"splitter": "meta"},
+    language="en",
     hub=HubRef("sahil2801/CodeAlpaca-20k", revision="152bb5e9a29651266b018106053980070a0521a1"),
     rows=(20_022, 4_535),  # the hub's, and the collection that has a language column
     suite_note="its pairs, HumanEval and HumanEval-X, run generated code and arrive with lm-eval: scored by loss until then",

@@ -61,6 +61,7 @@ SOURCE = Source(
     homepage="https://github.com/github/CodeSearchNet",
     columns={"instruction": "instruction", "input": "input", "output": "output", "category": "language"},
     default_split={"splitter": "meta"},
+    language="en",
     hub=HubRef(
         "code-search-net/code_search_net",
         config="all",

@@ -22,6 +22,7 @@ SOURCE = Source(
     homepage="https://github.com/openai/grade-school-math",
     columns={"instruction": "question", "output": "answer"},
     default_split={"splitter": "uniform", "num_clients": 3},
+    language="en",
     hub=HubRef("openai/gsm8k", config="main", test_split="test", revision="e53f048856ff4f594e959d75785d2c2d37b678ee"),
     rows=(7_473,),
     suite="gsm",

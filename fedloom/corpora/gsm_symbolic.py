@@ -68,6 +68,7 @@ SOURCE = Source(
     homepage="https://github.com/open-thought/reasoning-gym",
     columns={"instruction": "question", "output": "answer", "category": "template"},
     default_split={"splitter": "uniform", "num_clients": 3},
+    language="en",
     rows=(QUESTIONS,),
     suite="gsm",
     suite_note="exact match of the number after ####",

@@ -55,6 +55,7 @@ SOURCE = Source(
     homepage="https://medmcqa.github.io",
     columns={"instruction": "question", "input": "options", "output": "answer", "category": ("specialty", FILE_COLUMN)},
     default_split={"splitter": "meta"},
+    language="en",
     rows=(4_183,),
     suite="multiple-choice",
     suite_note="accuracy: the option with the highest log-likelihood",

@@ -115,6 +115,7 @@ SOURCE = Source(
     homepage="https://github.com/open-thought/reasoning-gym",
     columns={"instruction": "question", "output": "answer", "category": "skill"},
     default_split={"splitter": "meta"},
+    language="en",
     rows=(sum(questions(skill) for skill in SKILLS),),
     suite="skills",
     suite_note="each skill's own verifier, full marks only",

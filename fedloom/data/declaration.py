@@ -55,6 +55,7 @@ class Source:
     Attributes:
         name: as in a recipe, such as ``fed-dolly``.
         title, license, homepage: for the table of corpora; `license` is an SPDX id or a sentence.
+        language: of questions and answers, as an ISO code; empty where it is not known.
         columns: role → column, or several columns of which the first that exists is taken.
         hub: where it lies on the hub, pinned; None where it is not there.
         rows: the numbers of training rows that are known to be whole; another number is reported, not refused.
@@ -73,6 +74,7 @@ class Source:
     homepage: str
     columns: Mapping[str, str | tuple[str, ...]]
     default_split: Mapping[str, Any]
+    language: str = ""
     hub: HubRef | None = None
     rows: tuple[int, ...] = ()
     suite: str | None = None

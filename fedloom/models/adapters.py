@@ -222,6 +222,7 @@ class AdaptedModel:
             save_model(self.module, self.tokenizer, folder)
             return
         self.module.save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a card; card.py writes one
         path = folder / "adapter_config.json"
         values = json.loads(path.read_text())
         values["base_model_name_or_path"] = base_name

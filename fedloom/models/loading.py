@@ -18,7 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from fedloom import carriers
 from fedloom.config import ModelConfig
@@ -65,9 +72,7 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     where, source = locate(config, say)
     dtype, kind, on_cuda = getattr(torch, config.dtype), config.quantization, device.startswith("cuda")
     quantised = on_gpu(kind, dtype, device) if kind and on_cuda else {}
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if source.startswith("hub ") and not hub_reachable():
-        options["local_files_only"] = True  # what the hub's cache holds; without this the library retries for a minute
+    options = _options(config, source)
     tokenizer = load_tokenizer(config, say)
     try:
         with quiet_transformers():
@@ -86,12 +91,29 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     return Base(model if quantised else model.to(device), tokenizer, source, attention)
 
 
+def load_config(config: ModelConfig, say: Say = lambda text: None) -> PreTrainedConfig:
+    """What the model says of itself, without its weights. Raises UserError where it cannot be found."""
+    where, source = locate(config, say)
+    try:
+        with quiet_transformers():
+            settings: PreTrainedConfig = AutoConfig.from_pretrained(where, **_options(config, source))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_not_loadable(config, error)) from error
+    return settings
+
+
+def _options(config: ModelConfig, source: str) -> dict[str, Any]:
+    """What every part of the model is asked for with."""
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if source.startswith("hub ") and not hub_reachable():
+        options["local_files_only"] = True  # what the hub's cache holds; without this the library retries for a minute
+    return options
+
+
 def load_tokenizer(config: ModelConfig, say: Say = lambda text: None) -> PreTrainedTokenizerBase:
     """The tokenizer alone, padding on the left with a row that is there. Raises UserError where it cannot be found."""
     where, source = locate(config, say)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    if source.startswith("hub ") and not hub_reachable():
-        options["local_files_only"] = True
+    options = _options(config, source)
     try:
         with quiet_transformers():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where, **options)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +18,47 @@ from fedloom.config import ModelConfig
 from fedloom.errors import UserError
 from fedloom.methods import AdapterConfig
 from fedloom.models.adapters import AdaptedModel, attach, quiet_peft, save_model
-from fedloom.models.loading import Say, load_base
+from fedloom.models.loading import Base, Say, load_base, load_config, load_tokenizer
 from fedloom.models.quantised import dequantise_model
 
 
 def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = lambda text: None) -> None:
     """Write a plain transformers model with the adapter merged into its weights, and its tokenizer.
 
+    Raises UserError for an adapter that is no change of weights.
+    """
+    merged = merged_base(config, adapter, say)
+    save_model(merged.model, merged.tokenizer, folder)
+
+
+def export_gguf(
+    config: ModelConfig, adapter: Path, path: Path, dtype: str, name: str, say: Say = lambda text: None
+) -> None:
+    """Write the merged model and its tokenizer as one GGUF file (gguf_model.py).
+
+    Raises UserError for an adapter that is no change of weights and for what GGUF cannot hold; before anything is merged.
+    """
+    from fedloom.models.gguf_model import architecture, write_gguf
+    from fedloom.models.gguf_vocabulary import Vocabulary
+
+    check_mergeable(adapter)
+    base = _as_model(config, adapter) if _holds_model(adapter) else config
+    settings = load_config(base, say)
+    architecture(settings)
+    vocabulary = Vocabulary.of(load_tokenizer(base, say), settings.vocab_size)
+    write_gguf(merged_base(config, adapter, say).model, vocabulary, path, dtype, name)
+
+
+def merged_base(config: ModelConfig, adapter: Path, say: Say = lambda text: None) -> Base:
+    """The base with the adapter (and the base delta) in its weights.
+
     The adapter of a quantised base is merged into the weights that it was trained on: the dequantised ones.
 
     Raises UserError for an adapter that is no change of weights.
     """
+    check_mergeable(adapter)
     if _holds_model(adapter):
-        base = load_base(_as_model(config, adapter), "cpu", say)
-        save_model(base.model, base.tokenizer, folder)
-        return
-    kind = PeftConfig.from_pretrained(str(adapter))
-    if kind.is_prompt_learning:
-        raise UserError(
-            f"{kind.peft_type.value.lower()} cannot be merged: its virtual tokens are no change of the model's "
-            "weights; use --format peft"
-        )
+        return load_base(_as_model(config, adapter), "cpu", say)
     base = load_base(config, "cpu", say)
     dequantise_model(base.model, getattr(torch, config.dtype))
     delta = load_base_delta(adapter)
@@ -45,7 +66,19 @@ def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = l
         merged: Any = PeftModel.from_pretrained(base.model, str(adapter), is_trainable=bool(delta))
     if delta:
         AdaptedModel(merged, base).set_base_delta(delta, into_weights=True)
-    save_model(merged.merge_and_unload(), base.tokenizer, folder)
+    return replace(base, model=merged.merge_and_unload())
+
+
+def check_mergeable(adapter: Path) -> None:
+    """Raises UserError for an adapter that is no change of weights."""
+    if _holds_model(adapter):
+        return
+    kind = PeftConfig.from_pretrained(str(adapter))
+    if kind.is_prompt_learning:
+        raise UserError(
+            f"{kind.peft_type.value.lower()} cannot be merged: its virtual tokens are no change of the model's "
+            "weights; use --format peft"
+        )
 
 
 def load_adapted(config: ModelConfig, adapter: Path, device: str, say: Say = lambda text: None) -> AdaptedModel:
