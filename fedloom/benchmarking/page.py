@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedloom.benchmarking.columns import COLUMNS, MEASURED
 from fedloom.benchmarking.declaration import Benchmark
-from fedloom.benchmarking.table import COLUMNS, MEASURED, Row, best, shown
+from fedloom.benchmarking.ratios import lines
+from fedloom.benchmarking.table import Row, best, shown
 from fedloom.report import charts, scatter
 from fedloom.report.html import NARROW, WIDE, figure, write_page
 from fedloom.tracking import read_events
@@ -22,7 +24,9 @@ COSTS = (
 )
 
 
-def write_benchmark(benchmark: Benchmark, size: str | None, found: Sequence[Row], out: Path) -> Path:
+def write_benchmark(
+    benchmark: Benchmark, size: str | None, found: Sequence[Row], stated: Mapping[str, float | None], out: Path
+) -> Path:
     """`out`/benchmark.html; returns its path."""
     columns = shown(found)
     note = "Means over seeds, ± one standard deviation. " if any(row.seeds > 1 for row in found) else "One seed. "
@@ -38,6 +42,7 @@ def write_benchmark(benchmark: Benchmark, size: str | None, found: Sequence[Row]
             "rows": found,
             "best": {c.key: best(found, c) for c in columns if c in MEASURED},
             "note": f"{note}Traffic without that of evaluation; time and memory are this machine's.",
+            "ratios": lines(stated),
             "clouds": _clouds(found),
             "lines": _lines(benchmark, found, out),
             "run": None,

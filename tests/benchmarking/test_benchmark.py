@@ -15,11 +15,14 @@ import yaml
 import fedloom
 from fedloom import registry
 from fedloom.benchmarking import runner
+from fedloom.benchmarking.columns import COLUMNS, MEASURED
 from fedloom.benchmarking.declaration import Benchmark, builtin_benchmarks
 from fedloom.benchmarking.page import write_benchmark
 from fedloom.benchmarking.runner import run_benchmark
-from fedloom.benchmarking.table import COLUMNS, MEASURED, rows, to_csv, to_latex
+from fedloom.benchmarking.table import rows, to_csv, to_latex
+from fedloom.choices import make_algorithm
 from fedloom.errors import UserError
+from fedloom.methods import METHODS
 from fedloom.report.scatter import Point, Scatter, draw
 from fedloom.tracking import Events
 
@@ -74,18 +77,31 @@ def measured(text: str) -> list[Mapping[str, str]]:
     return [{k: v for k, v in row.items() if k in keys} for row in csv.DictReader(text.splitlines())]
 
 
-def test_every_built_in_benchmark_is_whole():
-    for name in builtin_benchmarks():
-        declared = Benchmark.load(name)
-        assert {"smoke", "laptop"} <= set(declared.sizes)
-        for size in declared.sizes:
-            cells = Benchmark.load(name, size).cells()
-            recipes = [cell.recipe(1, choice) for cell in cells for choice in cell.choices()]
-            assert len({cell.name for cell in cells}) == len(cells) <= len(recipes)
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name in builtin_benchmarks() for size in Benchmark.load(name).sizes]
+)
+def test_every_size_of_a_built_in_benchmark_is_whole(name, size):
+    benchmark = Benchmark.load(name, size)
+    assert {"smoke", "laptop"} <= set(benchmark.sizes)
+    cells = benchmark.cells()
+    recipes = [cell.recipe(seed, choice) for cell in cells for choice in cell.choices() for seed in benchmark.seeds]
+    assert len({cell.name for cell in cells}) == len(cells) <= len(recipes)
+    for recipe in recipes:
+        make_algorithm(recipe)
+
+
+def test_built_in_benchmarks_have_the_rows_that_they_are_named_for():
     assert len(Benchmark.load("paper", "laptop").cells()) == 18
     assert [c.place["algorithm"] for c in Benchmark.load("zoo").cells()] == [
         n for n in registry.algorithms.names() if n not in Benchmark.load("zoo").leave_out
     ]
+    assert {c.recipe(1).adapter.method for c in Benchmark.load("efficiency").cells()} == set(METHODS)
+    own = [n for n in registry.algorithms.names() if registry.algorithms.get(n).properties.personal]
+    assert [c.place["algorithm"] for c in Benchmark.load("personalised").cells()] == [
+        "fedavg", "local", *(n for n in own if n != "local")
+    ]  # fmt: skip
+    drops = [c.recipe(1).algorithm.options.get("drop") for c in Benchmark.load("fedot").cells()]
+    assert drops == [None, 0.0, 0.2, 0.5, 0.2]
 
 
 def test_a_cell_is_the_recipe_with_its_points(declared):
@@ -196,7 +212,7 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
     [
         ({}, "huge", "unknown size 'huge' of mine"),
         ({"sizes": {}}, "small", "the benchmark mine has no sizes"),
-        ({"axes": {"a": {"all": "models"}}}, None, "the only word that it may have is algorithms"),
+        ({"axes": {"a": {"all": "models"}}}, None, "the only words that it may have are algorithms"),
         ({"axes": {"a": {"b": {"train.stepz": 3}}}}, None, "mine, b: .*stepz"),
         ({"sead": [1]}, None, "sead"),
         ({"seeds": []}, None, "seeds"),
@@ -221,7 +237,7 @@ def test_another_benchmark_in_the_folder_is_refused(declared, tmp_path):
 def test_the_page_and_the_tabular(declared, tmp_path):
     benchmark = Benchmark.load(declared(seeds=[1]), "small")
     found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
-    page = write_benchmark(benchmark, "small", found, tmp_path / "out").read_text()
+    page = write_benchmark(benchmark, "small", found, {}, tmp_path / "out").read_text()
     best = min(found[:3], key=lambda row: row.means["loss"])
     column = next(c for c in COLUMNS if c.key == "loss")
     assert f"<b>{best.text(column)}</b>" in page
