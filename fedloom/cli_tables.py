@@ -43,3 +43,38 @@ def benchmark(
     out.print(f"report   {write_benchmark(chosen, size, found, stated, folder)}", markup=False)
     for line in lines(stated):
         out.print(line, markup=False)
+
+
+@command
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="folders of finished runs, or a benchmark's folder")
+    ],
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="a folder for leaderboard.html and the table as CSV and LaTeX")
+    ] = None,
+) -> None:
+    """Set finished runs side by side: scores, losses, worst client, cost, and in what their recipes differ."""
+    from fedloom.benchmarking.compare import leaderboard
+    from fedloom.benchmarking.page import write_leaderboard
+    from fedloom.benchmarking.table import to_csv, to_latex
+    from fedloom.checkpoint import write_bytes
+    from fedloom.console_tables import compare_table, settings_table
+    from fedloom.errors import UserError
+
+    if out_ is not None and out_.exists() and not out_.is_dir():
+        raise UserError(f"{out_} is a file: name a folder with --out")
+    board = leaderboard(runs)
+    out.print(compare_table(board))
+    out.print()
+    out.print(settings_table(board) if board.differs else "the recipes are the same")
+    if board.sentence:
+        out.print(board.sentence, markup=False)
+    if out_ is None:
+        out.print("page     with --out FOLDER: leaderboard.html, and the table as CSV and LaTeX", markup=False)
+        return
+    caption = f"Ranked by {board.ranked_by}."
+    write_bytes(out_ / "leaderboard.csv", to_csv(board.rows).encode())
+    write_bytes(out_ / "leaderboard.tex", to_latex(board.rows, caption, marked=board.comparable).encode())
+    out.print(f"table    {out_ / 'leaderboard.csv'}", markup=False)
+    out.print(f"report   {write_leaderboard(board, out_)}", markup=False)

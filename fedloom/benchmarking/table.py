@@ -22,22 +22,20 @@ class Row:
     """The numbers of a cell, or of one run.
 
     Attributes:
+        name: of the cell, or of the run.
         place: axis → point; of a run its name.
         chosen: what its pilot chose.
         seeds: how many runs are behind it.
         means, spreads: column → mean, and standard deviation over seeds (None with one seed).
     """
 
+    name: str
     place: dict[str, str]
     chosen: dict[str, Any]
     seeds: int
     means: dict[str, float | None]
     spreads: dict[str, float | None]
     trouble: str
-
-    @property
-    def name(self) -> str:
-        return "/".join(self.place.values())
 
     def text(self, column: Column) -> str:
         """As people read it, with the spread where there is one."""
@@ -63,7 +61,7 @@ def as_row(place: Mapping[str, str], runs: Sequence[Numbers], chosen: Mapping[st
         whole = bool(numbers) and len(numbers) == len(values)
         means[column.key] = statistics.fmean(numbers) if whole else None
         spreads[column.key] = statistics.stdev(numbers) if whole and len(numbers) > 1 else None
-    return Row(dict(place), dict(chosen), len(runs), means, spreads, trouble)
+    return Row("/".join(place.values()), dict(place), dict(chosen), len(runs), means, spreads, trouble)
 
 
 def shown(found: Sequence[Row]) -> list[Column]:
@@ -86,11 +84,11 @@ def to_csv(found: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def to_latex(found: Sequence[Row], caption: str) -> str:
-    """A tabular with booktabs' rules, the best of each measured column in bold."""
+def to_latex(found: Sequence[Row], caption: str, *, marked: bool = True) -> str:
+    """A tabular with booktabs' rules; `marked` sets the best of each measured column in bold."""
     axes = list(found[0].place) if found else []
     columns = [c for c in shown(found) if c.key not in {"loss_before", "failures"}]
-    finest = {c.key: best(found, c) for c in columns if c in MEASURED}
+    finest = bests(found, columns) if marked else {}
     lines = [
         r"\begin{table}", r"\centering", rf"\caption{{{_escaped(caption)}}}",
         rf"\begin{{tabular}}{{{'l' * len(axes)}{'r' * len(columns)}}}", r"\toprule",
@@ -104,6 +102,11 @@ def to_latex(found: Sequence[Row], caption: str) -> str:
             cells.append(rf"\textbf{{{text}}}" if mean is not None and mean == finest.get(column.key) else text)
         lines.append(" & ".join([*(_escaped(p) for p in row.place.values()), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def bests(found: Sequence[Row], columns: Sequence[Column]) -> dict[str, float | None]:
+    """Key → the best mean, of the columns that were measured and not spent."""
+    return {c.key: best(found, c) for c in columns if c in MEASURED}
 
 
 def best(found: Sequence[Row], column: Column) -> float | None:
