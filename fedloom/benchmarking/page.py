@@ -44,7 +44,7 @@ def write_benchmark(
     events = {row.name: path for row in found if (path := _first(benchmark, row, out)) is not None}
     drawn = []
     for name, group in groups.items():
-        heading = f"{name}: loss over rounds" if name else "loss over rounds"
+        heading = f"{name}: loss over rounds" if name else "Loss over rounds"
         drawn += _over_rounds(heading, group, {row.name: _short(row) for row in group}, events, "loss")
     return write_page(
         out / "benchmark.html",
@@ -87,8 +87,8 @@ def write_leaderboard(board: Leaderboard, out: Path) -> Path:
             "note": f"{_of_seeds(found)}{OF_MACHINE}",
             "clouds": _clouds(found, lambda row: row.name, lambda row: row.name if few else ""),
             "lines": [
-                *_over_rounds("loss over rounds", found, names, board.events, "loss"),
-                *_over_rounds("score over rounds", found, names, board.events, "score"),
+                *_over_rounds("Loss over rounds", found, names, board.events, "loss"),
+                *_over_rounds("Score over rounds", found, names, board.events, "score"),
             ],
             "names": list(names),
             "differing": [(k, [settings.text(v) for v in values]) for k, values in board.differs.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ import fedloom
 from fedloom import registry
 from fedloom.benchmarking import runner
 from fedloom.benchmarking.columns import COLUMNS, MEASURED
+from fedloom.benchmarking.compare import leaderboard
 from fedloom.benchmarking.declaration import Benchmark, builtin_benchmarks
 from fedloom.benchmarking.page import write_benchmark
+from fedloom.benchmarking.ratios import lines, ratios
 from fedloom.benchmarking.runner import run_benchmark
 from fedloom.benchmarking.table import rows, to_csv, to_latex
 from fedloom.choices import make_algorithm
+from fedloom.environment import forget_peak_memory, peak_memory_bytes
 from fedloom.errors import UserError
 from fedloom.methods import METHODS
 from fedloom.report.scatter import Point, Scatter, draw
@@ -117,7 +121,8 @@ def test_a_cell_is_the_recipe_with_its_points(declared):
 
 
 def test_the_table_has_what_the_runs_have(declared, tmp_path):
-    benchmark = Benchmark.load(declared(), "small")
+    stated = {"local_over_federated": {"column": "loss", "over": ["local", "federated"]}}
+    benchmark = Benchmark.load(declared(ratios=stated), "small")
     found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
     assert not any(row.trouble for row in found)
     for row, cell in zip(found, benchmark.cells(), strict=True):
@@ -131,6 +136,17 @@ def test_the_table_has_what_the_runs_have(declared, tmp_path):
         assert row.means["loss_own"] == pytest.approx(statistics.fmean(own), abs=1e-12)
     by_name = {row.name: row for row in found}
     assert by_name["own/global"].means["upload_bytes"] < by_name["own/federated"].means["upload_bytes"]
+    assert ratios(benchmark, found) == {
+        f"local_over_federated.{split}": by_name[f"{split}/local"].means["loss"]
+        / by_name[f"{split}/federated"].means["loss"]
+        for split in ("own", "even")
+    }
+    board = leaderboard([tmp_path / "out"])
+    assert {row.name: (row.means, row.spreads, row.seeds) for row in board.rows} == {
+        row.name: (row.means, row.spreads, row.seeds) for row in found
+    }
+    assert [row.place["rank"] for row in board.rows] == ["1", "2", "3"] * 2  # each split by itself
+    assert "comparable: split.num_clients and split.splitter differ" in board.sentence
 
 
 def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatch):
@@ -216,6 +232,12 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
         ({"axes": {"a": {"b": {"train.stepz": 3}}}}, None, "mine, b: .*stepz"),
         ({"sead": [1]}, None, "sead"),
         ({"seeds": []}, None, "seeds"),
+        ({"terminal": ["losses"]}, None, "unknown column 'losses': did you mean loss"),
+        (
+            {"ratios": {"r": {"column": "loss", "over": ["own", "local"]}}},
+            None,
+            "ratios.r: no axis has both own and local",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(declared, tmp_path, more, size, sentence):
@@ -242,6 +264,9 @@ def test_the_page_and_the_tabular(declared, tmp_path):
     column = next(c for c in COLUMNS if c.key == "loss")
     assert f"<b>{best.text(column)}</b>" in page
     assert page.count("not run yet") == 3
+    board = leaderboard([tmp_path / "out"])
+    assert [row.trouble for row in board.rows] == [""] * 3 + ["not run yet"] * 3
+    assert [row.name for row in board.rows[:3]] == [r.name for r in sorted(found[:3], key=lambda r: r.means["loss"])]
     assert "100 % table" in page and "<script src" not in page
     tabular = to_latex(found, benchmark.description)
     assert rf"\textbf{{{best.text(column)}}}" in tabular
@@ -255,3 +280,45 @@ def test_a_point_without_cost_stands_at_the_edge():
     centres = [float(part.split('"')[0]) for part in drawn.split('cx="')[1:]]
     free, cheap, dear = centres  # from the lowest y on
     assert free == 52.0 < cheap < dear
+
+
+def smoke(name: str, *points: str) -> Benchmark:
+    """A built-in benchmark's smallest size, smaller still, and of its only axis these points alone."""
+    whole = Benchmark.load(name, "smoke")
+    ((axis, known),) = whole.axes.items()
+    base = {**whole.base, "data.limit": 64, "federation.rounds": 2, "train.steps": 2}
+    return whole.model_copy(update={"base": base, "axes": {axis: {point: known[point] for point in points}}})
+
+
+def test_a_message_is_as_long_as_what_is_trained(tmp_path, no_reports):
+    benchmark = smoke("efficiency", "full", "lora").model_copy(
+        update={"ratios": {k: v for k, v in Benchmark.load("efficiency").ratios.items() if k.endswith("over_lora")}}
+    )
+    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    for row in found:
+        numbers = 4 * row.means["parameters"]  # float32; names and a header come on top
+        for key in ("message_up_bytes", "message_down_bytes"):
+            assert numbers < row.means[key] < numbers + 8000
+    (line,) = lines(ratios(benchmark, found))
+    full, lora = (row.means["message_up_bytes"] for row in found)
+    assert line == f"upload_ratio_full_over_lora={full / lora:.4f}"
+
+
+def test_the_same_layers_tuned_beside_fedot_and_alone_are_one_number(tmp_path, no_reports):
+    benchmark = smoke("fedot", "full model", "fedot, 20 % dropped").model_copy(update={"ratios": {}})
+    alone, beside = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    assert beside.means["full_tuned"] == alone.means["loss"] < alone.means["loss_before"]
+    assert beside.means["loss_before"] == pytest.approx(alone.means["loss_before"], abs=1e-6)
+    assert beside.means["emulator_before"] > beside.means["loss_before"] + 1e-3
+    assert beside.means["emulator_tuned"] < beside.means["emulator_before"]
+    assert 0 < beside.means["left_server"] < 1
+    assert alone.means["left_server"] is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak")
+def test_the_memory_of_a_run_is_not_that_of_the_one_before():
+    held = bytearray(b"x" * 400_000_000)
+    high = peak_memory_bytes()
+    del held
+    forget_peak_memory()
+    assert peak_memory_bytes() < high - 300_000_000
