@@ -1,7 +1,8 @@
 """Looks whether built images do what they are for: `python containers/check.py [--engine NAME] [--cache FOLDER] [PART …]`.
 
-`fedloom doctor` in each image, a short run in the simulator's, an evaluation of it in the evaluation's, and the federation
-of compose.yaml. Under buildah, where no engine runs that could read compose.yaml, its services are started from here as
+`fedloom doctor` in each image, a short run in the simulator's, evaluations of it in the evaluation's, public benchmarks
+among them (HumanEval, whose programs are run, where FEDLOOM_DATA is set: no package brings its problems), and the
+federation of compose.yaml. Under buildah, where no engine runs that could read it, its services are started from here as
 the file says: image, command, volumes, order. Networks, limits and health checks are an engine's and are not tried then:
 with chroot isolation the containers share the machine's network, and names of services lead to loopback.
 """
@@ -135,6 +136,16 @@ def images(engine: Engine, work: Path, cache: str) -> None:
         raise Failed("the short run did not lower the held-out loss")
     asked = ["--suite", "skills", "--set", "evaluation.limit=2", "--out", "/workspace/scores.json"]
     print(run(engine, "evaluation", "evaluation", ["evaluate", "/workspace/short", *asked], mounts))
+    public = [("helm-mini", {**handed(work / "carriers")})]
+    if data := os.environ.get("FEDLOOM_DATA"):
+        public.append(("humaneval", {f"{Path(data).resolve()}": "/data:ro"}))
+    for suite, more in public:
+        out = f"/workspace/{suite}.json"
+        asked = ["--suite", suite, "--limit", "2", "--out", out, *(["--allow-unsafe"] if suite == "humaneval" else [])]
+        print(run(engine, suite, "evaluation", ["evaluate", "/workspace/short", *asked], {**mounts, **more}))
+        score = json.loads((work / "simulator" / f"{suite}.json").read_text(encoding="utf-8"))["score"]
+        if not isinstance(score, float) or not 0 <= score <= 1:
+            raise Failed(f"{suite} gave no score: {score}")
 
 
 def handed(place: Path) -> dict[str, str]:

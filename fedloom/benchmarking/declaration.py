@@ -5,7 +5,8 @@
       corpus: {dolly: {...}, ...}   point → the keys that it changes
       algorithm: {all: algorithms}  … or a point for each registered algorithm (`personal algorithms`: for each whose
                                     clients end with their own), others beside it for what one needs
-    pilot: {train.lr: [1e-3, 3e-3]} values tried in a short run and chosen by validation loss; a point may have its own
+    pilot: {train.lr: [1e-3, 3e-3]} values tried in a short run and chosen by validation loss; a point may have its own,
+                                    or `pilot_of: POINT`: take what that point of the same axis chose
     pilot_values: {...}             what makes a run short
     seeds: [42, 43]
     ratios: {a_over_b: {column: loss, over: [a, b]}}    a number of one point over that of another
@@ -137,18 +138,27 @@ class Benchmark(BaseModel):
     def cells(self) -> list[Cell]:
         """Every combination of points, one of each axis, in the order of the axes."""
         axes = {axis: _points(points, self.leave_out) for axis, points in self.axes.items()}
-        found = []
-        for names in itertools.product(*axes.values()):
-            values, pilot = dict(self.base), dict(self.pilot)
-            for axis, name in zip(axes, names, strict=True):
-                changes = dict(axes[axis][name])
-                pilot |= changes.pop("pilot", {})
-                values = {k: v for k, v in values.items() if not any(k.startswith(f"{c}.") for c in changes)} | changes
-            place = dict(zip(axes, names, strict=True))
-            found.append(
-                Cell(benchmark=self.name, place=place, values=values, pilot=pilot, pilot_values=self.pilot_values)
-            )
-        return found
+        return [self._cell(axes, dict(zip(axes, names, strict=True))) for names in itertools.product(*axes.values())]
+
+    def _cell(self, axes: Mapping[str, Mapping[str, Values]], place: dict[str, str]) -> Cell:
+        values, pilot, leaders = dict(self.base), dict(self.pilot), dict(place)
+        for axis, name in place.items():
+            changes = dict(axes[axis][name])
+            pilot |= changes.pop("pilot", {})
+            leaders[axis] = changes.pop("pilot_of", name)
+            if leaders[axis] not in axes[axis]:
+                raise UserError(
+                    f"{self.name}: {axis}: {name}: pilot_of: {suggest(leaders[axis], axes[axis])}: there is no such point"
+                )
+            values = {k: v for k, v in values.items() if not any(k.startswith(f"{c}.") for c in changes)} | changes
+        led = leaders != place
+        if led and any("pilot_of" in axes[axis][leader] for axis, leader in leaders.items()):
+            raise UserError(f"{self.name}: {'/'.join(place.values())}: pilot_of names a point that has pilot_of itself")
+        leader = self._cell(axes, leaders) if led else None
+        return Cell(
+            benchmark=self.name, place=place, values=values, pilot=leader.pilot if leader else pilot,
+            pilot_values=self.pilot_values, leader=leader,
+        )  # fmt: skip
 
 
 class Cell(BaseModel):
@@ -159,6 +169,7 @@ class Cell(BaseModel):
         values: its recipe's keys.
         pilot: key → the values that are tried for it.
         pilot_values: what makes the pilot's runs short.
+        leader: the cell whose pilot chooses for this one, too; None: it has its own.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -167,6 +178,7 @@ class Cell(BaseModel):
     values: Values
     pilot: dict[str, list[Any]]
     pilot_values: Values
+    leader: Cell | None = None
 
     @property
     def name(self) -> str:

@@ -100,9 +100,10 @@ def _run_cell(benchmark: Benchmark, cell: Cell, out: Path) -> Iterator[str]:
     try:
         choices = cell.choices()
         if len(choices) > 1:
+            leader = cell.leader or cell
             for number, choice in enumerate(choices):
                 with contextlib.suppress(RunFailed):  # as with a rate that is far too high: it is not taken
-                    _finish(_pilot(benchmark, cell, choice), _pilot_folder(out, cell, number))
+                    _finish(_pilot(benchmark, leader, choice), _pilot_folder(out, leader, number))
             chosen = choose(cell, out)
             yield "chosen " + ", ".join(f"{key}={value:g}" for key, value in chosen.items())
         else:
@@ -128,9 +129,9 @@ def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def _pilot(benchmark: Benchmark, cell: Cell, choice: Values) -> Recipe:
-    """A short run that measures nothing but the validation loss after its last round."""
+    """A short run for its validation loss after the last round; of test data it measures as little as a run can."""
     recipe = cell.recipe(benchmark.seeds[0], {**cell.pilot_values, **choice})
-    quiet = {"evaluation.suite": None, "evaluation.every": 0, "evaluation.answers": 0}
+    quiet = {"evaluation.suite": None, "evaluation.every": 0, "evaluation.answers": 0, "evaluation.clients": 1}
     return recipe.with_values({**quiet, "hooks": [{"name": "validation_loss", "every": recipe.federation.rounds}]})
 
 
@@ -144,7 +145,9 @@ def choose(cell: Cell, out: Path) -> Values:
     Raises:
         RunFailed: none did.
     """
-    losses = [_validation_loss(_pilot_folder(out, cell, number)) for number in range(len(cell.choices()))]
+    losses = [
+        _validation_loss(_pilot_folder(out, cell.leader or cell, number)) for number in range(len(cell.choices()))
+    ]
     best = min(range(len(losses)), key=lambda i: losses[i])
     if not math.isfinite(losses[best]):
         raise RunFailed(f"no value of {', '.join(cell.pilot)} gives a finite validation loss")

@@ -150,8 +150,11 @@ def test_the_table_has_what_the_runs_have(declared, tmp_path):
 
 
 def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatch):
+    axes = yaml.safe_load(Path(declared()).read_text())["axes"]
+    axes["row"]["local"]["pilot_of"] = "federated"
+    pilot = {"train.lr": [1e-3, 1e-2]}
     benchmark = Benchmark.load(
-        declared(pilot={"train.lr": [1e-3, 1e-2]}, pilot_values={"federation.rounds": 1}, seeds=[3]), "small"
+        declared(axes=axes, pilot=pilot, pilot_values={"federation.rounds": 1}, seeds=[3]), "small"
     )
     whole = to_csv(rows(run_benchmark(benchmark, tmp_path / "whole", quiet)))
     write, left = Events.write, [0]
@@ -174,6 +177,9 @@ def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatc
     resumed = to_csv(rows(run_benchmark(benchmark, tmp_path / "killed", quiet)))
     assert kills == 5
     assert measured(resumed) == measured(whole)
+    chosen = {(row["split"], row["row"]): row["chosen"] for row in csv.DictReader(whole.splitlines())}
+    assert all(chosen[split, "local"] == chosen[split, "federated"] != "" for split in ("own", "even"))
+    assert sorted(p.name for p in (tmp_path / "whole" / "pilots" / "own").iterdir()) == ["federated", "global"]
 
 
 def test_what_is_finished_is_not_run_again(declared, tmp_path, monkeypatch):
@@ -230,6 +236,12 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
         ({"sizes": {}}, "small", "the benchmark mine has no sizes"),
         ({"axes": {"a": {"all": "models"}}}, None, "the only words that it may have are algorithms"),
         ({"axes": {"a": {"b": {"train.stepz": 3}}}}, None, "mine, b: .*stepz"),
+        ({"axes": {"a": {"b": {"pilot_of": "bb"}}}}, None, "mine: a: b: pilot_of: .*there is no such point"),
+        (
+            {"axes": {"a": {"b": {"pilot_of": "c"}, "c": {"pilot_of": "d"}, "d": {}}}},
+            None,
+            "pilot_of names a point that",
+        ),
         ({"sead": [1]}, None, "sead"),
         ({"seeds": []}, None, "seeds"),
         ({"terminal": ["losses"]}, None, "unknown column 'losses': did you mean loss"),
