@@ -240,37 +240,6 @@ def report(
 
 
 @command
-def benchmark(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="a built-in benchmark, or a YAML file")],
-    size: Annotated[str | None, typer.Option("--size", help="smoke, laptop or paper; the smallest by default")] = None,
-    out_: Annotated[Path | None, typer.Option("--out", help="the folder; benchmarks/NAME-SIZE by default")] = None,
-    only: Annotated[str, typer.Option("--only", help="run cells whose name has this in it, and show all")] = "",
-    dry: Annotated[bool, typer.Option("--dry-run", help="check every recipe and list the cells; run nothing")] = False,
-) -> None:
-    """Run a matrix of recipes and write its table; what is finished in the folder is not run again."""
-    from fedloom.benchmarking.declaration import Benchmark
-    from fedloom.benchmarking.page import write_benchmark
-    from fedloom.benchmarking.runner import run_benchmark
-    from fedloom.benchmarking.table import rows, to_csv, to_latex
-    from fedloom.checkpoint import write_bytes
-    from fedloom.console import benchmark_table, plan_table
-
-    chosen = Benchmark.load(name, size)
-    size = size or next(iter(chosen.sizes), None)
-    folder = out_ or Path("benchmarks") / "-".join(part for part in (chosen.name, size) if part)
-    if dry:
-        out.print(plan_table(chosen))
-        return
-    outcomes = run_benchmark(chosen, folder, lambda text: err.print(text, markup=False), only=only, size=size)
-    found = rows(outcomes)
-    write_bytes(folder / "table.csv", to_csv(found).encode())
-    write_bytes(folder / "table.tex", to_latex(found, chosen.description).encode())
-    out.print(benchmark_table(found))
-    out.print(f"table    {folder / 'table.csv'}", markup=False)
-    out.print(f"report   {write_benchmark(chosen, size, found, folder)}", markup=False)
-
-
-@command
 def export(
     run: RunArgument,
     format_: Annotated[
@@ -359,7 +328,7 @@ def main_options(
     """Options before the command."""
 
 
-from fedloom import cli_federation as cli_federation  # noqa: E402, PLC0414  (its commands need `command`)
+from fedloom import cli_federation, cli_tables  # noqa: E402, F401  (their commands need `command`)
 
 
 def main() -> None:

@@ -14,8 +14,6 @@ from rich.table import Table
 from fedloom.data.heterogeneity import difference
 
 if TYPE_CHECKING:
-    from fedloom.benchmarking.declaration import Benchmark
-    from fedloom.benchmarking.table import Row
     from fedloom.experiment import Watch
 
 #: Clients shown in a table before the rest is summed up.
@@ -227,44 +225,3 @@ def size(count: float) -> str:
 
 def _number(value: float | None, digits: int = 4) -> str:
     return "none" if value is None else f"{value:.{digits}f}"
-
-
-def plan_table(benchmark: Benchmark) -> Table:
-    """A benchmark's cells, with what the pilot chooses among."""
-    table = Table(*benchmark.axes, "runs", "chosen in a pilot", box=None, pad_edge=False)
-    for cell in benchmark.cells():
-        for choice in cell.choices():
-            cell.recipe(benchmark.seeds[0], choice)
-        pilot = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in cell.pilot.items())
-        table.add_row(*cell.place.values(), str(len(benchmark.seeds)), pilot)
-    return table
-
-
-def benchmark_table(rows: Sequence[Row]) -> Table:
-    """A benchmark's numbers, those that fit a terminal, and what went wrong."""
-    from fedloom.benchmarking.runner import NOT_RUN
-    from fedloom.benchmarking.table import COLUMNS
-
-    wanted = (
-        "score",
-        "loss_before",
-        "loss",
-        "loss_own",
-        "loss_worst_client",
-        "train_tokens",
-        "upload_bytes",
-        "cpu_seconds",
-    )
-    columns = [c for c in COLUMNS if c.key in wanted and any(row.means[c.key] is not None for row in rows)]
-    table = Table(box=None, pad_edge=False)
-    for axis in rows[0].place if rows else ():
-        table.add_column(axis, no_wrap=True, overflow="ignore")
-    for column in columns:
-        table.add_column(column.title, justify="right")
-    for row in rows:
-        table.add_row(*row.place.values(), *(row.text(c) for c in columns))
-    missing = [row for row in rows if row.trouble == NOT_RUN]
-    trouble = [f"{row.name}: {row.trouble}" for row in rows if row.trouble and row.trouble != NOT_RUN]
-    trouble += [f"{len(missing)} of {len(rows)} cells are not run yet"] if missing else []
-    table.caption = "\n".join(trouble) or None
-    return table

@@ -7,6 +7,9 @@ user has set stays. Children inherit them.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import os
 import platform
 import subprocess
@@ -82,6 +85,23 @@ def peak_memory_bytes() -> int | None:
     import torch
 
     return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
+def forget_peak_memory() -> None:
+    """Count `peak_memory_bytes` from now on, from what the process holds after what it no longer needs is given back.
+
+    Linux only (proc_pid_clear_refs); elsewhere the peak stays that of the whole process.
+    """
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def gpu_utilisation() -> float | None:

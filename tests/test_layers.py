@@ -55,7 +55,7 @@ LAYERS = [
     {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
     {"serving", "joining", "supervision", "federation", "preflight"},
     {"benchmarking"},
-    {"console", "cli", "cli_federation", "__main__"},
+    {"console", "console_tables", "cli", "cli_federation", "cli_tables", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
@@ -68,7 +68,7 @@ HOMES = {
     "reasoning_gym": ("corpora/", "evaluation/"),
     "datasets": ("data/",),
     "gguf": ("models/",),
-    "typer": ("cli.py", "cli_federation.py", "console.py", "__main__.py"),
+    "typer": ("cli.py", "cli_federation.py", "cli_tables.py", "console.py", "__main__.py"),
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
     "jinja2": ("report/",),
     "flash_attn": ("models/",),

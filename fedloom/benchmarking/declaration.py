@@ -3,26 +3,30 @@
     base: {...}                     a recipe's keys, nested or dotted, the same in every cell
     axes:                           a cell is one point of every axis; the last axis changes fastest
       corpus: {dolly: {...}, ...}   point → the keys that it changes
-      algorithm: {all: algorithms}  … or a point for each registered algorithm, others beside it for what one needs
+      algorithm: {all: algorithms}  … or a point for each registered algorithm (`personal algorithms`: for each whose
+                                    clients end with their own), others beside it for what one needs
     pilot: {train.lr: [1e-3, 3e-3]} values tried in a short run and chosen by validation loss; a point may have its own,
                                     or `pilot_of: POINT`: take what that point of the same axis chose
     pilot_values: {...}             what makes a run short
     seeds: [42, 43]
-    sizes: {smoke: {...}, ...}      the same keys, which take the place of those above
+    ratios: {a_over_b: {column: loss, over: [a, b]}}    a number of one point over that of another
+    terminal: [loss, upload_bytes]  the columns that the terminal has room for; files have them all
+    sizes: {smoke: {...}, ...}      base, pilot, pilot_values, seeds: what takes the place of those above
 
-This file knows recipes, and nothing of how cells are run or shown.
+This file knows recipes and the names of columns, and nothing of how cells are run or shown.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedloom import registry
+from fedloom.benchmarking.columns import NAMED
 from fedloom.config import Recipe
 from fedloom.errors import UserError, suggest
 from fedloom.overrides import load_yaml
@@ -30,8 +34,16 @@ from fedloom.overrides import load_yaml
 #: A recipe's keys, dotted, and the values that they get.
 Values = dict[str, Any]
 
-#: The word that stands for every registered algorithm on an axis.
-EVERY_ALGORITHM = "algorithms"
+#: The words that stand for many registered algorithms on an axis.
+EVERY: dict[str, Callable[[str], bool]] = {
+    "algorithms": lambda name: True,
+    "personal algorithms": lambda name: registry.algorithms.get(name).properties.personal,
+}
+
+#: What the terminal shows unless a benchmark says otherwise.
+TERMINAL = (
+    "score", "loss_before", "loss", "loss_own", "loss_worst_client", "train_tokens", "upload_bytes", "cpu_seconds",
+)  # fmt: skip
 
 
 class Size(BaseModel):
@@ -44,6 +56,14 @@ class Size(BaseModel):
     pilot_values: Values = Field(default_factory=dict)
     seeds: list[int] | None = None
     leave_out: list[str] = Field(default_factory=list)
+
+
+class Ratio(BaseModel):
+    """A number of the first point over that of the second, everything else alike."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    column: str
+    over: tuple[str, str]
 
 
 class Benchmark(BaseModel):
@@ -64,6 +84,8 @@ class Benchmark(BaseModel):
     seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
     sizes: dict[str, Size] = Field(default_factory=dict)
     leave_out: list[str] = Field(default_factory=list)
+    ratios: dict[str, Ratio] = Field(default_factory=dict)
+    terminal: list[str] = Field(default_factory=lambda: list(TERMINAL))
 
     @classmethod
     def load(cls, source: str, size: str | None = None) -> Benchmark:
@@ -75,7 +97,23 @@ class Benchmark(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise UserError(f"benchmark {path}: {where}: {first['msg']}") from None
+        found._check_columns()
         return found.at(size)
+
+    def _check_columns(self) -> None:
+        """Raises UserError where what is to be shown does not exist."""
+        for key in [*self.terminal, *(ratio.column for ratio in self.ratios.values())]:
+            if key not in NAMED:
+                raise UserError(f"benchmark {self.name}: unknown column {key!r}: {suggest(key, NAMED)}")
+        for name, ratio in self.ratios.items():
+            self.axis_of(name, ratio)
+
+    def axis_of(self, name: str, ratio: Ratio) -> str:
+        """The axis that has both points of a ratio. Raises UserError where none has."""
+        for axis, points in self.axes.items():
+            if set(ratio.over) <= set(_points(points, [])):
+                return axis
+        raise UserError(f"benchmark {self.name}: ratios.{name}: no axis has both {' and '.join(ratio.over)}")
 
     def at(self, size: str | None) -> Benchmark:
         """This benchmark with what `size` says otherwise; None takes the first size that is declared."""
@@ -162,13 +200,14 @@ class Cell(BaseModel):
 def _points(points: Mapping[str, Any], leave_out: list[str]) -> dict[str, Values]:
     """An axis written out."""
     found: dict[str, Values] = {}
-    if points.get("all") == EVERY_ALGORITHM:
-        found = {name: {"algorithm": name} for name in registry.algorithms.names()}
-    elif "all" in points:
-        raise UserError(f"an axis has all: {points['all']!r}: the only word that it may have is {EVERY_ALGORITHM}")
     for name, values in points.items():
         if name != "all":
             found[name] = {**found.get(name, {}), **(values or {})}
+        elif values in EVERY:
+            every = [algorithm for algorithm in registry.algorithms.names() if EVERY[values](algorithm)]
+            found |= {algorithm: {"algorithm": algorithm, **found.get(algorithm, {})} for algorithm in every}
+        else:
+            raise UserError(f"an axis has all: {values!r}: the only words that it may have are {', '.join(EVERY)}")
     return {name: values for name, values in found.items() if name not in leave_out}
 
 

@@ -1,19 +1,25 @@
-"""A benchmark's page: its table, what each cell gives against what it costs, and losses over rounds."""
+"""A benchmark's page and a leaderboard: a table of runs, what each gives against what it costs, and losses over rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedloom.benchmarking.columns import NAMED
+from fedloom.benchmarking.compare import Leaderboard
 from fedloom.benchmarking.declaration import Benchmark
-from fedloom.benchmarking.table import COLUMNS, MEASURED, Row, best, shown
-from fedloom.report import charts, scatter
+from fedloom.benchmarking.ratios import lines
+from fedloom.benchmarking.table import Row, bests, shown
+from fedloom.report import charts, scatter, settings
 from fedloom.report.html import NARROW, WIDE, figure, write_page
 from fedloom.tracking import read_events
 
 #: Lines in one chart over rounds.
 MOST_LINES = 9
+
+#: Runs whose differing settings are a table; of more, each says in a line what is its own.
+MOST_SIDE_BY_SIDE = 6
 
 #: Where scores and losses are set against what they cost: column, heading, axis, unit.
 COSTS = (
@@ -21,11 +27,25 @@ COSTS = (
     ("train_flops", "against compute", "floating-point operations of training", "short"),
 )
 
+OF_MACHINE = "Traffic without that of evaluation; time and memory are this machine's."
 
-def write_benchmark(benchmark: Benchmark, size: str | None, found: Sequence[Row], out: Path) -> Path:
+#: A row's name in drawings, and what its colour stands for.
+Names = Callable[[Row], str]
+
+
+def write_benchmark(
+    benchmark: Benchmark, size: str | None, found: Sequence[Row], stated: Mapping[str, float | None], out: Path
+) -> Path:
     """`out`/benchmark.html; returns its path."""
     columns = shown(found)
-    note = "Means over seeds, ± one standard deviation. " if any(row.seeds > 1 for row in found) else "One seed. "
+    groups: dict[str, list[Row]] = {}
+    for row in found:
+        groups.setdefault(_before(row), []).append(row)
+    events = {row.name: path for row in found if (path := _first(benchmark, row, out)) is not None}
+    drawn = []
+    for name, group in groups.items():
+        heading = f"{name}: loss over rounds" if name else "Loss over rounds"
+        drawn += _over_rounds(heading, group, {row.name: _short(row) for row in group}, events, "loss")
     return write_page(
         out / "benchmark.html",
         "benchmark.html",
@@ -36,61 +56,105 @@ def write_benchmark(benchmark: Benchmark, size: str | None, found: Sequence[Row]
             "axes": list(benchmark.axes),
             "columns": columns,
             "rows": found,
-            "best": {c.key: best(found, c) for c in columns if c in MEASURED},
-            "note": f"{note}Traffic without that of evaluation; time and memory are this machine's.",
-            "clouds": _clouds(found),
-            "lines": _lines(benchmark, found, out),
+            "best": bests(found, columns),
+            "note": f"{_of_seeds(found)}{OF_MACHINE}",
+            "ratios": lines(stated),
+            "clouds": _clouds(found, _short, _before),
+            "lines": drawn,
             "run": None,
         },
     )
 
 
-def _clouds(found: Sequence[Row]) -> list[tuple[str, str, tuple[Any, Any], list[tuple[str, str]]]]:
-    """Score, where every row has one, and loss, each against each cost."""
-    wanted = [c for c in COLUMNS if c.key in {"score", "loss"}]
+def write_leaderboard(board: Leaderboard, out: Path) -> Path:
+    """`out`/leaderboard.html; returns its path."""
+    found = board.rows
+    columns = shown(found)
+    names = {row.name: row.name for row in found}
+    few = len(found) <= charts.COLOURED
+    side_by_side = len(found) <= MOST_SIDE_BY_SIDE
+    return write_page(
+        out / "leaderboard.html",
+        "leaderboard.html",
+        {
+            "title": f"{len(found)} runs",
+            "sentence": board.sentence,
+            "ranked_by": board.ranked_by,
+            "axes": list(found[0].place),
+            "columns": columns,
+            "rows": found,
+            "best": bests(found, columns) if board.comparable else {},
+            "note": f"{_of_seeds(found)}{OF_MACHINE}",
+            "clouds": _clouds(found, lambda row: row.name, lambda row: row.name if few else ""),
+            "lines": [
+                *_over_rounds("Loss over rounds", found, names, board.events, "loss"),
+                *_over_rounds("Score over rounds", found, names, board.events, "score"),
+            ],
+            "names": list(names),
+            "differing": [(k, [settings.text(v) for v in values]) for k, values in board.differs.items()]
+            if side_by_side
+            else [],
+            "unusual": []
+            if side_by_side
+            else list(zip(names, map(settings.line, settings.unusual(board.differs)), strict=False)),
+            "run": None,
+        },
+    )
+
+
+def _of_seeds(found: Sequence[Row]) -> str:
+    return "Means over seeds, ± one standard deviation. " if any(row.seeds > 1 for row in found) else "One seed. "
+
+
+def _clouds(
+    found: Sequence[Row], label: Names, group: Names
+) -> list[tuple[str, str, tuple[Any, Any], list[tuple[str, str]]]]:
+    """Score and loss, each against each cost: (heading, what it says, drawings, colours)."""
     clouds = []
-    groups = {row.name.rpartition("/")[0]: "" for row in found}
-    groups = {name: f"c{i % charts.COLOURED}" for i, name in enumerate(groups)}
-    for column in wanted:
+    groups = {name: f"c{i % charts.COLOURED}" for i, name in enumerate(dict.fromkeys(map(group, found)))}
+    for column in (NAMED["score"], NAMED["loss"]):
         unit = "percent" if column.key == "score" else "loss"
         for key, heading, axis, x_unit in COSTS:
             points = [
-                scatter.Point(_short(row), row.means[key] or 0.0, y, groups[row.name.rpartition("/")[0]])
+                scatter.Point(label(row), x, y, groups[group(row)])
                 for row in found
-                if (y := row.means[column.key]) is not None and row.means[key] is not None
+                if (y := row.means[column.key]) is not None and (x := row.means[key]) is not None
             ]
             if len(points) < 2:
                 continue
             title = f"{column.title.capitalize()} {heading}"
             chart = scatter.Scatter(title, axis, x_unit, unit, tuple(points))
             drawn = scatter.draw(chart, WIDE, 380), scatter.draw(chart, NARROW, 300)
-            told = "Higher is better." if column.better == "more" else "Lower is better."
-            clouds.append((title, f"{told} Each point is a row of the table.", drawn, list(groups.items())))
+            better = "Higher is better." if column.better == "more" else "Lower is better."
+            clouds.append((title, f"{better} Each point is a row of the table.", drawn, list(groups.items())))
     return clouds
+
+
+def _over_rounds(
+    heading: str, found: Sequence[Row], labels: Mapping[str, str], events: Mapping[str, Path], key: str
+) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """A chart over rounds, or none; of more lines than can be told apart, the best."""
+    there = [row for row in found if row.name in events and row.means[key] is not None]
+    sign = -1 if NAMED[key].better == "more" else 1
+    kept = sorted(there, key=lambda row: sign * (row.means[key] or 0.0))[:MOST_LINES]
+    kept = [row for row in there if row in kept]
+    chart = charts.overlay_chart({labels[row.name]: read_events(events[row.name]) for row in kept}, key)
+    view = figure(chart, 340) if chart is not None else None
+    if view is None:
+        return []
+    more = f", the best {MOST_LINES} of {len(there)}" if len(there) > MOST_LINES else ""
+    what = "Test loss" if key == "loss" else "Score"
+    return [(heading + more, f"{what} of all clients together, after each evaluated round, of the first seed.", view)]
 
 
 def _short(row: Row) -> str:
     return row.name.rpartition("/")[2]
 
 
-def _lines(benchmark: Benchmark, found: Sequence[Row], out: Path) -> list[tuple[str, Mapping[str, Any]]]:
-    """A chart over rounds for each point of the axes before the last; of more lines than can be told apart, the best."""
-    groups: dict[str, list[Row]] = {}
-    for row in found:
-        if row.seeds and row.means["loss"] is not None:
-            groups.setdefault(row.name.rpartition("/")[0], []).append(row)
-    drawn: list[tuple[str, Mapping[str, Any]]] = []
-    for name, group in groups.items():
-        kept = sorted(group, key=lambda r: r.means["loss"] or 0.0)[:MOST_LINES]
-        events = {_short(row): read_events(path) for row in kept if (path := _first(benchmark, row, out)) is not None}
-        chart = charts.overlay_chart(events, "loss")
-        view = figure(chart, 340) if chart is not None else None
-        if view is not None:
-            more = f", the best {MOST_LINES} of {len(group)}" if len(group) > MOST_LINES else ""
-            drawn.append((f"{name + ': ' if name else ''}loss over rounds{more}", view))
-    return drawn
+def _before(row: Row) -> str:
+    return row.name.rpartition("/")[0]
 
 
 def _first(benchmark: Benchmark, row: Row, out: Path) -> Path | None:
     paths = (out / "cells" / row.name / str(seed) / "events.jsonl" for seed in benchmark.seeds)
-    return next((path for path in paths if path.is_file()), None)
+    return next((path for path in paths if row.seeds and path.is_file()), None)

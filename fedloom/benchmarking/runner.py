@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedloom import environment
+from fedloom.benchmarking.columns import measured
 from fedloom.benchmarking.declaration import Benchmark, Cell, Values
 from fedloom.checkpoint import write_json
 from fedloom.config import Recipe
@@ -32,6 +34,9 @@ Say = Callable[[str], None]
 VALIDATION = "validation_loss/loss"
 
 
+#: Keys of a benchmark that say what is shown of its runs: they may change between two calls.
+SHOWN = ("ratios", "terminal")
+
 #: The trouble of a cell that nobody began, or whose run was killed.
 NOT_RUN = "not run yet"
 
@@ -42,13 +47,13 @@ class Outcome:
 
     Attributes:
         chosen: what the pilot chose; empty where nothing was to be chosen.
-        summaries: seed → the run's summary.json.
+        measured: seed → the run's numbers (columns.py).
         trouble: why it has none, or not all of them.
     """
 
     cell: Cell
     chosen: Values = field(default_factory=dict)
-    summaries: dict[int, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[int, dict[str, Any]] = field(default_factory=dict)
     trouble: str = ""
 
 
@@ -119,6 +124,7 @@ def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
     there = RunFolder(folder).read("summary.json")
     if there is not None:
         return there
+    environment.forget_peak_memory()
     return run(recipe, folder, resume=RunFolder(folder).holds_a_run, watch=Watch()).summary
 
 
@@ -160,22 +166,22 @@ def outcome(benchmark: Benchmark, cell: Cell, out: Path) -> Outcome:
     folder = out / "cells" / cell.name
     found = Outcome(cell)
     for seed in benchmark.seeds:
-        summary = RunFolder(folder / str(seed)).read("summary.json")
-        if summary is not None:
-            found.summaries[seed] = summary
-    if len(cell.choices()) > 1 and found.summaries:
+        numbers = measured(folder / str(seed))
+        if numbers is not None:
+            found.measured[seed] = numbers
+    if len(cell.choices()) > 1 and found.measured:
         found.chosen = choose(cell, out)
     trouble = RunFolder(folder).read("trouble.json")
     if trouble is not None:
         found.trouble = str(trouble["trouble"])
-    elif len(found.summaries) < len(benchmark.seeds):
+    elif len(found.measured) < len(benchmark.seeds):
         found.trouble = NOT_RUN
     return found
 
 
 def _claim(benchmark: Benchmark, out: Path, size: str | None) -> None:
     """Write what is run, or hold what is there against it. Raises UserError."""
-    wanted = {"size": size, **benchmark.model_dump(mode="json", exclude={"sizes"})}
+    wanted = {"size": size, **benchmark.model_dump(mode="json", exclude={"sizes", *SHOWN})}
     there = RunFolder(out).read("benchmark.json")
     if there is not None and there != wanted:
         differs = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))

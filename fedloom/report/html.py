@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from fedloom.data.heterogeneity import difference
 from fedloom.errors import UserError
-from fedloom.report import charts, formats, matrix, svg
+from fedloom.report import charts, formats, matrix, settings, svg
 from fedloom.report.folder import FILES, RunFolder, read_run
 
 #: The drawing's units for a desktop and for a phone; the stylesheet shows one of the two.
@@ -52,7 +52,7 @@ def report_many(runs: list[Path], out: Path) -> Path:
         raise UserError("no runs to report: name at least one run folder, such as `fedloom report runs/NAME`")
     target = out / "report.html" if out.is_dir() else out
     target.parent.mkdir(parents=True, exist_ok=True)
-    folders = dict(zip(_names(runs), map(read_run, runs), strict=True))
+    folders = dict(zip(run_names(runs), map(read_run, runs), strict=True))
     return write_page(target, "many.html", many_view(folders))
 
 
@@ -94,20 +94,14 @@ def run_view(run: RunFolder) -> dict[str, Any]:
 def many_view(runs: Mapping[str, RunFolder]) -> dict[str, Any]:
     """Everything that many.html shows of several runs."""
     events = {name: run.events for name, run in runs.items()}
-    settings = {name: _flat(run.recipe) for name, run in runs.items()}
-    keys = sorted({key for values in settings.values() for key in values} - {"name", "description"})
-    differing = [
-        (key, [values.get(key, formats.DASH) for values in settings.values()])
-        for key in keys
-        if len({repr(values.get(key)) for values in settings.values() if values}) > 1
-    ]
+    differs = settings.differing([settings.flat(run.recipe) for run in runs.values()])
     return {
         "title": f"{len(runs)} runs side by side" if len(runs) > 1 else next(iter(runs)),
         "runs": [(name, run, run.headline, f"c{i % charts.COLOURED}") for i, (name, run) in enumerate(runs.items())],
         "loss": figure(charts.overlay_chart(events, "loss"), 380),
         "score": figure(charts.overlay_chart(events, "score"), 340),
         "offsite": [(name, run.summary["offsite"]) for name, run in runs.items() if run.summary.get("offsite")],
-        "differing": differing,
+        "differing": [(key, [settings.text(value) for value in values]) for key, values in differs.items()],
         "missing": [f"{name}: {file} {why}" for name, run in runs.items() for file, why in run.missing.items()],
     }
 
@@ -194,17 +188,7 @@ def _strip(run: RunFolder) -> list[tuple[str, int, str]]:
     return [(c["client"], c["train"], f"c{i}") for i, c in enumerate(run.split["clients"]) if c["train"]]
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _names(runs: Sequence[Path]) -> list[str]:
+def run_names(runs: Sequence[Path]) -> list[str]:
     """A name for each run: its folder's, with as many parents as tell two of the same name apart."""
     paths = [run.resolve() for run in runs]
     if len(set(paths)) < len(paths):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import statistics
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,17 @@ import yaml
 import fedloom
 from fedloom import registry
 from fedloom.benchmarking import runner
+from fedloom.benchmarking.columns import COLUMNS, MEASURED
+from fedloom.benchmarking.compare import leaderboard
 from fedloom.benchmarking.declaration import Benchmark, builtin_benchmarks
 from fedloom.benchmarking.page import write_benchmark
+from fedloom.benchmarking.ratios import lines, ratios
 from fedloom.benchmarking.runner import run_benchmark
-from fedloom.benchmarking.table import COLUMNS, MEASURED, rows, to_csv, to_latex
+from fedloom.benchmarking.table import rows, to_csv, to_latex
+from fedloom.choices import make_algorithm
+from fedloom.environment import forget_peak_memory, peak_memory_bytes
 from fedloom.errors import UserError
+from fedloom.methods import METHODS
 from fedloom.report.scatter import Point, Scatter, draw
 from fedloom.tracking import Events
 
@@ -74,18 +81,31 @@ def measured(text: str) -> list[Mapping[str, str]]:
     return [{k: v for k, v in row.items() if k in keys} for row in csv.DictReader(text.splitlines())]
 
 
-def test_every_built_in_benchmark_is_whole():
-    for name in builtin_benchmarks():
-        declared = Benchmark.load(name)
-        assert {"smoke", "laptop"} <= set(declared.sizes)
-        for size in declared.sizes:
-            cells = Benchmark.load(name, size).cells()
-            recipes = [cell.recipe(1, choice) for cell in cells for choice in cell.choices()]
-            assert len({cell.name for cell in cells}) == len(cells) <= len(recipes)
+@pytest.mark.parametrize(
+    ("name", "size"), [(name, size) for name in builtin_benchmarks() for size in Benchmark.load(name).sizes]
+)
+def test_every_size_of_a_built_in_benchmark_is_whole(name, size):
+    benchmark = Benchmark.load(name, size)
+    assert {"smoke", "laptop"} <= set(benchmark.sizes)
+    cells = benchmark.cells()
+    recipes = [cell.recipe(seed, choice) for cell in cells for choice in cell.choices() for seed in benchmark.seeds]
+    assert len({cell.name for cell in cells}) == len(cells) <= len(recipes)
+    for recipe in recipes:
+        make_algorithm(recipe)
+
+
+def test_built_in_benchmarks_have_the_rows_that_they_are_named_for():
     assert len(Benchmark.load("paper", "laptop").cells()) == 18
     assert [c.place["algorithm"] for c in Benchmark.load("zoo").cells()] == [
         n for n in registry.algorithms.names() if n not in Benchmark.load("zoo").leave_out
     ]
+    assert {c.recipe(1).adapter.method for c in Benchmark.load("efficiency").cells()} == set(METHODS)
+    own = [n for n in registry.algorithms.names() if registry.algorithms.get(n).properties.personal]
+    assert [c.place["algorithm"] for c in Benchmark.load("personalised").cells()] == [
+        "fedavg", "local", *(n for n in own if n != "local")
+    ]  # fmt: skip
+    drops = [c.recipe(1).algorithm.options.get("drop") for c in Benchmark.load("fedot").cells()]
+    assert drops == [None, 0.0, 0.2, 0.5, 0.2]
 
 
 def test_a_cell_is_the_recipe_with_its_points(declared):
@@ -101,7 +121,8 @@ def test_a_cell_is_the_recipe_with_its_points(declared):
 
 
 def test_the_table_has_what_the_runs_have(declared, tmp_path):
-    benchmark = Benchmark.load(declared(), "small")
+    stated = {"local_over_federated": {"column": "loss", "over": ["local", "federated"]}}
+    benchmark = Benchmark.load(declared(ratios=stated), "small")
     found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
     assert not any(row.trouble for row in found)
     for row, cell in zip(found, benchmark.cells(), strict=True):
@@ -115,6 +136,17 @@ def test_the_table_has_what_the_runs_have(declared, tmp_path):
         assert row.means["loss_own"] == pytest.approx(statistics.fmean(own), abs=1e-12)
     by_name = {row.name: row for row in found}
     assert by_name["own/global"].means["upload_bytes"] < by_name["own/federated"].means["upload_bytes"]
+    assert ratios(benchmark, found) == {
+        f"local_over_federated.{split}": by_name[f"{split}/local"].means["loss"]
+        / by_name[f"{split}/federated"].means["loss"]
+        for split in ("own", "even")
+    }
+    board = leaderboard([tmp_path / "out"])
+    assert {row.name: (row.means, row.spreads, row.seeds) for row in board.rows} == {
+        row.name: (row.means, row.spreads, row.seeds) for row in found
+    }
+    assert [row.place["rank"] for row in board.rows] == ["1", "2", "3"] * 2  # each split by itself
+    assert "comparable: split.num_clients and split.splitter differ" in board.sentence
 
 
 def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatch):
@@ -202,7 +234,7 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
     [
         ({}, "huge", "unknown size 'huge' of mine"),
         ({"sizes": {}}, "small", "the benchmark mine has no sizes"),
-        ({"axes": {"a": {"all": "models"}}}, None, "the only word that it may have is algorithms"),
+        ({"axes": {"a": {"all": "models"}}}, None, "the only words that it may have are algorithms"),
         ({"axes": {"a": {"b": {"train.stepz": 3}}}}, None, "mine, b: .*stepz"),
         ({"axes": {"a": {"b": {"pilot_of": "bb"}}}}, None, "mine: a: b: pilot_of: .*there is no such point"),
         (
@@ -212,6 +244,12 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
         ),
         ({"sead": [1]}, None, "sead"),
         ({"seeds": []}, None, "seeds"),
+        ({"terminal": ["losses"]}, None, "unknown column 'losses': did you mean loss"),
+        (
+            {"ratios": {"r": {"column": "loss", "over": ["own", "local"]}}},
+            None,
+            "ratios.r: no axis has both own and local",
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(declared, tmp_path, more, size, sentence):
@@ -233,11 +271,14 @@ def test_another_benchmark_in_the_folder_is_refused(declared, tmp_path):
 def test_the_page_and_the_tabular(declared, tmp_path):
     benchmark = Benchmark.load(declared(seeds=[1]), "small")
     found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
-    page = write_benchmark(benchmark, "small", found, tmp_path / "out").read_text()
+    page = write_benchmark(benchmark, "small", found, {}, tmp_path / "out").read_text()
     best = min(found[:3], key=lambda row: row.means["loss"])
     column = next(c for c in COLUMNS if c.key == "loss")
     assert f"<b>{best.text(column)}</b>" in page
     assert page.count("not run yet") == 3
+    board = leaderboard([tmp_path / "out"])
+    assert [row.trouble for row in board.rows] == [""] * 3 + ["not run yet"] * 3
+    assert [row.name for row in board.rows[:3]] == [r.name for r in sorted(found[:3], key=lambda r: r.means["loss"])]
     assert "100 % table" in page and "<script src" not in page
     tabular = to_latex(found, benchmark.description)
     assert rf"\textbf{{{best.text(column)}}}" in tabular
@@ -251,3 +292,45 @@ def test_a_point_without_cost_stands_at_the_edge():
     centres = [float(part.split('"')[0]) for part in drawn.split('cx="')[1:]]
     free, cheap, dear = centres  # from the lowest y on
     assert free == 52.0 < cheap < dear
+
+
+def smoke(name: str, *points: str) -> Benchmark:
+    """A built-in benchmark's smallest size, smaller still, and of its only axis these points alone."""
+    whole = Benchmark.load(name, "smoke")
+    ((axis, known),) = whole.axes.items()
+    base = {**whole.base, "data.limit": 64, "federation.rounds": 2, "train.steps": 2}
+    return whole.model_copy(update={"base": base, "axes": {axis: {point: known[point] for point in points}}})
+
+
+def test_a_message_is_as_long_as_what_is_trained(tmp_path, no_reports):
+    benchmark = smoke("efficiency", "full", "lora").model_copy(
+        update={"ratios": {k: v for k, v in Benchmark.load("efficiency").ratios.items() if k.endswith("over_lora")}}
+    )
+    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    for row in found:
+        numbers = 4 * row.means["parameters"]  # float32; names and a header come on top
+        for key in ("message_up_bytes", "message_down_bytes"):
+            assert numbers < row.means[key] < numbers + 8000
+    (line,) = lines(ratios(benchmark, found))
+    full, lora = (row.means["message_up_bytes"] for row in found)
+    assert line == f"upload_ratio_full_over_lora={full / lora:.4f}"
+
+
+def test_the_same_layers_tuned_beside_fedot_and_alone_are_one_number(tmp_path, no_reports):
+    benchmark = smoke("fedot", "full model", "fedot, 20 % dropped").model_copy(update={"ratios": {}})
+    alone, beside = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    assert beside.means["full_tuned"] == alone.means["loss"] < alone.means["loss_before"]
+    assert beside.means["loss_before"] == pytest.approx(alone.means["loss_before"], abs=1e-6)
+    assert beside.means["emulator_before"] > beside.means["loss_before"] + 1e-3
+    assert beside.means["emulator_tuned"] < beside.means["emulator_before"]
+    assert 0 < beside.means["left_server"] < 1
+    assert alone.means["left_server"] is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lets a process forget its peak")
+def test_the_memory_of_a_run_is_not_that_of_the_one_before():
+    held = bytearray(b"x" * 400_000_000)
+    high = peak_memory_bytes()
+    del held
+    forget_peak_memory()
+    assert peak_memory_bytes() < high - 300_000_000

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from fedloom import registry
+from fedloom.benchmarking.columns import MEASURED
 from fedloom.benchmarking.declaration import Benchmark
-from fedloom.benchmarking.table import MEASURED
 
 pytestmark = [pytest.mark.slow]
 
