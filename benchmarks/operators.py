@@ -275,7 +275,9 @@ def compiling(base: Callable[[], Base], batch: Batch, pairs: int) -> bool:
         if why:
             print(f"compile=none  # {why}")
             return False
-        print(f"compile_seconds={time.perf_counter() - clock:.0f}", f"compile_cpu_seconds={_spent() - cpu:.0f}", sep="\n")
+        print(
+            f"compile_seconds={time.perf_counter() - clock:.0f}", f"compile_cpu_seconds={_spent() - cpu:.0f}", sep="\n"
+        )
         before = counters["stats"]["unique_graphs"]
         rows = [(timed(False), timed(True), timed(False)) for _ in range(pairs + 1)][1:]
         for lengths in ((40,), (33, 33), (90, 7, 61, 12, 5)):

@@ -153,6 +153,7 @@ TRAFFIC = (
 )
 SPENT = (
     Column("cpu_seconds", "CPU time", at("cost", "cpu_seconds"), "{:.0f} s".format),
+    Column("gpu_seconds", "GPU time", lambda numbers: at("cost", "gpu_seconds")(numbers) or None, "{:.0f} s".format),
     Column("wall_seconds", "time", at("cost", "wall_seconds"), "{:.0f} s".format),
     Column("peak_memory_bytes", "memory", at("cost", "peak_memory_bytes"), size),
 )

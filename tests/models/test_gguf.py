@@ -113,7 +113,9 @@ def fields(path: Path) -> dict[str, Any]:
 
 
 def test_the_header_says_what_the_configuration_says(tmp_path):
-    model = model_of("mistral", sliding_window=64, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    model = model_of(
+        "mistral", sliding_window=64, head_dim=16, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
     tokenizer = tiny.words_tokenizer("digits", chat_template="{{ messages }}")
     write_gguf(model, Vocabulary.of(tokenizer, ROWS), tmp_path / "model.gguf", "bf16", "mine")
     found = fields(tmp_path / "model.gguf")
