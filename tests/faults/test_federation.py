@@ -343,7 +343,7 @@ def test_a_revoked_site_stays_out_and_the_others_go_on(federation):
     held.send_signal(signal.SIGSTOP)  # the round lasts until the site was refused
     own = federation.folder / "site-b.log"
     try:
-        waited("a sentence at the site", lambda: "has revoked this site" in own.read_text(), log=own)
+        waited("a sentence at the site", lambda: "whether it was revoked" in own.read_text(), log=own)
     finally:
         held.send_signal(signal.SIGCONT)
     served.ended()
