@@ -42,6 +42,7 @@ def fedloom(*args: Any, log: Path) -> subprocess.Popen[bytes]:
             stdout=out,
             stderr=out,
             stdin=subprocess.DEVNULL,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509  (a shell's background job ignores it)
             start_new_session=True,  # a session has its own share of a busy machine
         )
 
