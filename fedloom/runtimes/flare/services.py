@@ -183,7 +183,7 @@ SILENT = (
     "(`fedloom join KIT --check` says more)"
 )
 FOREIGN = "the server does not take this kit's certificate, or is not the server of this kit: ask for a new kit"
-REVOKED = "the server has revoked this site and does not let it in: ask there; it is tried again every minute"
+REVOKED = "the server does not let this site in: ask there whether it was revoked; it is tried again every minute"
 
 
 def standing(log: Path, pid: int) -> str | None:
