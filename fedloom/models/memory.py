@@ -9,13 +9,14 @@ file does not know who trains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 if TYPE_CHECKING:
     from fedloom.models.adapters import AdaptedModel
@@ -42,6 +43,13 @@ def sparing(model: AdaptedModel, recompute: bool, chunk: int | None) -> Iterator
         model.loss_chunk = None
         if recompute:
             model.causal_lm.activation_checkpointing_disable()
+
+
+def plain_forward(layer: type) -> Callable[..., Any]:
+    """A layer's forward, without what transformers puts around it so that it can be computed again."""
+    forward: Any = layer.forward  # type: ignore[attr-defined]
+    plain: Callable[..., Any] = forward.__wrapped__ if issubclass(layer, GradientCheckpointingLayer) else forward
+    return plain
 
 
 class _Hidden(torch.nn.Module):

@@ -1,7 +1,7 @@
 """A decoder's layers as code that torch compiles for this machine (`train.compile`), in training's own passes.
 
-What is compiled is one layer, and all that are like it run the same code; the whole model would be as many layers' code,
-for as many times the wait (docs/trainer.md has both measured). Nothing that changes in a run is part of that code:
+What is compiled is one layer, and all that are like it run the same code; the whole model in one piece would be the
+code of every layer. Nothing that changes in a run is part of that code:
 
     lengths      how many tokens a batch has is a symbol, so one compilation serves every batch
     segments     attention of packed batches stays as it is (models/attention.py): their number would be part of the code
@@ -29,7 +29,6 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedloom import carriers
 from fedloom.config import TrainConfig
@@ -41,7 +40,7 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attention import Sealed
 from fedloom.models.emulator import find_layers
 from fedloom.models.forward import token_losses
-from fedloom.models.memory import sparing
+from fedloom.models.memory import plain_forward, sparing
 from fedloom.randomness import forked_torch
 from fedloom.training.precision import autocast
 
@@ -78,7 +77,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
     if not (torch.is_grad_enabled() and hidden.requires_grad):  # below what trains, or the first layer: further code
         return type(layer).forward(layer, *args, **kwargs)
-    code = _code(_plain_forward(type(layer)))
+    code = _code(plain_forward(type(layer)))
     sealed = {name: Sealed(kwargs[name]) for name in SEALED if name in kwargs}
     call = partial(code, layer, **{**kwargs, **sealed})
     if (
@@ -86,12 +85,6 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     ):  # from without: torch compiles none of it within
         return layer._gradient_checkpointing_func(call, *args)
     return call(*args)
-
-
-def _plain_forward(cls: Any) -> Callable[..., Any]:
-    """A layer's forward, without what transformers puts around it for checkpointing."""
-    plain: Callable[..., Any] = cls.forward.__wrapped__ if issubclass(cls, GradientCheckpointingLayer) else cls.forward
-    return plain
 
 
 @cache

@@ -31,6 +31,7 @@ from fedloom.models.loading import Base
 from fedloom.training import compiling
 from fedloom.training.compiling import compiled, trouble
 
+LORA = {"rank": 2, "alpha": 4, "dropout": 0.1}
 DRAW = np.random.default_rng(0)
 
 
@@ -65,7 +66,7 @@ def batch_of(*lengths: int, packed: bool = True):
 
 def adapted(**config) -> AdaptedModel:
     base = tiny.causal_lm(spread=0.05, num_hidden_layers=3).requires_grad_(False)
-    return attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(**{"rank": 2, "alpha": 4, **config}), 0)
+    return attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(**(config or LORA)), 0)
 
 
 def compare(model: AdaptedModel, batch, **config) -> None:
@@ -79,7 +80,7 @@ def compare(model: AdaptedModel, batch, **config) -> None:
 
 
 def test_one_compilation_serves_all_lengths_and_operators(traced):
-    model = adapted(dropout=0.1)  # the same masks with and without
+    model = adapted()  # dropout draws the same masks with and without
     assert trouble(model, TrainConfig(compile=True), True) == ""
     made = graphs()
     assert 0 < made <= 4  # of one layer, however many there are: what is before attention, behind it, and the rest
@@ -125,12 +126,12 @@ def test_where_there_is_no_compiler_it_is_refused_before_any_work(tiny_recipe, t
 
 
 def test_code_that_gives_something_else_is_refused(tiny_recipe, monkeypatch):
-    plain = compiling._plain_forward
+    plain = compiling.plain_forward
 
     def off(cls: type) -> Callable[..., torch.Tensor]:
         return lambda layer, hidden, **kwargs: plain(cls)(layer, 1.01 * hidden, **kwargs)
 
-    monkeypatch.setattr(compiling, "_plain_forward", off)
+    monkeypatch.setattr(compiling, "plain_forward", off)
     monkeypatch.setattr(compiling, "_code", lambda forward: forward)
     monkeypatch.setattr(compiling, "no_compiler", lambda device: "")
     with pytest.raises(UserError, match="compiled layers do not give its gradient"):
@@ -159,14 +160,14 @@ def test_passes_without_a_backward_stay_plain(monkeypatch):
 
 
 METHODS = {
-    "dora": {"dora": True},
-    "adalora": {"method": "adalora"},
+    "dora": {"rank": 2, "dora": True},
+    "adalora": {"method": "adalora", "rank": 2},
     "ia3": {"method": "ia3"},
     "prompt": {"method": "prompt_tuning", "virtual_tokens": 3},
     "p_tuning": {"method": "p_tuning", "virtual_tokens": 3},
     "prefix": {"method": "prefix_tuning", "virtual_tokens": 3},
     "full": {"method": "full"},
-    "upper": {"layers": "last-1"},
+    "upper": {"rank": 2, "layers": "last-1"},
 }
 
 
