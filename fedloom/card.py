@@ -68,7 +68,7 @@ def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client
         _front(base, corpus, recipe, form),
         f"# {title}",
         f"{what}. Made with fedloom {__version__}, federated fine-tuning of language models."
-        + (f" The recipe: {recipe.description}." if recipe.description else ""),
+        + (f" The recipe: {recipe.description.rstrip('.')}." if recipe.description else ""),
         "## Data\n\n" + _data(corpus, recipe, summary),
         "## Training\n\n" + "".join(f"- {line}\n" for line in _training(recipe, summary)).rstrip(),
         "## Numbers\n\n" + _numbers(summary, client),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path, PurePath
 
 from fedloom.config import Recipe
@@ -52,9 +53,9 @@ def usage(folder: Path, form: str, hub: str | None, recipe: Recipe) -> str:
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
-def _messages(recipe: Recipe) -> list[dict[str, str]]:
+def _messages(recipe: Recipe) -> str:
     system = [{"role": "system", "content": recipe.data.system}] if recipe.data.system is not None else []
-    return [*system, {"role": "user", "content": _QUESTION}]
+    return json.dumps([*system, {"role": "user", "content": _QUESTION}], ensure_ascii=False)
 
 
 def _plain_prompt(recipe: Recipe) -> str | None:
@@ -68,11 +69,11 @@ def _prompt(recipe: Recipe) -> list[str]:
     text = _plain_prompt(recipe)
     if text is not None:
         return [
-            f"prompt = {text!r}  # the form that it was trained on",
+            f"prompt = {json.dumps(text)}  # the form that it was trained on",
             'asked = tokenizer(prompt, return_tensors="pt")',
         ]
     return [
-        f"messages = {_messages(recipe)!r}",
+        f"messages = {_messages(recipe)}",
         "asked = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
         ")",
@@ -82,10 +83,10 @@ def _prompt(recipe: Recipe) -> list[str]:
 def _of_gguf(file: str, recipe: Recipe) -> str:
     text = _plain_prompt(recipe)
     if text is None:
-        asked = f'answer = server.handle_chat_completions({{"messages": {_messages(recipe)!r}, "max_tokens": 64}})'
+        asked = f'answer = server.handle_chat_completions({{"messages": {_messages(recipe)}, "max_tokens": 64}})'
         said = 'print(answer["choices"][0]["message"]["content"])'
     else:
-        asked = f'answer = server.handle_completions({{"prompt": {text!r}, "max_tokens": 64}})'
+        asked = f'answer = server.handle_completions({{"prompt": {json.dumps(text)}, "max_tokens": 64}})'
         said = 'print(answer["choices"][0]["text"])'
     return (
         f"Whatever is built on llama.cpp loads `{file}`. From Python (`pip install xllamacpp`):\n\n```python\n"

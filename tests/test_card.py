@@ -109,7 +109,7 @@ def test_a_personal_result_has_its_own_clients_numbers(tiny_recipe, tmp_path):
         assert f"| loss, on this client's data | {loss['before']:.3f} | {loss['after']:.3f} |" in text
         others = set(done.summary["per_client"]) - {client}
         assert not any(re.search(rf"\b{other}\b", text) for other in others)
-        assert "No differential privacy" in text and "prompt = 'Name three animals.\\n'" in text
+        assert "No differential privacy" in text and 'prompt = "Name three animals.\\n"' in text
 
 
 def test_a_result_with_a_base_delta_is_not_said_to_be_an_adapter_alone(tiny_recipe, tmp_path):
