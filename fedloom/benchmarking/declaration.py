@@ -11,6 +11,7 @@
     seeds: [42, 43]
     ratios: {a_over_b: {column: loss, over: [a, b]}}    a number of one point over that of another
     terminal: [loss, upload_bytes]  the columns that the terminal has room for; files have them all
+    judged_by: loss_own             the column that plots set against traffic and compute; loss by default
     sizes: {smoke: {...}, ...}      base, pilot, pilot_values, seeds: what takes the place of those above
 
 This file knows recipes and the names of columns, and nothing of how cells are run or shown.
@@ -86,6 +87,7 @@ class Benchmark(BaseModel):
     leave_out: list[str] = Field(default_factory=list)
     ratios: dict[str, Ratio] = Field(default_factory=dict)
     terminal: list[str] = Field(default_factory=lambda: list(TERMINAL))
+    judged_by: str = "loss"
 
     @classmethod
     def load(cls, source: str, size: str | None = None) -> Benchmark:
@@ -102,7 +104,7 @@ class Benchmark(BaseModel):
 
     def _check_columns(self) -> None:
         """Raises UserError where what is to be shown does not exist."""
-        for key in [*self.terminal, *(ratio.column for ratio in self.ratios.values())]:
+        for key in [*self.terminal, self.judged_by, *(ratio.column for ratio in self.ratios.values())]:
             if key not in NAMED:
                 raise UserError(f"benchmark {self.name}: unknown column {key!r}: {suggest(key, NAMED)}")
         for name, ratio in self.ratios.items():

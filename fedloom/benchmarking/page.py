@@ -59,7 +59,7 @@ def write_benchmark(
             "best": bests(found, columns),
             "note": f"{_of_seeds(found)}{OF_MACHINE}",
             "ratios": lines(stated),
-            "clouds": _clouds(found, _short, _before),
+            "clouds": _clouds(found, benchmark.judged_by, _short, _before),
             "lines": drawn,
             "run": None,
         },
@@ -85,7 +85,7 @@ def write_leaderboard(board: Leaderboard, out: Path) -> Path:
             "rows": found,
             "best": bests(found, columns) if board.comparable else {},
             "note": f"{_of_seeds(found)}{OF_MACHINE}",
-            "clouds": _clouds(found, lambda row: row.name, lambda row: row.name if few else ""),
+            "clouds": _clouds(found, "loss", lambda row: row.name, lambda row: row.name if few else ""),
             "lines": [
                 *_over_rounds("Loss over rounds", found, names, board.events, "loss"),
                 *_over_rounds("Score over rounds", found, names, board.events, "score"),
@@ -107,12 +107,12 @@ def _of_seeds(found: Sequence[Row]) -> str:
 
 
 def _clouds(
-    found: Sequence[Row], label: Names, group: Names
+    found: Sequence[Row], judged_by: str, label: Names, group: Names
 ) -> list[tuple[str, str, tuple[Any, Any], list[tuple[str, str]]]]:
-    """Score and loss, each against each cost: (heading, what it says, drawings, colours)."""
+    """Score and what else judges, each against each cost: (heading, what it says, drawings, colours)."""
     clouds = []
     groups = {name: f"c{i % charts.COLOURED}" for i, name in enumerate(dict.fromkeys(map(group, found)))}
-    for column in (NAMED["score"], NAMED["loss"]):
+    for column in (NAMED["score"], NAMED[judged_by]):
         unit = "percent" if column.key == "score" else "loss"
         for key, heading, axis, x_unit in COSTS:
             points = [

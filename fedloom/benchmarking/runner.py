@@ -35,7 +35,7 @@ VALIDATION = "validation_loss/loss"
 
 
 #: Keys of a benchmark that say what is shown of its runs: they may change between two calls.
-SHOWN = ("ratios", "terminal")
+SHOWN = ("ratios", "terminal", "judged_by")
 
 #: The trouble of a cell that nobody began, or whose run was killed.
 NOT_RUN = "not run yet"

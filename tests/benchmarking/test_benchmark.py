@@ -269,13 +269,14 @@ def test_another_benchmark_in_the_folder_is_refused(declared, tmp_path):
 
 
 def test_the_page_and_the_tabular(declared, tmp_path):
-    benchmark = Benchmark.load(declared(seeds=[1]), "small")
+    benchmark = Benchmark.load(declared(seeds=[1], judged_by="loss_own"), "small")
     found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
     page = write_benchmark(benchmark, "small", found, {}, tmp_path / "out").read_text()
     best = min(found[:3], key=lambda row: row.means["loss"])
     column = next(c for c in COLUMNS if c.key == "loss")
     assert f"<b>{best.text(column)}</b>" in page
     assert page.count("not run yet") == 3
+    assert "<h2>Mean own loss against compute</h2>" in page and "<h2>Loss against compute</h2>" not in page
     board = leaderboard([tmp_path / "out"])
     assert [row.trouble for row in board.rows] == [""] * 3 + ["not run yet"] * 3
     assert [row.name for row in board.rows[:3]] == [r.name for r in sorted(found[:3], key=lambda r: r.means["loss"])]
