@@ -83,10 +83,13 @@ def _prompt(recipe: Recipe) -> list[str]:
 def _of_gguf(file: str, recipe: Recipe) -> str:
     text = _plain_prompt(recipe)
     if text is None:
-        asked = f'answer = server.handle_chat_completions({{"messages": {_messages(recipe)}, "max_tokens": 64}})'
+        body = f'{{"messages": {_messages(recipe)}, "max_tokens": 64, "temperature": 0}}'
+        asked = f"answer = server.handle_chat_completions({body})"
         said = 'print(answer["choices"][0]["message"]["content"])'
     else:
-        asked = f'answer = server.handle_completions({{"prompt": {json.dumps(text)}, "max_tokens": 64}})'
+        asked = (
+            f'answer = server.handle_completions({{"prompt": {json.dumps(text)}, "max_tokens": 64, "temperature": 0}})'
+        )
         said = 'print(answer["choices"][0]["text"])'
     return (
         f"Whatever is built on llama.cpp loads `{file}`. From Python (`pip install xllamacpp`):\n\n```python\n"

@@ -16,9 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import carriers, registry, run
 from fedloom.card import SECTIONS, card, settings
-from fedloom.config import Recipe, builtin_recipes
+from fedloom.config import ModelConfig, Recipe, builtin_recipes
 from fedloom.export import export_run
-from fedloom.models.loading import BUILTIN
+from fedloom.methods import AdapterConfig
+from fedloom.models.adapters import attach
+from fedloom.models.loading import BUILTIN, load_base
 from fedloom.types import SITES
 
 
@@ -117,6 +119,16 @@ def test_a_result_with_a_base_delta_is_not_said_to_be_an_adapter_alone(tiny_reci
     assert (done.folder / "adapter" / "base_delta.safetensors").is_file()
     text = (done.folder / "adapter" / "README.md").read_text(encoding="utf-8")
     assert "peft alone would load another model" in text and "```python" not in text
+
+
+def test_what_peft_writes_for_a_card_does_not_stay(tiny_model, tmp_path):
+    """Where no run writes one over it, as at a site."""
+    model = attach(load_base(ModelConfig(name=str(tiny_model))), AdapterConfig(rank=2), 0)
+    model.save(tmp_path / "adapter", "base")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
 
 
 def test_a_built_in_model_and_a_corpus_are_named_as_a_hub_knows_them(tmp_path):
