@@ -216,8 +216,11 @@ def test_a_compiler_that_fails_is_a_sentence(tiny_recipe, tmp_path: Path, monkey
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    from torch._inductor import config  # which has read CXX when it was imported
+
     with (
         fresh("inductor"),
+        config.patch({"cpp.cxx": (None, str(broken))}),
         pytest.raises(UserError, match=r"train\.compile=true cannot be had: torch cannot"),
     ):
         prepare(tiny_recipe({"train.compile": True}), Watch())
