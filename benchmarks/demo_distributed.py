@@ -53,6 +53,7 @@ def main() -> int:
     parser.add_argument("--model", help="another model than the recipe's")
     parser.add_argument("--keep", type=Path, help="a new folder for kits, logs and runs, which stays")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else sites of a shell's background job would not hear it
     with contextlib.ExitStack() as stack:
         folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedloom-demo-")))
         folder = folder.resolve()
@@ -121,7 +122,10 @@ def joined(folder: Path) -> Iterator[None]:
         for process in started:
             process.send_signal(signal.SIGINT)
         for process in started:
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.terminate()
 
 
 COMMAND: Sequence[str] = (sys.executable, "-m", "fedloom")

@@ -157,6 +157,7 @@ def _cost(progress: Progress) -> dict[str, Any]:
         "evaluation_seconds": round(evaluation.wall_seconds, 3),
         "wall_seconds": round(wall, 3),
         "cpu_seconds": round(cpu, 3),
+        "client_cpu_seconds": round(progress.cost.cpu_seconds, 3),
         "gpu_seconds": round(progress.cost.gpu_seconds, 3),
         "peak_memory_bytes": environment.peak_memory_bytes(),
         "gpu_utilisation": environment.gpu_utilisation(),

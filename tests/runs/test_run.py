@@ -23,7 +23,7 @@ from fedloom.tracking import SCHEMA, read_events
 SUMMARY_KEYS = [
     "score.before", "score.after", "score.worst_client", "loss.before", "loss.after", "clients", "rounds",
     "adapter_sha256", "versions", "cost.upload_bytes", "cost.download_bytes", "cost.train_tokens", "cost.train_flops",
-    "cost.wall_seconds", "cost.cpu_seconds", "cost.gpu_seconds", "cost.peak_memory_bytes", "cost.gpu_utilisation",
+    "cost.wall_seconds", "cost.cpu_seconds", "cost.client_cpu_seconds", "cost.gpu_seconds", "cost.peak_memory_bytes", "cost.gpu_utilisation",
 ]  # fmt: skip
 
 
