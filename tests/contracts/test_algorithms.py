@@ -42,6 +42,14 @@ SHIPPED = registry.algorithms.names()
 ALL = [*SHIPPED, *OWN]
 
 
+#: Options that make an algorithm's run shorter and change nothing of what is asked here.
+LIGHT: dict[str, dict[str, Any]] = {"ferret": {"algorithm.bases": 256}}
+
+
+def of(name: str) -> dict[str, Any]:
+    return {"algorithm": name, **LIGHT.get(name, {})}
+
+
 def class_of(name: str) -> type[Algorithm]:
     return OWN.get(name) or registry.algorithms.get(name)
 
@@ -123,7 +131,7 @@ WHOLE: dict[str, Whole] = {}
 def whole(name, tiny_recipe, tmp_path_factory) -> Whole:
     """Made once; its tests read it and change nothing."""
     if name not in WHOLE:
-        recipe = tiny_recipe({"algorithm": name, "adapter.dropout": 0.1, "train.optimizer_state": "keep"})
+        recipe = tiny_recipe({**of(name), "adapter.dropout": 0.1, "train.optimizer_state": "keep"})
         folder, spy = tmp_path_factory.mktemp("whole") / "run", Wire()
         with pytest.MonkeyPatch.context() as patch:
             spy.install(patch)
@@ -172,7 +180,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_killed_in_a_round_goes_on_to_the_same_bits(name, tiny_recipe, tmp_path):
-    recipe = tiny_recipe({"algorithm": name, "train.optimizer_state": "keep", "federation.rounds": 3})
+    recipe = tiny_recipe({**of(name), "train.optimizer_state": "keep", "federation.rounds": 3})
     expected = run(recipe, tmp_path / "whole")
 
     def tick(what: str, round: int, done: int, total: int) -> None:
@@ -187,7 +195,7 @@ def test_a_run_killed_in_a_round_goes_on_to_the_same_bits(name, tiny_recipe, tmp
 
 @pytest.mark.parametrize("name", ALL)
 def test_more_rounds_later_are_more_rounds_at_once(name, tiny_recipe, tmp_path):
-    values = {"algorithm": name, "train.schedule": "constant", "train.optimizer_state": "keep"}
+    values = {**of(name), "train.schedule": "constant", "train.optimizer_state": "keep"}
     expected = run(tiny_recipe(values, **{"federation.rounds": 3}), tmp_path / "whole")
     run(tiny_recipe(values, **{"federation.rounds": 1}), tmp_path / "run")
     extended = run(tiny_recipe(values, **{"federation.rounds": 3}), tmp_path / "run", resume=True)
@@ -289,7 +297,7 @@ def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, whole, tmp_path,
 @pytest.mark.parametrize("name", those(lambda p: p.pooled))
 def test_a_failed_pool_ends_the_run_with_the_servers_state_untouched(name, tiny_recipe, tmp_path, monkeypatch):
     Faults({("all-clients", 1): "non_finite"}).install(monkeypatch, class_of(name))
-    recipe = tiny_recipe({"algorithm": name})
+    recipe = tiny_recipe({**of(name)})
     with pytest.raises(RunFailed, match="0 usable updates"):
         fedloom.run(recipe, out=tmp_path / "run")
     assert same(server_state(tmp_path / "run"), prepare(recipe, Watch()).algorithm.server_state())
@@ -310,7 +318,7 @@ def test_a_refused_update_leaves_the_servers_state_untouched(name, tiny_recipe, 
         return encode(outcome, **how)
 
     monkeypatch.setattr(wire, "encode_outcome", spoiled)
-    recipe = tiny_recipe({"algorithm": name})
+    recipe = tiny_recipe({**of(name)})
     with pytest.raises(RunFailed, match="0 usable updates"):
         fedloom.run(recipe, out=tmp_path / "run")
     assert same(server_state(tmp_path / "run"), prepare(recipe, Watch()).algorithm.server_state())
@@ -326,7 +334,7 @@ def test_with_neutral_options_one_client_is_plain_local_training(name, tiny_reci
     """Two rounds of the federation against one uninterrupted fit over all their steps, bit for bit."""
     neutral = {f"algorithm.{k}": v for k, v in properties(name).neutral.items()}
     values = {"split.splitter": "uniform", "split.num_clients": 1, "train.optimizer_state": "keep", "train.steps": 3}
-    recipe = tiny_recipe({"algorithm": name, **neutral, **values})
+    recipe = tiny_recipe({**of(name), **neutral, **values})
     run(recipe, tmp_path / "run")
 
     setting = prepare(recipe, Watch())
@@ -433,7 +441,7 @@ PLAYED: dict[str, Played] = {}
 def play(name: str, tiny_recipe: Callable[..., Recipe]) -> Played:
     """The server after a first round, its clients' states and updates, and what makes another server. Made once."""
     if name not in PLAYED:
-        setting = prepare(tiny_recipe({"algorithm": name}), Watch())
+        setting = prepare(tiny_recipe({**of(name)}), Watch())
         kept, updates = one_round(setting)
 
         def fresh() -> Algorithm:
