@@ -51,6 +51,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--keep", type=Path, help="a new folder for everything, which stays")
     given = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # else sites of a shell's background job would not hear it
     with contextlib.ExitStack() as stack:
         folder = given.keep or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedloom-memory-")))
         folder = folder.resolve()

@@ -97,3 +97,16 @@ def write_rows(path: Path, n: int = 60, categories: Sequence[str] = ("copy", "la
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(n, categories, seed)), encoding="utf-8")
     return path
+
+
+#: A small adapter section of each PEFT method.
+METHODS: dict[str, dict[str, Any]] = {
+    "lora": {"method": "lora", "rank": 2, "dropout": 0.3},
+    "dora": {"method": "lora", "rank": 2, "dora": True},
+    "adalora": {"method": "adalora", "rank": 2},
+    "ia3": {"method": "ia3"},
+    "prompt": {"method": "prompt_tuning", "virtual_tokens": 3},
+    "p_tuning": {"method": "p_tuning", "virtual_tokens": 3},
+    "prefix": {"method": "prefix_tuning", "virtual_tokens": 3},
+    "full": {"method": "full"},
+}

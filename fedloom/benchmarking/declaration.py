@@ -150,12 +150,16 @@ class Benchmark(BaseModel):
             leaders[axis] = changes.pop("pilot_of", name)
             if leaders[axis] not in axes[axis]:
                 raise UserError(
-                    f"{self.name}: {axis}: {name}: pilot_of: {suggest(leaders[axis], axes[axis])}: there is no such point"
+                    f"benchmark {self.name}: axes.{axis}.{name}.pilot_of={leaders[axis]}: no such point: "
+                    f"{suggest(leaders[axis], axes[axis])}"
                 )
             values = {k: v for k, v in values.items() if not any(k.startswith(f"{c}.") for c in changes)} | changes
         led = leaders != place
         if led and any("pilot_of" in axes[axis][leader] for axis, leader in leaders.items()):
-            raise UserError(f"{self.name}: {'/'.join(place.values())}: pilot_of names a point that has pilot_of itself")
+            raise UserError(
+                f"benchmark {self.name}, {'/'.join(place.values())}: pilot_of names a point that has pilot_of itself: "
+                "name the one that has the pilot"
+            )
         leader = self._cell(axes, leaders) if led else None
         return Cell(
             benchmark=self.name, place=place, values=values, pilot=leader.pilot if leader else pilot,

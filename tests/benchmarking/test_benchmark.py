@@ -237,7 +237,7 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
         ({"sizes": {}}, "small", "the benchmark mine has no sizes"),
         ({"axes": {"a": {"all": "models"}}}, None, "the only words that it may have are algorithms"),
         ({"axes": {"a": {"b": {"train.stepz": 3}}}}, None, "mine, b: .*stepz"),
-        ({"axes": {"a": {"b": {"pilot_of": "bb"}}}}, None, "mine: a: b: pilot_of: .*there is no such point"),
+        ({"axes": {"a": {"b": {"pilot_of": "bb"}}}}, None, "benchmark mine: axes.a.b.pilot_of=bb: no such point"),
         (
             {"axes": {"a": {"b": {"pilot_of": "c"}, "c": {"pilot_of": "d"}, "d": {}}}},
             None,

@@ -159,16 +159,7 @@ def test_passes_without_a_backward_stay_plain(monkeypatch):
         compiling.token_losses(model, batch_of(9, 4))
 
 
-METHODS = {
-    "dora": {"rank": 2, "dora": True},
-    "adalora": {"method": "adalora", "rank": 2},
-    "ia3": {"method": "ia3"},
-    "prompt": {"method": "prompt_tuning", "virtual_tokens": 3},
-    "p_tuning": {"method": "p_tuning", "virtual_tokens": 3},
-    "prefix": {"method": "prefix_tuning", "virtual_tokens": 3},
-    "full": {"method": "full"},
-    "upper": {"rank": 2, "layers": "last-1"},
-}
+METHODS = {**tiny.METHODS, "upper": {"rank": 2, "layers": "last-1"}}
 
 
 @pytest.mark.slow

@@ -20,23 +20,13 @@ from fedloom.models.loading import Base
 from fedloom.models.memory import can_recompute, sparing
 from fedloom.randomness import forked_torch
 
-METHODS = {
-    "lora": {"method": "lora", "rank": 2, "dropout": 0.3},
-    "dora": {"method": "lora", "rank": 2, "dora": True},
-    "adalora": {"method": "adalora", "rank": 2},
-    "ia3": {"method": "ia3"},
-    "prompt": {"method": "prompt_tuning", "virtual_tokens": 3},
-    "p_tuning": {"method": "p_tuning", "virtual_tokens": 3},
-    "prefix": {"method": "prefix_tuning", "virtual_tokens": 3},
-    "full": {"method": "full"},
-}
 DRAW = np.random.default_rng(0)
 SEQUENCES = [TokenSequence(DRAW.integers(3, 259, n).astype(np.int32), 2) for n in (30, 17, 25, 9)]
 
 
 def adapted(method: str, **shape) -> AdaptedModel:
     base = tiny.causal_lm(**shape).requires_grad_(False)
-    return attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(**METHODS[method]), 0)
+    return attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(**tiny.METHODS[method]), 0)
 
 
 def trained(
@@ -65,7 +55,7 @@ def trained(
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", tiny.METHODS)
 def test_losses_and_gradients_are_those_of_plain_training(method, packed):
     model = adapted(method)
     losses, gradient, _ = trained(model, packed, False, None)
