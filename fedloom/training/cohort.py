@@ -168,7 +168,7 @@ class Cohort:
 
     def alone(self, number: int, inputs: Mapping[str, Any]) -> Any:
         """A pass of this seat only, at once and without gradients."""
-        self._set_parts([_Part(number, 0, inputs["input_ids"].shape[1])])
+        self._divide([_Part(number, 0, inputs["input_ids"].shape[1])])
         return self._model.module(**inputs)
 
     def _check_joined(self, number: int) -> None:
@@ -190,7 +190,7 @@ class Cohort:
             parts.append(_Part(number, start, end))
             where.append(inputs["logits_to_keep"] + start)
             start = end
-        self._set_parts(parts)
+        self._divide(parts)
         logits = self._model.module(
             input_ids=torch.cat([i["input_ids"] for i in asked.values()], dim=1),
             position_ids=torch.cat([i["position_ids"] for i in asked.values()], dim=1),
@@ -206,13 +206,16 @@ class Cohort:
     def _backward(self) -> None:
         """Through the base, for all that wait; each pass once, with its own parts, which a recomputed layer asks for."""
         for done in self._open:
-            self._set_parts(done.parts)
+            self._divide(done.parts)
             done.logits.backward(done.gradient())  # type: ignore[no-untyped-call]
         self._open, self._settled = [], set()
 
-    def _set_parts(self, parts: list[_Part]) -> None:
+    def _divide(self, parts: list[_Part]) -> None:
+        """Tell every layer whose tokens are which in the pass that comes."""
+        lengths = {p.end - p.start for p in parts}
+        equal = lengths.pop() if len(parts) == len(self.seats) and len(lengths) == 1 else 0
         for layer in self._layers:
-            layer.parts = parts
+            layer.parts, layer.equal = parts, equal
 
     @contextmanager
     def _grouped(self) -> Iterator[None]:
@@ -261,6 +264,7 @@ class _Layer:
         a, b: [seats, rank, in] and [seats, out, rank], windows into the seats' buffers.
         a_grad, b_grad: windows into their gradients.
         parts: whose tokens are which, in the pass that is under way.
+        equal: the length of every seat's part where all seats take part and all are alike; 0 elsewhere.
     """
 
     def __init__(self, found: _Found, bank: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -268,6 +272,7 @@ class _Layer:
         self.a, self.b = _stacked(bank, found.a), _stacked(bank, found.b)
         self.a_grad, self.b_grad = _stacked(gradients, found.a), _stacked(gradients, found.b)
         self.parts: list[_Part] = []
+        self.equal = 0
         self._plain = found.module.forward
         self._anchor = torch.zeros((), device=bank.device, requires_grad=True)
 
@@ -279,14 +284,8 @@ class _Layer:
         y: torch.Tensor = self.module.base_layer(x, *args, **kwargs)
         if x.numel() != self.parts[-1].end * x.shape[-1]:
             raise ValueError(f"an adapted layer sees {tuple(x.shape)} of a pass of {self.parts[-1].end} tokens")
-        base, tokens = y.view(-1, y.shape[-1]).float(), x.reshape(-1, x.shape[-1]).float()
-        sum_: torch.Tensor = _Grouped.apply(base, tokens, self._anchor, self)  # type: ignore[no-untyped-call]
-        return sum_.view(y.shape).to(y.dtype)
-
-    def equal_parts(self) -> int:
-        """The length of every seat's part where all seats take part and all are alike; 0 elsewhere."""
-        lengths = {p.end - p.start for p in self.parts}
-        return lengths.pop() if len(self.parts) == len(self.a) and len(lengths) == 1 else 0
+        sum_: torch.Tensor = _Grouped.apply(y.float(), x.float(), self._anchor, self)  # type: ignore[no-untyped-call]
+        return sum_.to(y.dtype)
 
 
 def _stacked(bank: torch.Tensor, place: tuple[int, torch.Size]) -> torch.Tensor:
@@ -296,45 +295,50 @@ def _stacked(bank: torch.Tensor, place: tuple[int, torch.Size]) -> torch.Tensor:
 
 
 class _Grouped(torch.autograd.Function):
-    """base + s·(x_k·A_kᵀ)·B_kᵀ, part by part: base [T, out], x [T, in], low = x_k·A_kᵀ [T, rank].
+    """y + s·(x_k·A_kᵀ)·B_kᵀ, part by part, written into y [1, T, out]; x [1, T, in].
 
-    Equal parts go through batched products, others through a loop over the parts; benchmarks/cohort.py measures both.
-    (Padding unequal parts to one length would copy x in every layer.) The gradients of A_k and B_k go straight into the
-    seats' buffers. `anchor` makes the output ask for a gradient in the first layer, whose x needs none.
+    What has the rank as a side is kept with the rank first, low = A_k·x_kᵀ [rank, T_k]: products with few rows are two to
+    four times as fast on a CPU as the same ones with few columns. Equal parts go through batched products, others through
+    a loop over the parts; benchmarks/cohort.py measures both. (Padding unequal parts to one length would copy x in every
+    layer.) The gradients of A_k and B_k go straight into the seats' buffers. `anchor` makes the output ask for a gradient
+    in the first layer, whose x needs none.
     """
 
     @staticmethod
-    def forward(ctx: Any, base: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, layer: _Layer) -> torch.Tensor:
-        ctx.layer, ctx.parts, ctx.equal = layer, layer.parts, layer.equal_parts()
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, layer: _Layer) -> torch.Tensor:
+        ctx.layer, ctx.parts, ctx.equal = layer, layer.parts, layer.equal
+        ctx.mark_dirty(y)
+        out = y.view(-1, y.shape[-1])
         if ctx.equal:
             stack = len(layer.a), ctx.equal, -1
-            low = torch.bmm(x.view(stack), layer.a.transpose(1, 2))
-            ctx.save_for_backward(x, low)
-            out = torch.baddbmm(base.view(stack), low, layer.b.transpose(1, 2), alpha=layer.scale)
-            return out.view(base.shape)
-        out, low = base.clone(), x.new_empty(len(x), layer.a.shape[1])
-        for p in layer.parts:
-            at = slice(p.start, p.end)
-            torch.mm(x[at], layer.a[p.seat].t(), out=low[at])
-            out[at].addmm_(low[at], layer.b[p.seat].t(), alpha=layer.scale)
+            low = torch.bmm(layer.a, x.reshape(stack).transpose(1, 2))  # [seats, rank, T_k]
+            out.view(stack).baddbmm_(low.transpose(1, 2), layer.b.transpose(1, 2), alpha=layer.scale)
+        else:
+            rows = x.reshape(-1, x.shape[-1])
+            low = x.new_empty(layer.a.shape[1], len(rows))
+            for p in layer.parts:
+                at = slice(p.start, p.end)
+                torch.mm(layer.a[p.seat], rows[at].t(), out=low[:, at])
+                out[at].addmm_(low[:, at].t(), layer.b[p.seat].t(), alpha=layer.scale)
         ctx.save_for_backward(x, low)
-        return out
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (g,), (x, low), layer = gradients, ctx.saved_tensors, ctx.layer
         if ctx.equal:
             stack = len(layer.a), ctx.equal, -1
-            g_k, x_k = g.reshape(stack), x.view(stack)
-            g_low = torch.bmm(g_k, layer.b).mul_(layer.scale)
-            layer.b_grad.add_(torch.bmm(g_k.transpose(1, 2), low), alpha=layer.scale)
-            layer.a_grad.add_(torch.bmm(g_low.transpose(1, 2), x_k))
-            return g, torch.bmm(g_low, layer.a).view(x.shape), None, None
-        g_x = torch.empty_like(x)
+            g_k, x_k = g.reshape(stack), x.reshape(stack)
+            g_low = torch.bmm(layer.b.transpose(1, 2), g_k.transpose(1, 2)).mul_(layer.scale)  # [seats, rank, T_k]
+            layer.b_grad.add_(torch.bmm(low, g_k).transpose(1, 2), alpha=layer.scale)
+            layer.a_grad.add_(torch.bmm(g_low, x_k))
+            return g, torch.bmm(g_low.transpose(1, 2), layer.a).view(x.shape), None, None
+        g_rows, rows = g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])
+        g_x = torch.empty_like(rows)
         for p in ctx.parts:
             at = slice(p.start, p.end)
-            g_low = g[at].mm(layer.b[p.seat]).mul_(layer.scale)
-            layer.b_grad[p.seat].addmm_(g[at].t(), low[at], alpha=layer.scale)
-            layer.a_grad[p.seat].addmm_(g_low.t(), x[at])
-            torch.mm(g_low, layer.a[p.seat], out=g_x[at])
-        return g, g_x, None, None
+            g_low = layer.b[p.seat].t().mm(g_rows[at].t()).mul_(layer.scale)
+            layer.b_grad[p.seat].add_(low[:, at].mm(g_rows[at]).t(), alpha=layer.scale)
+            layer.a_grad[p.seat].addmm_(g_low, rows[at])
+            torch.mm(g_low.t(), layer.a[p.seat], out=g_x[at])
+        return g, g_x.view(x.shape), None, None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from fedloom.config import AdapterConfig, TrainConfig
 from fedloom.data.batching import collate
@@ -17,6 +18,7 @@ from fedloom.errors import ClientFailed
 from fedloom.models.adapters import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
+from fedloom.models.quantised import quantise_model
 from fedloom.models.reference import reference
 from fedloom.training.baton import Runner, Stopped
 from fedloom.training.cohort import Cohort
@@ -40,9 +42,25 @@ class Plain:
     def after_step(self, model): ...
 
 
-def made(**adapter):
-    base = Base(tiny.causal_lm(), tiny.tokenizer(), "made here")
+def made(causal_lm=None, **adapter):
+    base = Base(causal_lm or tiny.causal_lm(), tiny.tokenizer(), "made here")
     return attach(base, AdapterConfig(rank=2, alpha=4, **adapter), seed=0)
+
+
+def gpt2():
+    """Its layers, Conv1D, give views of what they compute, with a bias in it."""
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+    dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return GPT2LMHeadModel(GPT2Config(vocab_size=tiny.VOCABULARY, **sizes, **dropout)).eval().requires_grad_(False)
+
+
+def int8():
+    """Its layers' products come from an autograd function of our own."""
+    causal_lm = tiny.causal_lm()
+    quantise_model(causal_lm, "int8")
+    return causal_lm
 
 
 def batch(*lengths: int, seed: int = 0):
@@ -72,9 +90,10 @@ def together(model, works):
     return cohort.run([partial(train, seat, *work) for seat, work in zip(cohort.seats, works, strict=True)])
 
 
+@pytest.mark.parametrize("base", [tiny.causal_lm, gpt2, int8])
 @pytest.mark.parametrize("lengths", [(8, 8, 8), (8, 5, 11)], ids=["equal", "unequal"])
-def test_each_seat_gets_the_loss_and_the_gradient_that_its_client_gets_alone(lengths):
-    model, found = made(), []
+def test_each_seat_gets_the_loss_and_the_gradient_that_its_client_gets_alone(lengths, base):
+    model, found = made(base()), []
     batches = [batch(n, seed=n + i) for i, n in enumerate(lengths)]
     for number, own in enumerate(batches):
         start(model, number)
