@@ -19,6 +19,7 @@ from fedloom.data.splitters import partition
 from fedloom.errors import UserError, suggest
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
+from fedloom.evaluation.suites import Suite
 from fedloom.export import result_folder
 from fedloom.measured import preference as measured_preference
 from fedloom.models.adapters import AdaptedModel, Models
@@ -55,37 +56,7 @@ def evaluate(
     template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
     suite, note = pick_suite(chosen, corpus)
     data = federated_data(chosen, corpus, clients, template, suite, carriers.home() / "tokenised", say)
-    packed = supports_packing(model)
-    objective = OBJECTIVES[chosen.train.objective](chosen.train)
-    if chosen.train.objective == "dpo" and (model.full or chosen.adapter.trains_base):
-        say(
-            "no preferences: this result has weights of the base in it, so the base that they would be held against is gone"
-        )
-        objective = OBJECTIVES["sft"](chosen.train)
-
-    def measured(part: ClientData) -> dict[str, float]:
-        loss, tokens = loss_sums(
-            model, part.sequences, part.test, batch_size=chosen.evaluation.batch_size, packed=packed
-        )
-        right = (
-            score(
-                model,
-                template,
-                suite,
-                part.questions,
-                batch_size=chosen.evaluation.batch_size,
-                max_length=chosen.data.max_length,
-                max_new_tokens=chosen.evaluation.max_new_tokens,
-                packed=packed,
-            )
-            if suite and part.questions
-            else []
-        )
-        preferred = objective.sums(
-            model, part.sequences, part.test, batch_size=chosen.evaluation.batch_size, packed=packed
-        )
-        return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right), **preferred}
-
+    measured = _measure(chosen, model, template, suite, say)
     say(f"measuring {target} on {corpus.name}, {len(data.measured)} clients")
     sums = {name: measured(data.client(name)) for name in data.measured}
     everything = list(sums.values())
@@ -99,6 +70,40 @@ def evaluate(
         "note": note,
         "clients": {name: _means([s]) for name, s in sums.items()},
     }
+
+
+def _measure(
+    recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None, say: Callable[[str], None]
+) -> Callable[[ClientData], dict[str, float]]:
+    """What measures the live model on one client's data: sums of losses, right answers and preferences."""
+    size, packed = recipe.evaluation.batch_size, supports_packing(model)
+    objective = OBJECTIVES[recipe.train.objective](recipe.train)
+    if recipe.train.objective == "dpo" and (model.full or recipe.adapter.trains_base):
+        say(
+            "no preferences: this result has weights of the base in it, so the base that they would be held against is gone"
+        )
+        objective = OBJECTIVES["sft"](recipe.train)
+
+    def measured(part: ClientData) -> dict[str, float]:
+        loss, tokens = loss_sums(model, part.sequences, part.test, batch_size=size, packed=packed)
+        right = (
+            score(
+                model,
+                template,
+                suite,
+                part.questions,
+                batch_size=size,
+                max_length=recipe.data.max_length,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                packed=packed,
+            )
+            if suite and part.questions
+            else []
+        )
+        preferred = objective.sums(model, part.sequences, part.test, batch_size=size, packed=packed)
+        return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right), **preferred}
+
+    return measured
 
 
 def measured_by_tasks(suite: str | None) -> bool:

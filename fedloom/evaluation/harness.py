@@ -125,8 +125,12 @@ def score(
         "questions", "shots", "source", "categories"}}}
 
     Raises:
-        UserError: a task's data, a cage or a toolchain is not there; none of them has, where the suite may be partial.
+        UserError: a task's data, a cage or a toolchain is not there; none of them has, where the suite may be partial;
+            the suite names a task that its folder has no file of.
     """
+    missing = sorted(set(suite.tasks) - set(_manager(suite, {}).all_tasks))
+    if missing:
+        raise UserError(f"the suite {suite.name} names the task {missing[0]}, and {suite.folder} has no file of it")
     specials = False if template.style == "chat" else None
     tasks: dict[str, Any] = {}
     left_out: dict[str, str] = {}
@@ -136,17 +140,10 @@ def score(
         lm = Handed(model, batch_size, specials)
         _check_prompts(lm, template)
         for name, measured in suite.tasks.items():
-            told: dict[str, Any] = {"tokenizer": folder, "template": template.style, "system": template.system}
-            told["shots"] = measured.shots if shots is None else shots
-            manager = TaskManager(
-                include_path=str(suite.folder),
-                include_defaults=False,
-                metadata={**told, "allow_unsafe": allow_unsafe},
-            )
-            if name not in manager.all_tasks:
-                raise UserError(f"the suite {suite.name} names the task {name}, and {suite.folder} has no file of it")
+            wanted = measured.shots if shots is None else shots
+            told = {"tokenizer": folder, "template": template.style, "system": template.system, "shots": wanted}
             try:
-                loaded = manager.load([name])
+                loaded = _loaded(suite, name, {**told, "allow_unsafe": allow_unsafe})
             except UserError as error:
                 if not suite.partial:
                     raise
@@ -157,10 +154,8 @@ def score(
             docs: Docs = task.dataset["test"]
             asked = len(docs) if limit is None else min(limit, len(docs))
             say(f"{name}: {asked:,} questions from {docs.source}")
-            if docs.shots < (told["shots"] or 0):
-                say(
-                    f"{name}: {told['shots']} answered examples were asked for, and that source has {docs.shots} to show"
-                )
+            if docs.shots < (wanted or 0):
+                say(f"{name}: {wanted} answered examples were asked for, and that source has {docs.shots} to show")
             with attention.using(model.causal_lm, plain_attention(model)), torch.random.fork_rng():
                 torch.manual_seed(SEED)
                 found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)
@@ -173,6 +168,20 @@ def score(
         "left_out": left_out,
         "tasks": tasks,
     }
+
+
+def _loaded(suite: TaskSuite, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """One task as lm-eval loads it, with what its file asks to be told.
+
+    Raises:
+        UserError: its data, a cage or a toolchain is not there.
+    """
+    loaded: dict[str, Any] = _manager(suite, told).load([name])
+    return loaded
+
+
+def _manager(suite: TaskSuite, told: Mapping[str, Any]) -> TaskManager:
+    return TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=dict(told))
 
 
 def _task(found: Mapping[str, Any], name: str, metric: str, docs: Docs) -> dict[str, Any]:
