@@ -11,6 +11,9 @@ from markupsafe import Markup
 from fedloom.report import formats
 from fedloom.report.svg import Frame, nice_ticks, tick_labels
 
+#: Of a point, in pixels.
+RADIUS = 4.5
+
 
 @dataclass(frozen=True)
 class Point:
@@ -43,14 +46,15 @@ def draw(chart: Scatter, width: int, height: int) -> Markup:
     ticks = nice_ticks(min(p.y for p in chart.points), max(p.y for p in chart.points))
     frame = Frame(width, height, (low, high), (ticks[0], ticks[-1]), labels=14, ticks=ticks)
     parts = [_axes(frame, chart)]
-    taken: list[tuple[float, float, float]] = []
-    for point in sorted(chart.points, key=lambda p: (p.y, p.x, p.name)):
-        x, y = frame.at(math.log10(point.x) if point.x > 0 else low, point.y)
+    points = sorted(chart.points, key=lambda p: (p.y, p.x, p.name))
+    places = [frame.at(math.log10(p.x) if p.x > 0 else low, p.y) for p in points]
+    taken = [(x - RADIUS, x + RADIUS, y) for x, y in places]  # a name over another's point would pass for its own
+    for point, (x, y) in zip(points, places, strict=True):
         told = f"{point.name}: {formats.text(point.y, chart.y_unit)}, {formats.text(point.x, chart.x_unit)}"
         parts.append(
             Markup(
-                '<g class="series {}"><circle cx="{:.1f}" cy="{:.1f}" r="4.5"><title>{}</title></circle>{}</g>'
-            ).format(point.style, x, y, told, _name(frame, point.name, x, y, taken))
+                '<g class="series {}"><circle cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>{}</g>'
+            ).format(point.style, x, y, RADIUS, told, _name(frame, point.name, x, y, taken))
         )
     return Markup('<svg class="chart scatter" role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
         chart.title, width, height, Markup("").join(parts)
@@ -85,7 +89,7 @@ def _axes(frame: Frame, chart: Scatter) -> Markup:
 
 
 def _name(frame: Frame, name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> Markup:
-    """The name right or left of its point, none where another name is there already."""
+    """The name right or left of its point, none where another name or point is there already."""
     width = 6.6 * len(name)
     sides: Sequence[tuple[float, str]] = ((x + 8, "start"), (x - 8 - width, "end"))
     for left, anchor in sides:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 import sys
 from collections.abc import Mapping
@@ -294,6 +295,19 @@ def test_a_point_without_cost_stands_at_the_edge():
     centres = [float(part.split('"')[0]) for part in drawn.split('cx="')[1:]]
     free, cheap, dear = centres  # from the lowest y on
     assert free == 52.0 < cheap < dear
+
+
+def test_a_name_lies_over_no_other_point():
+    """Its name is on the left where another point stands on its right; shut in on both sides it has none."""
+
+    def anchors(*xs: float) -> dict[str, str]:
+        points = tuple(Point(f"point{i}", x, 1.0, "c0") for i, x in enumerate(xs))
+        drawn = str(draw(Scatter("t", "bytes", "size", "loss", points), 800, 300)).split("<circle")[1:]
+        return {f"point{i}": re.findall(r'text-anchor="(\w+)">point', part) for i, part in enumerate(drawn)}
+
+    assert list(anchors(1e2, 1e5, 1e9).values()) == [["start"], ["start"], ["end"]]  # the outer two stand at the edges
+    assert list(anchors(1e2, 1e5, 1.2e5, 1e9).values()) == [["start"], ["end"], ["start"], ["end"]]
+    assert list(anchors(1e2, 1e5, 1.2e5, 1.4e5, 1e9).values()) == [["start"], ["end"], [], ["start"], ["end"]]
 
 
 def smoke(name: str, *points: str) -> Benchmark:
