@@ -52,6 +52,11 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def unfinished(path: Path) -> bool:
+    """Whether this is what a killed process had begun to write and not yet renamed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 def link(path: Path, to: Path) -> None:
     """Have the file `path` under `to` as well, where files can have two names; else a copy of it."""
     to.parent.mkdir(parents=True, exist_ok=True)

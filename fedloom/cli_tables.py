@@ -22,10 +22,11 @@ def benchmark(
     from fedloom.benchmarking.declaration import Benchmark
     from fedloom.benchmarking.page import write_benchmark
     from fedloom.benchmarking.ratios import lines, ratios
-    from fedloom.benchmarking.runner import run_benchmark
+    from fedloom.benchmarking.runner import NOT_RUN, run_benchmark
     from fedloom.benchmarking.table import rows, to_csv, to_latex
     from fedloom.checkpoint import write_bytes, write_json
     from fedloom.console_tables import benchmark_table, plan_table
+    from fedloom.errors import RunFailed
 
     chosen = Benchmark.load(name, size)
     size = size or next(iter(chosen.sizes), None)
@@ -43,6 +44,9 @@ def benchmark(
     out.print(f"report   {write_benchmark(chosen, size, found, stated, folder)}", markup=False)
     for line in lines(stated):
         out.print(line, markup=False)
+    if not any(outcome.measured for outcome in outcomes):
+        cell = next((o for o in outcomes if o.trouble != NOT_RUN), outcomes[0])
+        raise RunFailed(f"no cell has a result: {cell.cell.name}: {cell.trouble}; all are in {folder / 'table.csv'}")
 
 
 @command

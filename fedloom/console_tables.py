@@ -10,7 +10,7 @@ from rich.table import Table
 from fedloom.benchmarking.columns import NAMED
 from fedloom.benchmarking.compare import Leaderboard
 from fedloom.benchmarking.declaration import Benchmark
-from fedloom.benchmarking.runner import NOT_RUN
+from fedloom.benchmarking.runner import NOT_RUN, check
 from fedloom.benchmarking.table import Row, shown
 from fedloom.report import settings
 
@@ -38,13 +38,14 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -> Tab
 
 
 def plan_table(benchmark: Benchmark) -> Table:
-    """A benchmark's cells, with what the pilot chooses among."""
+    """A benchmark's cells, with what the pilot chooses among, and what an algorithm refuses. Raises UserError."""
     table = Table(*benchmark.axes, "runs", "chosen in a pilot", box=None, pad_edge=False)
+    refused = check(benchmark)
     for cell in benchmark.cells():
-        for choice in cell.choices():
-            cell.recipe(benchmark.seeds[0], choice)
         pilot = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in cell.pilot.items())
         table.add_row(*cell.place.values(), str(len(benchmark.seeds)), pilot)
+    if refused:
+        table.caption = escape("\n".join(f"{name} will have no result: {why}" for name, why in refused.items()))
     return table
 
 

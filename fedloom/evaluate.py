@@ -4,6 +4,7 @@ suite of lm-eval tasks on public benchmarks.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from fedloom import carriers, environment, registry
 from fedloom.choices import federated_data, load_data, pick_suite
-from fedloom.config import AdapterConfig, ModelConfig, Recipe
+from fedloom.config import AdapterConfig, Recipe
 from fedloom.data.federated import ClientData
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import partition
@@ -43,7 +44,8 @@ def evaluate(
     Args:
         target: a run's folder, a folder with an adapter in peft's format, or a model's name or folder.
         recipe: whose corpus, split and evaluation to use; a run brings its own, `quickstart` serves otherwise.
-        values: dotted recipe keys to change.
+        values: dotted recipe keys to change. A plain model's settings, and another base for an adapter than its
+            configuration names, are `model.…` here: a recipe's own are for that recipe's model.
         client: after a personal algorithm, whose result.
 
     Returns:
@@ -176,18 +178,30 @@ def _loaded(
     else:
         chosen = Recipe.load(recipe or "quickstart").with_values(values)
     torch.set_num_threads(chosen.runtime.threads or environment.available_cores())
-    return chosen, _model(target, run, chosen, client, say)
-
-
-def _model(target: str, run: RunFolder, recipe: Recipe, client: str | None, say: Callable[[str], None]) -> AdaptedModel:
-    device = pick_device(recipe.runtime.device)
+    device = pick_device(chosen.runtime.device)
     if run.holds_a_run:
-        return load_adapted(run.stored_recipe().model, result_folder(run.path, client), device, say)
-    if (Path(target) / "adapter_config.json").is_file():
-        return load_adapted(recipe.model, Path(target), device, say)
+        return chosen, load_adapted(run.stored_recipe().model, result_folder(run.path, client), device, say)
+    named = {key: value for key, value in values.items() if key == "model" or key.startswith("model.")}
+    adapter = Path(target) / "adapter_config.json"
+    if adapter.is_file():
+        base = Recipe.parse({"model": {"name": _base_of(adapter) or chosen.model.name}}, named).model
+        say(f"loading {base.name}, the base of {target}")
+        return chosen, load_adapted(base, Path(target), device, say)
     # A fresh LoRA changes nothing: a plain model is measured by the same code.
-    lora = recipe.adapter if recipe.adapter.method == "lora" else AdapterConfig()
-    return Models(ModelConfig(name=target), lora, recipe.seed, device, say).adapted()
+    lora = chosen.adapter if chosen.adapter.method == "lora" else AdapterConfig()
+    plain = Recipe.parse({}, {**named, "model.name": target}).model
+    return chosen, Models(plain, lora, chosen.seed, device, say).adapted()
+
+
+def _base_of(adapter: Path) -> str | None:
+    """The base model that an adapter's configuration names. Raises UserError where it cannot be read."""
+    try:
+        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{adapter} cannot be read ({error}): name a folder as `fedloom run` and peft write it"
+        ) from None
+    return str(name) if name else None
 
 
 def _means(sums: list[dict[str, float]]) -> dict[str, Any]:

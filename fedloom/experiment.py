@@ -54,7 +54,7 @@ from fedloom.rounds import Schedule
 from fedloom.runfolder import RunFolder, continued, opened
 from fedloom.runtimes.ranked import Ranked
 from fedloom.sending import Runtime, Tick
-from fedloom.summary import summarise
+from fedloom.summary import cost, summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
 from fedloom.training.precision import choose_precision
 from fedloom.trials import check_positions, check_sparing, choose_packing, settle_attention
@@ -309,6 +309,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.runtime.close()
+    spent = cost(progress)
     reference = None if setting.elsewhere else _reference(setting, folder, watch)
     load("")
     summary = summarise(
@@ -324,6 +325,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
         algorithm.guarantee(),
         algorithm.left_server(),
         reference,
+        spent,
     )
     folder.write("summary.json", summary)
     write_cards(folder, recipe, summary, setting.clients.clients)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 import yaml
 
-from fedloom.checkpoint import write_bytes, write_json
+from fedloom.checkpoint import unfinished, write_bytes, write_json
 from fedloom.config import Recipe, find_recipe
 from fedloom.errors import UserError
 from fedloom.overrides import load_yaml
@@ -114,7 +114,11 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
         )
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file: name a folder with --out")
-    if not folder.holds_a_run and path.is_dir() and any(p.name not in OTHERS for p in path.iterdir()):
+    if (
+        not folder.holds_a_run
+        and path.is_dir()
+        and any(p.name not in OTHERS and not unfinished(p) for p in path.iterdir())
+    ):
         raise UserError(f"{path} is not empty and holds no run: name another folder with --out")
     made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,7 @@ def summarise(
     privacy: Mapping[str, Any] | None = None,
     left_server: Mapping[str, int] | None = None,
     reference: Mapping[str, Any] | None = None,
+    spent: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The summary as JSON values; docs/run-folder.md explains each key.
 
@@ -41,6 +42,7 @@ def summarise(
         privacy: what the algorithm guarantees.
         left_server: of an algorithm whose clients hold an emulator, what they were given of the model.
         reference: the summary of the ordinary run beside it.
+        spent: `cost` as it was before the reference ran; by default as it is now.
     """
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
     before, after = tables.clients(0, first), tables.clients(progress.finished, last)
@@ -73,7 +75,7 @@ def summarise(
         "privacy": None if privacy is None else dict(privacy),
         "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
         "virtual": _virtual(progress),
-        "cost": _cost(progress),
+        "cost": cost(progress) if spent is None else dict(spent),
         "clients": len(partition.clients),
         "rounds": progress.finished,
         "stopped": progress.stopped,
@@ -146,8 +148,8 @@ def _virtual(progress: Progress) -> dict[str, Any] | None:
     return None if seconds is None else {"seconds": seconds, "loss": curve}
 
 
-def _cost(progress: Progress) -> dict[str, Any]:
-    """All messages and work of the run; the part that evaluation took stands beside it."""
+def cost(progress: Progress) -> dict[str, Any]:
+    """All messages and work of the run until now; the part that evaluation took stands beside it."""
     total, evaluation = asdict(progress.cost), progress.evaluation_cost
     wall, cpu = progress.elapsed()
     return {

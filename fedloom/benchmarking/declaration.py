@@ -22,8 +22,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedloom import registry
@@ -34,6 +35,9 @@ from fedloom.overrides import load_yaml
 
 #: A recipe's keys, dotted, and the values that they get.
 Values = dict[str, Any]
+
+#: Key → the values that a pilot tries for it.
+Choices = dict[str, Annotated[list[Any], Field(min_length=1)]]
 
 #: The words that stand for many registered algorithms on an axis.
 EVERY: dict[str, Callable[[str], bool]] = {
@@ -53,7 +57,7 @@ class Size(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     description: str = ""
     base: Values = Field(default_factory=dict)
-    pilot: dict[str, list[Any]] | None = None
+    pilot: Choices | None = None
     pilot_values: Values = Field(default_factory=dict)
     seeds: list[int] | None = None
     leave_out: list[str] = Field(default_factory=list)
@@ -80,7 +84,7 @@ class Benchmark(BaseModel):
     description: str
     base: Values = Field(default_factory=dict)
     axes: dict[str, dict[str, Any]]
-    pilot: dict[str, list[Any]] = Field(default_factory=dict)
+    pilot: Choices = Field(default_factory=dict)
     pilot_values: Values = Field(default_factory=dict)
     seeds: list[int] = Field(default_factory=lambda: [42], min_length=1)
     sizes: dict[str, Size] = Field(default_factory=dict)
@@ -94,13 +98,35 @@ class Benchmark(BaseModel):
         """A built-in benchmark by name, or a YAML file, at one of its sizes. Raises UserError where it is wrong."""
         path = find_benchmark(source)
         try:
-            found = cls.model_validate({"name": path.stem, **(load_yaml(path.read_text(encoding="utf-8")) or {})})
+            values = load_yaml(path.read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"benchmark {path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise UserError(
+                f"benchmark {path} holds {type(values).__name__}, not a mapping of keys: see docs/benchmarks.md"
+            )
+        try:
+            found = cls.model_validate({"name": path.stem, **values})
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise UserError(f"benchmark {path}: {where}: {first['msg']}") from None
+            raise UserError(f"benchmark {path}: {_first(error)}") from None
+        found._check_points()
         found._check_columns()
         return found.at(size)
+
+    def _check_points(self) -> None:
+        """Raises UserError where a point is no mapping of a recipe's keys, or tries no values in its pilot."""
+        for axis, points in self.axes.items():
+            for name, values in points.items():
+                where = f"benchmark {self.name}: axes.{axis}.{name}"
+                if name == "all" or values is None:
+                    continue
+                if not isinstance(values, dict):
+                    raise UserError(
+                        f"{where} is {values!r}: a point is a mapping of a recipe's keys, as algorithm: {name}"
+                    )
+                tried = values.get("pilot", {})
+                if not isinstance(tried, dict) or not all(isinstance(v, list) and v for v in tried.values()):
+                    raise UserError(f"{where}.pilot is {tried!r}: it has a list of values for each key that it tries")
 
     def _check_columns(self) -> None:
         """Raises UserError where what is to be shown does not exist."""
@@ -129,9 +155,9 @@ class Benchmark(BaseModel):
         chosen = self.sizes[name]
         return self.model_copy(
             update={
-                "base": {**self.base, **chosen.base},
+                "base": _over(self.base, chosen.base),
                 "pilot": self.pilot if chosen.pilot is None else chosen.pilot,
-                "pilot_values": {**self.pilot_values, **chosen.pilot_values},
+                "pilot_values": _over(self.pilot_values, chosen.pilot_values),
                 "seeds": chosen.seeds or self.seeds,
                 "leave_out": [*self.leave_out, *chosen.leave_out],
             }
@@ -153,7 +179,7 @@ class Benchmark(BaseModel):
                     f"benchmark {self.name}: axes.{axis}.{name}.pilot_of={leaders[axis]}: no such point: "
                     f"{suggest(leaders[axis], axes[axis])}"
                 )
-            values = {k: v for k, v in values.items() if not any(k.startswith(f"{c}.") for c in changes)} | changes
+            values = _over(values, changes)
         led = leaders != place
         if led and any("pilot_of" in axes[axis][leader] for axis, leader in leaders.items()):
             raise UserError(
@@ -182,7 +208,7 @@ class Cell(BaseModel):
     benchmark: str
     place: dict[str, str]
     values: Values
-    pilot: dict[str, list[Any]]
+    pilot: Choices
     pilot_values: Values
     leader: Cell | None = None
 
@@ -192,7 +218,7 @@ class Cell(BaseModel):
 
     def recipe(self, seed: int, more: Mapping[str, Any] | None = None) -> Recipe:
         """The recipe of this cell. Raises UserError where a key is wrong, naming the cell."""
-        values = {**self.values, "name": self.name.replace("/", "-"), "seed": seed, **(more or {})}
+        values = _over({**self.values, "name": self.name.replace("/", "-"), "seed": seed}, more or {})
         try:
             return Recipe.parse({}, values)
         except UserError as error:
@@ -201,6 +227,18 @@ class Cell(BaseModel):
     def choices(self) -> list[Values]:
         """Every combination of the pilot's values; one, empty, where nothing is to be chosen."""
         return [dict(zip(self.pilot, chosen, strict=True)) for chosen in itertools.product(*self.pilot.values())]
+
+
+def _over(values: Values, changes: Mapping[str, Any]) -> Values:
+    """`values` with `changes` set after them: a section that changes replaces single keys of it that stood before."""
+    left = {k: v for k, v in values.items() if k not in changes and not any(k.startswith(f"{c}.") for c in changes)}
+    return {**left, **changes}
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, and where."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def _points(points: Mapping[str, Any], leave_out: list[str]) -> dict[str, Values]:

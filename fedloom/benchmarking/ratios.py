@@ -9,7 +9,7 @@ from fedloom.benchmarking.table import Row
 
 
 def ratios(benchmark: Benchmark, found: Sequence[Row]) -> dict[str, float | None]:
-    """Name → ratio, None where a run is not there yet.
+    """Name → ratio, None where a run of either point is missing.
 
     With more axes than the one of the two points there is a ratio for each combination of the others, which stands
     behind its name: `name.point`.
@@ -17,13 +17,13 @@ def ratios(benchmark: Benchmark, found: Sequence[Row]) -> dict[str, float | None
     made: dict[str, float | None] = {}
     for name, ratio in benchmark.ratios.items():
         axis = benchmark.axis_of(name, ratio)
-        numbers = {tuple(row.place.items()): row.means[ratio.column] for row in found}
+        numbers = {tuple(row.place.items()): None if row.trouble else row.means[ratio.column] for row in found}
         for row in found:
             if row.place[axis] != ratio.over[0]:
                 continue
             others = [point for other, point in row.place.items() if other != axis]
             below = numbers.get(tuple({**row.place, axis: ratio.over[1]}.items()))
-            above = row.means[ratio.column]
+            above = numbers[tuple(row.place.items())]
             made[".".join([name, *others])] = above / below if above is not None and below else None
     return made
 

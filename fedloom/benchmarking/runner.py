@@ -1,7 +1,7 @@
 """Runs a benchmark's cells, the cheapest first, and carries on where it was killed.
 
     OUT/benchmark.json              what is run: written first, and held against what is asked for when it goes on
-    OUT/pilots/CELL/k/              the k-th choice's short run
+    OUT/pilots/CELL/k/              the k-th choice's short run; chosen.json beside them has what was taken
     OUT/cells/CELL/SEED/            a run's folder, as `fedloom run` writes it
 
 A run is finished where it has a summary. Whatever else lies there is carried on from its checkpoint, so a benchmark
@@ -21,10 +21,12 @@ from typing import Any
 from fedloom import environment
 from fedloom.benchmarking.columns import measured
 from fedloom.benchmarking.declaration import Benchmark, Cell, Values
-from fedloom.checkpoint import write_json
+from fedloom.checkpoint import unfinished, write_json
+from fedloom.choices import make_algorithm
 from fedloom.config import Recipe
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Watch, run
+from fedloom.report import settings
 from fedloom.runfolder import RunFolder
 from fedloom.tracking import read_events
 
@@ -36,6 +38,9 @@ VALIDATION = "validation_loss/loss"
 
 #: Keys of a benchmark that say what is shown of its runs: they may change between two calls.
 SHOWN = ("ratios", "terminal", "judged_by")
+
+#: What a pilot chose, beside its runs.
+CHOSEN = "chosen.json"
 
 #: The trouble of a cell that nobody began, or whose run was killed.
 NOT_RUN = "not run yet"
@@ -69,9 +74,7 @@ def run_benchmark(
         UserError: a recipe is wrong, or `out` holds another benchmark. Nothing was run.
     """
     cells = benchmark.cells()
-    for cell in cells:
-        for choice in cell.choices():
-            cell.recipe(benchmark.seeds[0], choice)
+    check(benchmark)
     _claim(benchmark, out, size)
     order = sorted(range(len(cells)), key=lambda i: (cost(cells[i].recipe(benchmark.seeds[0])), i))
     chosen_first = [cells[i] for i in order if only in cells[i].name]
@@ -82,6 +85,25 @@ def run_benchmark(
         for line in _run_cell(benchmark, cell, out):
             say(f"  {line}")
     return [outcome(benchmark, cell, out) for cell in cells]
+
+
+def check(benchmark: Benchmark) -> dict[str, str]:
+    """Parse every recipe; cell → why its algorithm refuses it, for those that will be rows without a result.
+
+    Raises:
+        UserError: a key or value of a recipe, of a pilot's too, is wrong.
+    """
+    refused = {}
+    for cell in benchmark.cells():
+        recipes = [cell.recipe(benchmark.seeds[0], choice) for choice in cell.choices()]
+        if len(recipes) > 1:
+            recipes += [_pilot(benchmark, cell, choice) for choice in cell.choices()]
+        try:
+            for recipe in recipes:
+                make_algorithm(recipe)
+        except UserError as error:
+            refused[cell.name] = str(error)
+    return refused
 
 
 def cost(recipe: Recipe) -> float:
@@ -98,25 +120,51 @@ def _run_cell(benchmark: Benchmark, cell: Cell, out: Path) -> Iterator[str]:
     trouble = out / "cells" / cell.name / "trouble.json"
     trouble.unlink(missing_ok=True)
     try:
-        choices = cell.choices()
-        if len(choices) > 1:
-            leader = cell.leader or cell
-            for number, choice in enumerate(choices):
-                with contextlib.suppress(RunFailed):  # as with a rate that is far too high: it is not taken
-                    _finish(_pilot(benchmark, leader, choice), _pilot_folder(out, leader, number))
-            chosen = choose(cell, out)
-            yield "chosen " + ", ".join(f"{key}={value:g}" for key, value in chosen.items())
-        else:
-            chosen = choices[0]
-        for seed in benchmark.seeds:
-            folder = out / "cells" / cell.name / str(seed)
-            if RunFolder(folder).read("summary.json") is None:
-                summary = _finish(cell.recipe(seed, chosen), folder)
-                loss = summary["loss"]
-                yield f"seed {seed}: loss {_number(loss['before'])} to {_number(loss['after'])}"
+        chosen = _chosen(benchmark, cell, out)
     except (UserError, RunFailed) as error:
         write_json(trouble, {"trouble": str(error)})
         yield f"no result: {error}"
+        return
+    if chosen:
+        yield f"chosen {settings.line(chosen)}"
+    troubles = []
+    for seed in benchmark.seeds:
+        folder = out / "cells" / cell.name / str(seed)
+        if RunFolder(folder).read("summary.json") is not None:
+            continue
+        try:
+            loss = _finish(cell.recipe(seed, chosen), folder)["loss"]
+            yield f"seed {seed}: loss {_number(loss['before'])} to {_number(loss['after'])}"
+        except (UserError, RunFailed) as error:
+            troubles.append(f"seed {seed}: {error}" if len(benchmark.seeds) > 1 else str(error))
+            yield f"no result: {troubles[-1]}"
+    if troubles:
+        write_json(trouble, {"trouble": "; ".join(troubles)})
+
+
+def _chosen(benchmark: Benchmark, cell: Cell, out: Path) -> Values:
+    """What the pilot chooses, which is run first where it was not; written down, so that no later call chooses again.
+
+    Raises:
+        RunFailed: a pilot failed otherwise than by what it tried, as for want of memory; or none gave a loss.
+    """
+    choices, leader = cell.choices(), cell.leader or cell
+    if len(choices) > 1 and _stored_choice(leader, out) is None:
+        for number, choice in enumerate(choices):
+            folder = _pilot_folder(out, leader, number)
+            try:
+                _finish(_pilot(benchmark, leader, choice), folder)
+            except RunFailed:
+                if not _diverged(folder):
+                    raise
+        write_json(out / "pilots" / leader.name / CHOSEN, choose(leader, out))
+    return choose(cell, out)
+
+
+def _diverged(folder: Path) -> bool:
+    """Whether a client's numbers left the finite ones, as with a rate that is far too high."""
+    events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
+    return any(e["event"] == "client_failed" and e["reason"] == "non_finite" for e in events)
 
 
 def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -140,18 +188,24 @@ def _pilot_folder(out: Path, cell: Cell, number: int) -> Path:
 
 
 def choose(cell: Cell, out: Path) -> Values:
-    """The choice with the lowest validation loss in its pilot; one that did not end in a number is never taken.
+    """What was chosen; else the choice with the lowest validation loss in its pilot. One without a number is not taken.
 
     Raises:
-        RunFailed: none did.
+        RunFailed: none did end in one.
     """
-    losses = [
-        _validation_loss(_pilot_folder(out, cell.leader or cell, number)) for number in range(len(cell.choices()))
-    ]
+    leader, choices = cell.leader or cell, cell.choices()
+    stored = _stored_choice(leader, out)
+    if len(choices) == 1 or stored is not None:
+        return choices[0] if stored is None else stored
+    losses = [_validation_loss(_pilot_folder(out, leader, number)) for number in range(len(choices))]
     best = min(range(len(losses)), key=lambda i: losses[i])
     if not math.isfinite(losses[best]):
         raise RunFailed(f"no value of {', '.join(cell.pilot)} gives a finite validation loss")
-    return cell.choices()[best]
+    return choices[best]
+
+
+def _stored_choice(leader: Cell, out: Path) -> Values | None:
+    return RunFolder(out / "pilots" / leader.name).read(CHOSEN)
 
 
 def _validation_loss(folder: Path) -> float:
@@ -170,7 +224,8 @@ def outcome(benchmark: Benchmark, cell: Cell, out: Path) -> Outcome:
         if numbers is not None:
             found.measured[seed] = numbers
     if len(cell.choices()) > 1 and found.measured:
-        found.chosen = choose(cell, out)
+        with contextlib.suppress(RunFailed):  # pilots that somebody deleted
+            found.chosen = choose(cell, out)
     trouble = RunFolder(folder).read("trouble.json")
     if trouble is not None:
         found.trouble = str(trouble["trouble"])
@@ -187,7 +242,7 @@ def _claim(benchmark: Benchmark, out: Path, size: str | None) -> None:
         differs = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
         raise UserError(f"{out} holds another benchmark ({', '.join(differs)} differ): name another --out")
     if there is None:
-        if out.is_dir() and any(out.iterdir()):
+        if out.is_dir() and not all(unfinished(path) for path in out.iterdir()):
             raise UserError(f"{out} is not empty and holds no benchmark: name another --out")
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "benchmark.json", wanted)

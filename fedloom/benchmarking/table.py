@@ -85,7 +85,11 @@ def to_csv(found: Sequence[Row]) -> str:
 
 
 def to_latex(found: Sequence[Row], caption: str, *, marked: bool = True) -> str:
-    """A tabular with booktabs' rules; `marked` sets the best of each measured column in bold."""
+    """A tabular with booktabs' rules; `marked` sets the best of each measured column in bold.
+
+    A row that lacks runs says how many seeds it has.
+    """
+    most = max((row.seeds for row in found), default=0)
     axes = list(found[0].place) if found else []
     columns = [c for c in shown(found) if c.key not in {"loss_before", "failures"}]
     finest = bests(found, columns) if marked else {}
@@ -100,7 +104,9 @@ def to_latex(found: Sequence[Row], caption: str, *, marked: bool = True) -> str:
             text = _escaped(row.text(column)).replace("±", r"$\pm$").replace("–", "--")
             mean = row.means[column.key]
             cells.append(rf"\textbf{{{text}}}" if mean is not None and mean == finest.get(column.key) else text)
-        lines.append(" & ".join([*(_escaped(p) for p in row.place.values()), *cells]) + r" \\")
+        *axes_before, last = row.place.values()
+        places = [*axes_before, last if row.seeds in (0, most) else f"{last} ({row.seeds} of {most} seeds)"]
+        lines.append(" & ".join([*map(_escaped, places), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
@@ -110,8 +116,8 @@ def bests(found: Sequence[Row], columns: Sequence[Column]) -> dict[str, float | 
 
 
 def best(found: Sequence[Row], column: Column) -> float | None:
-    """The best mean of a column; None where neither more nor less is better."""
-    numbers = [row.means[column.key] for row in found]
+    """The best mean of a column, of rows that have all their runs; None where neither more nor less is better."""
+    numbers = [row.means[column.key] for row in found if not row.trouble]
     there = [n for n in numbers if n is not None]
     if not there or not column.better:
         return None

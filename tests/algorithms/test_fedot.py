@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import json
+import time
 import weakref
 
 import pytest
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fedloom
-from fedloom import registry
+from fedloom import experiment, registry
 from fedloom.algorithms import fedavg
 from fedloom.algorithms.fedot import FedOT
 from fedloom.checkpoint import from_bytes, to_bytes
@@ -466,6 +467,20 @@ def test_a_run_killed_while_its_reference_trains_is_carried_on(recipe, tmp_path,
     more = fedloom.run(made.with_values({"federation.rounds": 3}), tmp_path / "run", resume=True).summary
     assert more["rounds"] == 3
     assert json.loads((tmp_path / "run" / "reference" / "summary.json").read_text())["rounds"] == 3
+
+
+def test_what_a_run_cost_is_without_the_reference_beside_it(recipe, tmp_path, monkeypatch):
+    reference, began = experiment._reference, []
+
+    def timed(*arguments):
+        began.append(time.perf_counter())
+        return reference(*arguments)
+
+    monkeypatch.setattr(experiment, "_reference", timed)
+    started = time.perf_counter()
+    summary = fedloom.run(recipe({"reference": True}), tmp_path / "run").summary
+    assert summary["offsite"]["full_tuned"] is not None
+    assert 0 < summary["cost"]["wall_seconds"] <= began[0] - started + 1e-3  # it is rounded
 
 
 def test_questions_are_answered_by_both_models_and_the_reference_can_be_left_out(recipe, tmp_path, monkeypatch):

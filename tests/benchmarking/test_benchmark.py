@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +25,10 @@ from fedloom.benchmarking.declaration import Benchmark, builtin_benchmarks
 from fedloom.benchmarking.page import write_benchmark
 from fedloom.benchmarking.ratios import lines, ratios
 from fedloom.benchmarking.runner import run_benchmark
-from fedloom.benchmarking.table import rows, to_csv, to_latex
+from fedloom.benchmarking.table import best, rows, to_csv, to_latex
 from fedloom.choices import make_algorithm
 from fedloom.environment import forget_peak_memory, peak_memory_bytes
-from fedloom.errors import UserError
+from fedloom.errors import RunFailed, UserError
 from fedloom.methods import METHODS
 from fedloom.report.scatter import Point, Scatter, draw
 from fedloom.tracking import Events
@@ -244,6 +246,10 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
             None,
             "pilot_of names a point that",
         ),
+        ({"axes": {"a": {"b": "fedavg"}}}, None, "axes.a.b is 'fedavg': a point is a mapping"),
+        ({"axes": {"a": {"b": {"pilot": {"train.lr": 1e-3}}}}}, None, "axes.a.b.pilot is .* a list of values"),
+        ({"pilot": {"train.lr": []}}, None, "pilot.train.lr: List should have at least 1 item"),
+        ({"pilot": {"train.lr": [1, 2]}, "pilot_values": {"rounds": 1}}, None, "mine, own/global: .*rounds"),
         ({"sead": [1]}, None, "sead"),
         ({"seeds": []}, None, "seeds"),
         ({"terminal": ["losses"]}, None, "unknown column 'losses': did you mean loss"),
@@ -258,6 +264,101 @@ def test_mistakes_are_named_before_anything_runs(declared, tmp_path, more, size,
     with pytest.raises(UserError, match=sentence):
         run_benchmark(Benchmark.load(declared(**more), size), tmp_path / "out", quiet)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("axes: [", "is not YAML"), ("- axes", "holds list, not a mapping"), ("\x00", "is not YAML")]
+)
+def test_a_file_that_is_no_benchmark_is_named(tmp_path, text, sentence):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(UserError, match=rf"mine\.yaml {sentence}"):
+        Benchmark.load(str(tmp_path / "mine.yaml"))
+
+
+def test_a_section_that_a_size_replaces_does_not_hide_what_the_pilot_tries(declared):
+    base = {**yaml.safe_load(Path(declared()).read_text())["base"], "train.lr": 1e-3}
+    sizes = {"small": {"base": {"train": {"steps": 3}}}}
+    cell = Benchmark.load(declared(base=base, sizes=sizes, pilot={"train.lr": [1e-4, 3e-3]})).cells()[0]
+    tried = [cell.recipe(1, choice).train for choice in cell.choices()]
+    assert [(train.lr, train.steps) for train in tried] == [(1e-4, 3), (3e-3, 3)]
+
+
+def test_a_plan_says_which_cells_an_algorithm_refuses(declared):
+    axes = {
+        "row": {"fine": {}, "wrong": {"algorithm": "fedprox", "algorithm.mew": 1.0}, "none": {"algorithm": "fedagv"}}
+    }
+    refused = runner.check(Benchmark.load(declared(axes=axes)))
+    assert set(refused) == {"wrong", "none"}
+    assert "mew" in refused["wrong"] and "did you mean fedavg" in refused["none"]
+
+
+def test_words_can_be_tried_and_a_choice_stays_once_it_is_made(declared, tmp_path, monkeypatch):
+    tried = {"pilot": {"train.optimizer": ["adamw", "sgd"]}, "seeds": [1], "axes": {"row": {"fedavg": {}}}}
+    benchmark, out, said = Benchmark.load(declared(**tried), "small"), tmp_path / "out", []
+    (first,) = run_benchmark(benchmark, out, said.append)
+    assert f"  chosen train.optimizer={first.chosen['train.optimizer']}" in said
+    monkeypatch.setattr(runner, "_validation_loss", lambda folder: float("1" in folder.name))  # others would win now
+    other = [c for c in first.cell.choices() if c != first.chosen]
+    assert len(other) == 1
+    (again,) = run_benchmark(benchmark, out, quiet)
+    shutil.rmtree(out / "pilots")
+    (without,) = run_benchmark(benchmark, out, quiet)
+    assert again.chosen == first.chosen
+    assert without.measured == first.measured and not without.trouble
+
+
+def test_a_pilot_that_had_no_room_is_run_again_and_not_passed_over(declared, tmp_path, monkeypatch):
+    tried = {"pilot": {"train.lr": [1e-6, 1e-2]}, "seeds": [1], "axes": {"row": {"fedavg": {}}}}
+    benchmark, out, finish = Benchmark.load(declared(**tried), "small"), tmp_path / "out", runner._finish
+
+    def full(recipe: Any, folder: Path) -> Any:
+        if folder == out / "pilots" / "fedavg" / "1":
+            raise RunFailed("no space left")
+        return finish(recipe, folder)
+
+    monkeypatch.setattr(runner, "_finish", full)
+    (outcome,) = run_benchmark(benchmark, out, quiet)
+    assert outcome.trouble == "no space left" and not outcome.measured
+    monkeypatch.undo()
+    (outcome,) = run_benchmark(benchmark, out, quiet)
+    assert outcome.chosen == {"train.lr": 1e-2} and not outcome.trouble
+
+
+def test_a_cell_that_lacks_a_run_is_neither_best_nor_in_a_ratio(declared, tmp_path, monkeypatch):
+    stated = {"local_over_federated": {"column": "loss", "over": ["local", "federated"]}}
+    axes = {"row": {"federated": {}, "local": {"algorithm": "local"}}}
+    benchmark = Benchmark.load(declared(axes=axes, ratios=stated, seeds=[1, 2, 3]))
+    finish = runner._finish
+
+    def failing(recipe: Any, folder: Path) -> Any:
+        if (recipe.algorithm.name, recipe.seed) == ("local", 2):
+            raise RunFailed("it diverged")
+        return finish(recipe, folder)
+
+    monkeypatch.setattr(runner, "_finish", failing)
+    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    assert [(row.seeds, row.trouble) for row in found] == [(3, ""), (2, "seed 2: it diverged")]
+    assert ratios(benchmark, found) == {"local_over_federated": None}
+    loss = next(c for c in COLUMNS if c.key == "loss")
+    assert best([replace(found[1], means={**found[1].means, "loss": 0.0}), found[0]], loss) == found[0].means["loss"]
+    assert "local (2 of 3 seeds)" in to_latex(found, "t")
+
+
+def test_what_a_kill_left_half_written_is_in_nobodys_way(declared, tmp_path):
+    benchmark = Benchmark.load(declared(axes={"row": {"fedavg": {}}}, seeds=[1]))
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / ".benchmark.json-x1.tmp").write_text("hal")
+    (first,) = run_benchmark(benchmark, out, quiet)
+    shutil.rmtree(out / "cells/fedavg/1")
+    (out / "cells/fedavg/1").mkdir()
+    (out / "cells/fedavg/1/.recipe.yaml-x2.tmp").write_text("hal")
+    (again,) = run_benchmark(benchmark, out, quiet)
+    assert not again.trouble
+    assert again.measured[1]["adapter_sha256"] == first.measured[1]["adapter_sha256"]
+    (out / "benchmark.json").unlink()
+    with pytest.raises(UserError, match="is not empty and holds no benchmark"):
+        run_benchmark(benchmark, out, quiet)
 
 
 def test_another_benchmark_in_the_folder_is_refused(declared, tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,6 +87,28 @@ def test_evaluate_of_an_adapter_folder_and_of_a_merged_model(cli, scored, tmp_pa
         assert done.code == 0, done.err
         numbers = json.loads((tmp_path / "numbers.json").read_text())
         assert numbers["loss"] == pytest.approx(summary["loss"]["after"], rel=1e-5)
+
+
+def test_evaluate_takes_the_base_that_an_adapter_names_and_the_settings_that_a_model_is_given(cli, scored, tmp_path):
+    """No recipe says which model it is; the command line may."""
+    _, summary = scored
+    done = cli("evaluate", "run/adapter", "--recipe", "tiny.yaml", "--set", "model.name=./nowhere", setup=SUITE)
+    assert done.code == 2 and "nowhere" in done.err
+    recipe = yaml.safe_load((tmp_path / "tiny.yaml").read_text())
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump({**recipe, "model": "./nowhere"}))
+    done = cli("evaluate", "run/adapter", "--recipe", "other.yaml", "--out", "numbers.json", setup=SUITE)
+    assert done.code == 0, done.err
+    numbers = json.loads((tmp_path / "numbers.json").read_text())
+    assert numbers["loss"] == pytest.approx(summary["loss"]["after"], rel=1e-5)
+    losses = []
+    assert cli("export", "run", "--format", "merged", "--out", "plain").code == 0
+    for more in ([], ["--set", "model.dtype=bfloat16"]):
+        done = cli("evaluate", "plain", "--recipe", "other.yaml", *more, "--out", "numbers.json", setup=SUITE)
+        assert done.code == 0, done.err
+        losses.append(json.loads((tmp_path / "numbers.json").read_text())["loss"])
+    assert losses[0] == pytest.approx(summary["loss"]["after"], rel=1e-5)
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
 def test_evaluate_with_another_suite_and_limit(cli, scored, tmp_path):
