@@ -7,6 +7,7 @@ import io
 import json
 import time
 import weakref
+from functools import partial
 
 import pytest
 import tiny
@@ -471,13 +472,13 @@ def test_a_run_killed_while_its_reference_trains_is_carried_on(recipe, tmp_path,
 
 def test_what_a_run_cost_is_without_the_reference_beside_it(recipe, tmp_path, monkeypatch):
     times = {}
-    for name in ("assemble", "_reference"):  # the first of each: the reference is assembled, too
 
-        def timed(*arguments, name=name, call=getattr(experiment, name)):
-            times.setdefault(name, time.perf_counter())
-            return call(*arguments)
+    def timed(name, call, *arguments):
+        times.setdefault(name, time.perf_counter())  # the first of each: the reference is assembled, too
+        return call(*arguments)
 
-        monkeypatch.setattr(experiment, name, timed)
+    for name in ("assemble", "_reference"):
+        monkeypatch.setattr(experiment, name, partial(timed, name, getattr(experiment, name)))
     summary = fedloom.run(recipe({"reference": True}), tmp_path / "run").summary
     assert summary["offsite"]["full_tuned"] is not None
     assert 0 < summary["cost"]["wall_seconds"] <= times["_reference"] - times["assemble"] + 1e-3  # it is rounded
