@@ -26,8 +26,9 @@ from fedloom.data.prompts import Template
 from fedloom.errors import UserError
 from fedloom.evaluation import benchmarks, marking
 from fedloom.evaluation.benchmarks import Questions
-from fedloom.evaluation.code_execution import Cage, find_cage, run_all
-from fedloom.evaluation.languages import completed, language, of_task
+from fedloom.evaluation.code_execution import find_cage, run_all
+from fedloom.evaluation.languages import check_runs, completed, language, of_task
+from fedloom.evaluation.programs import Cage
 from fedloom.models.loading import load_tokenizer
 from fedloom.types import Example
 
@@ -106,10 +107,10 @@ def load(
     if where is None:
         raise UserError("our tasks write prompts with the model's tokenizer: give --model_args pretrained=FOLDER")
     questions = benchmarks.find(benchmark, _say)
-    record = (questions.asked[0].reference or {}).get("record")
-    if record:  # before a model has worked for hours
-        language(of_task(record["task_id"]))
-        _cage(allow_unsafe)
+    records = [r for r in ((q.reference or {}).get("record") for q in questions.asked[:3]) if r]
+    if records:  # before a model has worked for hours
+        language(of_task(records[0]["task_id"]))
+        check_runs(_cage(allow_unsafe), records)
     chosen = Template.choose(_tokenizer(where), template, system)
     count = shots_by_default if shots is None else shots
     return {"test": Docs(questions, chosen, count, allow_unsafe)}

@@ -25,20 +25,10 @@ import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 from fedloom.errors import UserError
 from fedloom.evaluation.bubblewrap import Bubblewrap
-from fedloom.evaluation.programs import SCRATCH, SOURCES, Program, Ran, folder, prlimit, start, watched
-
-
-class Cage(Protocol):
-    """Runs a program and outlives it."""
-
-    name: str
-
-    def run(self, program: Program) -> Ran:
-        """Returns within the program's limits, whatever it does."""
+from fedloom.evaluation.programs import PYTHON, SCRATCH, SOURCES, Cage, Program, Ran, folder, prlimit, start, watched
 
 
 def find_cage(*, allow_unsafe: bool = False) -> Cage:
@@ -98,14 +88,14 @@ class Container:
 
     def argv(self, sources: Path, name: str, program: Program) -> list[str]:
         """The engine's command line."""
-        limits = program.limits
+        limits, (first, *others) = program.limits, program.command
+        entry = "python3" if first == PYTHON else first  # the image has its own
         return [
             str(self._engine), "run", "--rm", "--name", name, "--network", "none", "--read-only", "--cap-drop", "ALL",
             "--security-opt", "no-new-privileges", "--user", "65534:65534", "--memory", str(limits.memory),
             "--memory-swap", str(limits.memory), "--pids-limit", str(limits.processes),
             "--tmpfs", f"{SCRATCH}:rw,exec,size={limits.scratch}", "--volume", f"{sources}:{SOURCES}:ro",
-            "--workdir", SOURCES, "--env", f"HOME={SCRATCH}", "--entrypoint", program.command[0], self.image,
-            *program.command[1:],
+            "--workdir", SOURCES, "--env", f"HOME={SCRATCH}", "--entrypoint", entry, self.image, *others,
         ]  # fmt: skip
 
 

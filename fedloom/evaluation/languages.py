@@ -10,17 +10,15 @@ HumanEval: arXiv 2107.03374. HumanEval-X: arXiv 2303.17568. The order of the par
 
 from __future__ import annotations
 
-import os
 import re
 import secrets
 import shutil
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fedloom.errors import UserError, suggest
-from fedloom.evaluation.programs import SCRATCH, SOURCES, Limits, Program, Ran
+from fedloom.evaluation.programs import PYTHON, SCRATCH, SOURCES, Cage, Limits, Program, Ran
 
 #: One record of a data file: HumanEval's or HumanEval-X's own keys.
 Record = Mapping[str, Any]
@@ -126,6 +124,27 @@ def language(name: str) -> Language:
     return found
 
 
+def check_runs(cage: Cage, records: Sequence[Record]) -> None:
+    """Raise UserError where programs of these records' language do not run in the cage, whose tools may be others.
+
+    The first records' own answers are run; one that passes is enough, since some of the data's own do not.
+    """
+    ran = None
+    for record in [r for r in records if r.get("canonical_solution")][:3]:
+        found = language(of_task(record["task_id"]))
+        program, passed = found.program(record, record["canonical_solution"])
+        ran = cage.run(program)
+        if passed(ran):
+            return
+    if ran is not None:
+        said = " ".join(ran.output.split())[-200:] or f"it ended by {ran.end}"
+        raise UserError(
+            f"{found.name} programs do not run in the cage here ({cage.name}): the right answer to {record['task_id']} did "
+            f"not pass ({said}): install {' and '.join(found.tools)} where the cage sees it, under /usr, or leave "
+            f"{found.name} out"
+        )
+
+
 def of_task(task_id: str) -> str:
     """The language of a record: ``HumanEval/3`` and ``Python/3`` are Python, ``CPP/3`` is C++ …"""
     kind = task_id.partition("/")[0].lower()
@@ -135,8 +154,7 @@ def of_task(task_id: str) -> str:
 def _python(record: Record, answer: str, word: str) -> Program:
     check = f"check({record['entry_point']})\n" if "entry_point" in record else ""
     source = f"{record['prompt']}{answer}\n{record['test']}\n{check}print({word!r})\n"
-    interpreter = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
-    return Program({"main.py": source}, [interpreter, "-B", f"{SOURCES}/main.py"], Limits(seconds=10.0))
+    return Program({"main.py": source}, [PYTHON, "-B", f"{SOURCES}/main.py"], Limits(seconds=10.0))
 
 
 def _javascript(record: Record, answer: str, word: str) -> Program:

@@ -9,18 +9,22 @@ import contextlib
 import os
 import selectors
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 #: How often a running program is looked at, in seconds.
 LOOK = 0.02
 
 #: Where a program finds its files, and where it may write.
 SOURCES, SCRATCH = "/program", "/tmp"
+
+#: The Python that runs this, outside of any virtual environment: what a cage shows is this one.
+PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 End = Literal["ended", "timeout", "memory", "processes", "output"]
 
@@ -66,15 +70,25 @@ class Ran:
         return self.end == "ended" and self.code == 0
 
 
+class Cage(Protocol):
+    """Runs a program and outlives it (bubblewrap.py, code_execution.py)."""
+
+    name: str
+
+    def run(self, program: Program) -> Ran:
+        """Returns within the program's limits, whatever it does."""
+
+
 @contextlib.contextmanager
 def folder(program: Program) -> Iterator[Path]:
     """The program's files, readable by whoever it runs as."""
     with tempfile.TemporaryDirectory(prefix="fedloom-program-") as name:
         folder = Path(name)
-        folder.chmod(0o755)
         for path, text in program.files.items():
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).write_text(text, encoding="utf-8", errors="replace")
+        for place in (folder, *folder.rglob("*")):  # whatever the user's umask says
+            place.chmod(0o755 if place.is_dir() else 0o644)
         yield folder
 
 
@@ -119,6 +133,7 @@ def watched(
             process.wait(timeout=10.0)
         if process.poll() is None:
             process.kill()
+            end()  # of what there was not yet when it was first said, as of a container that had not begun
         while over == "ended" and reading and len(kept) <= limits.output and selector.select(0):
             piece = os.read(process.stdout.fileno(), 1 << 16)
             reading = bool(piece)

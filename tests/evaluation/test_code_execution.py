@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,9 @@ from fedloom.errors import UserError
 from fedloom.evaluation import code_execution
 from fedloom.evaluation.bubblewrap import Bubblewrap
 from fedloom.evaluation.code_execution import Container, Unsafe, find_cage, run_all
-from fedloom.evaluation.programs import Limits, Program
+from fedloom.evaluation.programs import PYTHON, Limits, Program, folder
 
 SMALL = Limits(seconds=8.0, memory=256 << 20, processes=32, scratch=32 << 20, output=4096)
-HERE = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
 def namespaces() -> bool:
@@ -32,7 +31,7 @@ caged = pytest.mark.skipif(not namespaces(), reason="bwrap is not here, or may m
 
 
 def python(source: str, limits: Limits = SMALL) -> Program:
-    return Program({"main.py": source}, [HERE, "-B", "/program/main.py"], limits)
+    return Program({"main.py": source}, [PYTHON, "-B", "/program/main.py"], limits)
 
 
 # ------------------------------------------------------------------ the cage
@@ -46,10 +45,14 @@ ATTACKS = {
         "        time.sleep(60)\ntime.sleep(60)",
         {"memory"},
     ),
-    "files in memory, hidden": (
-        "import ctypes, os\nctypes.CDLL(None).prctl(4, 0)\n"
-        "while True:\n    os.write(os.memfd_create('held'), b'1' * (16 << 20))",
-        {"memory"},
+    "files in memory, let go of": (
+        "import os\nwhile True:\n    held = os.memfd_create('held')\n    os.write(held, b'1' * (16 << 20))\n    os.close(held)",
+        {"error"},
+    ),
+    "segments in memory, let go of": (
+        "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nfor _ in range(64):\n"
+        "    assert libc.shmget(0, 16 << 20, 0o1600) >= 0, ctypes.get_errno()",
+        {"error"},
     ),
     "endless loop": ("while True:\n    pass", {"timeout"}),
     "endless sleep, without output": ("import os, time\nos.close(1)\nos.close(2)\ntime.sleep(600)", {"timeout"}),
@@ -79,6 +82,27 @@ def test_attacks_are_held(attack):
     assert not ran.well
     assert ("error" if ran.end == "ended" else ran.end) in ends, ran.output
     assert len(ran.output) <= SMALL.output
+
+
+@caged
+def test_memory_that_no_process_holds_cannot_be_made():
+    source = (
+        "import ctypes, errno, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
+        "assert libc.shmget(0, 4096, 0o1600) == -1 and ctypes.get_errno() == errno.EPERM\n"
+        "try:\n    os.memfd_create('held')\nexcept PermissionError:\n    print('refused')\n"
+    )
+    ran = Bubblewrap().run(python(source))
+    assert (ran.well, ran.output) == (True, "refused\n")
+
+
+def test_files_can_be_read_whatever_the_users_umask_says():
+    before = os.umask(0o077)
+    try:
+        with folder(Program({"deep/main.py": ""}, ["true"])) as here:
+            modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (here, *here.rglob("*"))}
+    finally:
+        os.umask(before)
+    assert modes == {here.name: 0o755, "deep": 0o755, "main.py": 0o644}
 
 
 @caged
@@ -200,4 +224,5 @@ def test_a_container_is_asked_for_with_every_bound(tmp_path, monkeypatch):
     }  # fmt: skip
     assert {key: called[called.index(key) + 1] for key in wanted} == wanted
     assert "--read-only" in called
+    assert called[called.index("--entrypoint") + 1] == "python3"  # the image's own, wherever this machine has one
     assert called[called.index("kill") + 1] == called[called.index("--name") + 1]

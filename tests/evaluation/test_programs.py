@@ -14,7 +14,8 @@ import pytest
 from fedloom.errors import UserError
 from fedloom.evaluation import asked
 from fedloom.evaluation.bubblewrap import Bubblewrap
-from fedloom.evaluation.languages import LANGUAGES
+from fedloom.evaluation.languages import LANGUAGES, check_runs
+from fedloom.evaluation.programs import Ran
 
 trouble = Bubblewrap().trouble()
 caged = pytest.mark.skipif(bool(trouble), reason=trouble)
@@ -48,6 +49,31 @@ def test_right_answers_pass_and_empty_ones_do_not():
         "pass@1": pytest.approx(0.05),
         "pass@10": pytest.approx(0.5),
     }
+
+
+class Elsewhere:
+    """A cage in which nothing is installed."""
+
+    name = "elsewhere"
+
+    def run(self, program):
+        return Ran("ended", 127, "python3: not found")
+
+
+def test_a_language_that_does_not_run_in_the_cage_is_refused_before_a_model_is_asked():
+    with pytest.raises(
+        UserError, match=r"python programs do not run in the cage here \(elsewhere\).*python3: not found"
+    ):
+        check_runs(Elsewhere(), RECORDS)
+    check_runs(Elsewhere(), [{**RECORDS[0], "canonical_solution": ""}])  # nothing to try
+
+
+@caged
+def test_one_right_answer_that_passes_is_enough():
+    check_runs(Bubblewrap(), [{**RECORDS[0], "canonical_solution": "    return None\n"}, *RECORDS[1:]])
+    wrong = [{**record, "canonical_solution": "    return None\n"} for record in RECORDS]
+    with pytest.raises(UserError, match="the right answer to HumanEval/2 did not pass"):
+        check_runs(Bubblewrap(), wrong)
 
 
 @caged
