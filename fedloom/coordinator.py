@@ -160,7 +160,7 @@ class Coordinator:
         digests: dict[str, str] = {}
         finished, assigned = self.progress.finished, self.sender.assignment
         for outcome in self.runtime.run(assigned(c, "save", finished) for c in self.schedule.testing):
-            self.progress.cost += outcome.cost
+            self._measured(outcome.cost, 0)  # as the evaluation of personal models, which asks for the same
             if isinstance(outcome, Failure):
                 raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")
             digests[outcome.client] = str(outcome.payload.meta["adapter_sha256"])
@@ -238,6 +238,7 @@ class Coordinator:
                 loss=outcome.metrics["loss"],
                 upload_bytes=outcome.cost.upload_bytes,
                 download_bytes=outcome.cost.download_bytes,
+                broadcast_bytes=outcome.cost.broadcast_bytes,
                 seconds=round(outcome.cost.wall_seconds, 3),
                 metrics=own,
                 **self.gathering.about(outcome),

@@ -9,6 +9,7 @@ does not know rounds, and neither trains nor measures.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from fedloom.algorithms.base import Algorithm
@@ -62,11 +63,14 @@ class Sender:
         self._algorithm, self._schedule, self._events = algorithm, schedule, events
         self._recipe, self._score, self._tick = recipe, score, tick
         self._contacted: set[str] = set()
+        self._fresh: set[str] = set()  # whose first message is on its way
 
     def assignment(self, client: str, kind: Any, round: int, dataset: Any = "test") -> Assignment:
         """One piece of work, as it travels; the first one to a client carries the recipe and the initial broadcast."""
         first = client not in self._contacted
         self._contacted.add(client)
+        if first:
+            self._fresh.add(client)
         algorithm = self._algorithm
         payload = algorithm.initial_payload(client) if first else algorithm.round_payload(client)
         assignment = Assignment(
@@ -84,14 +88,23 @@ class Sender:
 
     def trained(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
         """Outcomes of training, their payloads decoded, as they arrive."""
-        return self.channel.opening(self.runtime.run(assignments))
+        return self.channel.opening(self._run(assignments))
+
+    def _run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
+        """The runtime's outcomes, with the cost of first messages told apart."""
+        for outcome in self.runtime.run(assignments):
+            if outcome.client in self._fresh:
+                self._fresh.discard(outcome.client)
+                outcome = replace(outcome, cost=replace(outcome.cost, broadcast_bytes=outcome.cost.download_bytes))
+            yield outcome
+            del outcome  # as in `outcomes`
 
     def outcomes(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
         """Send one assignment to each client; outcomes as they arrive."""
         self._tick(kind, round, 0, len(clients))
         assignments = (self.assignment(client, kind, round, dataset) for client in clients)
         done = 0
-        for outcome in self.trained(assignments) if kind == "train" else self.runtime.run(assignments):
+        for outcome in self.trained(assignments) if kind == "train" else self._run(assignments):
             done += 1  # noqa: SIM113  (its tuple would hold on to the outcome)
             self._tick(kind, round, done, len(clients))
             yield outcome

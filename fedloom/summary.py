@@ -156,6 +156,7 @@ def cost(progress: Progress) -> dict[str, Any]:
         **total,
         "evaluation_upload_bytes": evaluation.upload_bytes,
         "evaluation_download_bytes": evaluation.download_bytes,
+        "evaluation_broadcast_bytes": evaluation.broadcast_bytes,
         "evaluation_seconds": round(evaluation.wall_seconds, 3),
         "wall_seconds": round(wall, 3),
         "cpu_seconds": round(cpu, 3),

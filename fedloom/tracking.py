@@ -22,7 +22,7 @@ SCHEMA: dict[str, tuple[str, ...]] = {
     "round_started": ("round", "clients"),
     "client_update": (
         "round", "client", "examples", "tokens", "steps", "skipped_steps", "loss",
-        "upload_bytes", "download_bytes", "seconds", "staleness", "arrived", "metrics",
+        "upload_bytes", "download_bytes", "broadcast_bytes", "seconds", "staleness", "arrived", "metrics",
     ),
     "client_failed": ("round", "client", "kind", "reason", "detail"),
     "round_finished": (

@@ -224,6 +224,8 @@ class Cost:
     Attributes:
         upload_bytes: client → server.
         download_bytes: server → client.
+        broadcast_bytes: those of `download_bytes` that were first messages to a client, which carry the recipe and the
+            initial broadcast. The server counts them.
         train_tokens: tokens that went through forward and backward.
         train_flops: floating-point operations of training (evaluation/cost.py has the closed form).
         steps: optimiser steps.
@@ -233,6 +235,7 @@ class Cost:
 
     upload_bytes: int = 0
     download_bytes: int = 0
+    broadcast_bytes: int = 0
     train_tokens: int = 0
     train_flops: int = 0
     steps: int = 0

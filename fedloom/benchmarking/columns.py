@@ -43,9 +43,9 @@ class Column:
 def measured(folder: Path) -> dict[str, Any] | None:
     """The numbers of the run in `folder`; None where it is not finished.
 
-    `messages` has the mean bytes of a client's update and of its assignment, without those of the first round (which
-    carry the recipe, and what is broadcast once) where there were more. `own` has every client's loss and score on its
-    own test data, which summary.json names one by one only where they are few.
+    `messages` has the mean bytes of a client's update and of its assignment, of those that were not the first to a client
+    (which carry the recipe, and what is broadcast once) where there are others. `own` has every client's loss and score on
+    its own test data, which summary.json names one by one only where they are few.
     """
     summary = RunFolder(folder).read("summary.json")
     if summary is None:
@@ -56,7 +56,7 @@ def measured(folder: Path) -> dict[str, Any] | None:
 
 def _messages(events: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     updates = [e for e in events if e["event"] == "client_update"]
-    later = [e for e in updates if e["round"] > 1] or updates
+    later = [e for e in updates if not e.get("broadcast_bytes")] or updates
     return {
         way: statistics.fmean(e[f"{way}_bytes"] for e in later) if later else None for way in ("upload", "download")
     }
@@ -96,14 +96,17 @@ def _spread(what: str) -> Callable[[Numbers], float | None]:
     return read
 
 
-def _without_evaluation(way: str) -> Callable[[Numbers], float | None]:
-    whole, evaluation = at("cost", f"{way}_bytes"), at("cost", f"evaluation_{way}_bytes")
+def _uploaded(numbers: Numbers) -> float | None:
+    """Of training alone."""
+    cost = numbers["cost"]
+    return float(cost["upload_bytes"] - cost["evaluation_upload_bytes"])
 
-    def read(numbers: Numbers) -> float | None:
-        total = whole(numbers)
-        return None if total is None else total - (evaluation(numbers) or 0.0)
 
-    return read
+def _downloaded(numbers: Numbers) -> float | None:
+    """Of training alone, without first messages, which stand in a column of their own whatever sent them."""
+    cost = numbers["cost"]
+    training = cost["download_bytes"] - cost["evaluation_download_bytes"]
+    return float(training - cost.get("broadcast_bytes", 0) + cost.get("evaluation_broadcast_bytes", 0))
 
 
 def size(value: float) -> str:
@@ -148,8 +151,9 @@ MEASURED = (
 TRAFFIC = (
     Column("message_up_bytes", "a message up", at("messages", "upload"), size, "less"),
     Column("message_down_bytes", "a message down", at("messages", "download"), size, "less"),
-    Column("upload_bytes", "up", _without_evaluation("upload"), size, "less"),
-    Column("download_bytes", "down", _without_evaluation("download"), size, "less"),
+    Column("upload_bytes", "up", _uploaded, size, "less"),
+    Column("download_bytes", "down", _downloaded, size, "less"),
+    Column("broadcast_bytes", "first messages", at("cost", "broadcast_bytes"), size, "less"),
 )
 SPENT = (
     Column("cpu_seconds", "CPU time", at("cost", "cpu_seconds"), "{:.0f} s".format),

@@ -181,6 +181,9 @@ def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatc
     resumed = to_csv(rows(run_benchmark(benchmark, tmp_path / "killed", quiet)))
     assert kills == 5
     assert measured(resumed) == measured(whole)
+    for one, other in zip(csv.DictReader(resumed.splitlines()), csv.DictReader(whole.splitlines()), strict=True):
+        for key in ("message_up_bytes", "message_down_bytes", "upload_bytes"):
+            assert float(one[key]) == pytest.approx(float(other[key]), abs=100)  # a message says how long its work took
     chosen = {(row["split"], row["row"]): row["chosen"] for row in csv.DictReader(whole.splitlines())}
     assert chosen["own", "local"] == chosen["own", "federated"] != ""
     assert sorted(p.name for p in (tmp_path / "whole" / "pilots" / "own").iterdir()) == ["federated", "global"]

@@ -183,7 +183,7 @@ def test_of_many_clients_all_count_and_the_first_message_does_not(tmp_path):
     told = Tables(tmp_path / "evaluations").told(3, clients)
     assert told["clients"] == {}
     updates = [
-        {"event": "client_update", "round": r, "upload_bytes": u, "download_bytes": d}
+        {"event": "client_update", "round": r, "upload_bytes": u, "download_bytes": d, "broadcast_bytes": d * (r == 1)}
         for r, u, d in ((1, 900, 5000), (2, 100, 300), (2, 200, 300), (3, 300, 600))
     ]
     evaluation = {"event": "evaluation", "round": 3, **told}

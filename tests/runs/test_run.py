@@ -33,11 +33,14 @@ class Counted:
     def __init__(self, monkeypatch):
         self.assignments: list[tuple[str, int]] = []
         self.outcomes: list[int] = []
+        self.first: list[tuple[str, int]] = []  # of assignments that carry the recipe
         encode_assignment, encode_outcome = wire.encode_assignment, wire.encode_outcome
 
         def down(assignment, **how):
             message = encode_assignment(assignment, **how)
             self.assignments.append((assignment.kind, len(message)))
+            if assignment.recipe is not None:
+                self.first.append(self.assignments[-1])
             return message
 
         def up(outcome, **how):
@@ -128,8 +131,10 @@ def test_bytes_are_those_of_all_encoded_messages(tiny_recipe, tmp_path, monkeypa
     result = run(tiny_recipe({"algorithm.name": algorithm}), tmp_path / "run")
     cost = result.summary["cost"]
     assert (cost["upload_bytes"], cost["download_bytes"]) == (counted.up, counted.down)
-    evaluation = sum(size for kind, size in counted.assignments if kind == "evaluate")
-    assert cost["evaluation_download_bytes"] == evaluation
+    other = sum(size for kind, size in counted.assignments if kind != "train")  # and of the writing of personal results
+    assert cost["evaluation_download_bytes"] == other
+    assert cost["broadcast_bytes"] == sum(size for _, size in counted.first) > 0
+    assert cost["evaluation_broadcast_bytes"] == sum(size for kind, size in counted.first if kind == "evaluate")
     rounds = [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "round_finished"]
     assert sum(e["download_bytes"] for e in rounds) == sum(s for kind, s in counted.assignments if kind == "train")
     adapter = result.summary["adapter"]["bytes"]
