@@ -63,6 +63,12 @@ class Base:
         device: torch.device = next(self.model.parameters()).device
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: its embeddings', which stay as they are where layers are quantised."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
 
 def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: None) -> Base:
     """The frozen base model of `config` on `device`, quantised where it says so.

@@ -186,7 +186,7 @@ class Stepper:
         self.parameter = model.parameter if parameter is None else parameter
         self.optimizer = FlatOptimizer(config, self.parameter, optimizer_state)
         self._flops = Flops(model)
-        self._scale = LossScale(config.precision)
+        self._scale = LossScale(config.precision, model.base.dtype)
         self._result = FitResult()
         self._weighted, self._weight = 0.0, 0
 
@@ -255,7 +255,7 @@ def _gradient(
         autocast(model.device, config.precision),
     ):
         loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
-        while scale.overflowed(model.grad):
+        while scale.overflowed(model.grad, loss):
             loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
     return loss
 
