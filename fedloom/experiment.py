@@ -202,8 +202,8 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         {
             "runtime.threads": threads,
             "data.template": template.style,
-            "model.attention": settle_attention(recipe.model.attention, model, watch.say),
-            "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
+            "train.precision": (precision := choose_precision(recipe.train.precision, model.device, watch.say)),
+            "model.attention": settle_attention(recipe.model.attention, model, precision, watch.say),
             "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }
     )
