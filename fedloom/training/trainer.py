@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -234,6 +235,17 @@ def _clipped(
     return True
 
 
+@contextmanager
+def passes(model: AdaptedModel, config: TrainConfig) -> Iterator[None]:
+    """In this block passes are the recipe's: what they keep, what is compiled, and their precision; `backward` ends them."""
+    with (
+        sparing(model, config.checkpointing, config.loss_chunk),
+        compiled(model, config.compile),
+        autocast(model.device, config.precision),
+    ):
+        yield
+
+
 def _gradient(
     model: AdaptedModel,
     learner: Learner,
@@ -249,11 +261,7 @@ def _gradient(
 
     Returns the step's loss.
     """
-    with (
-        sparing(model, config.checkpointing, config.loss_chunk),
-        compiled(model, config.compile),
-        autocast(model.device, config.precision),
-    ):
+    with passes(model, config):
         loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
         while scale.overflowed(model.grad, loss):
             loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
@@ -284,7 +292,7 @@ def _accumulate(
         loss = learner.local_loss(model, batch, step_units)
         if hooks:
             loss = hooks.forward(loss)
-        _backward(model, loss, scale)
+        backward(model, loss, scale)
         if hooks:
             model.grad.mul_(1.0 / scale.value)  # hooks see it as it is; powers of two go out and in exactly
             hooks.backward()
@@ -296,11 +304,12 @@ def _accumulate(
     total = ranks.total(total)
     penalty = model.penalty()  # every rank has all of it
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
-        _backward(model, penalty, scale)
+        backward(model, penalty, scale)
     return total
 
 
-def _backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale) -> None:
+def backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale) -> None:
+    """Add the gradient of `loss` times the scale to `model.grad`; within `passes`."""
     with torch.autocast(loss.device.type, enabled=False):
         model.backward(loss * scale.value if scale.value != 1.0 else loss)
 
