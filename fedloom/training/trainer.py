@@ -90,6 +90,8 @@ class LocalRun:
 
     def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
         """Plain local training of the live adapter, or of `parameter`, with `learner`'s loss and hooks."""
+        grad = (self.model.parameter if parameter is None else parameter).grad
+        assert grad is not None
         return fit(
             self.model,
             learner,
@@ -99,7 +101,7 @@ class LocalRun:
             total_steps=self.total_steps,
             optimizer_state=self.optimizer_state,
             parameter=parameter,
-            hooks=self.hooks.fit(self.model, self.steps_per_epoch) if self.hooks else None,
+            hooks=self.hooks.fit(self.model, grad, self.steps_per_epoch) if self.hooks else None,
             ranks=self.ranks,
         )
 
