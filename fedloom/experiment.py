@@ -56,8 +56,9 @@ from fedloom.runtimes.ranked import Ranked
 from fedloom.sending import Runtime, Tick
 from fedloom.summary import summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
+from fedloom.training.kernels import settle_attention
 from fedloom.training.precision import choose_precision
-from fedloom.trials import check_positions, check_sparing, choose_packing, settle_attention
+from fedloom.trials import check_positions, check_sparing, choose_packing
 from fedloom.types import Corpus, Partition
 
 

@@ -14,7 +14,6 @@ from fedloom.models.forward import supports_chunks, supports_packing, supports_p
 from fedloom.models.memory import can_recompute
 from fedloom.models.prefix import no_prefix
 from fedloom.training.compiling import trouble
-from fedloom.training.precision import autocast
 
 Say = Callable[[str], None]
 
@@ -29,25 +28,6 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
         raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
     say("this model does not keep packed sequences apart: batches are padded")
     return "off"
-
-
-def settle_attention(wanted: str, model: AdaptedModel, precision: str, say: Say) -> str:
-    """What packed batches attend with, once the model was tried: under auto per-segment SDPA where a kernel is off.
-
-    Args:
-        precision: that training will have, chosen: fp32, bf16 or fp16.
-    """
-    name = model.base.attention
-    if name == "sdpa":
-        return name
-    with autocast(model.device, precision):
-        if supports_packing(model):
-            return name
-    if wanted != "auto":
-        raise UserError(f"model.attention={wanted} does not give this model's losses here: set model.attention=sdpa")
-    say(f"{name} does not give this model's losses here: packed batches take sdpa")
-    model.base.attention = "sdpa"
-    return "sdpa"
 
 
 def check_sparing(recipe: Recipe, model: AdaptedModel, *, elsewhere: bool = False) -> None:

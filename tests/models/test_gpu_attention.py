@@ -17,7 +17,7 @@ from fedloom.models.gpu_attention import PACKED, choose_attention, packed_flash,
 from fedloom.models.loading import Base, load_base
 from fedloom.models.results import export_merged, load_adapted
 from fedloom.runfolder import continued
-from fedloom.trials import settle_attention
+from fedloom.training.kernels import settle_attention
 
 HALF, WHOLE = torch.bfloat16, torch.float32
 
