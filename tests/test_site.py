@@ -16,11 +16,12 @@ from fedloom.config import Recipe
 from fedloom.data.shards import is_shard, read_shard, write_shard
 from fedloom.data.splitters import partition
 from fedloom.errors import UserError
-from fedloom.experiment import run
+from fedloom.experiment import Watch, run
 from fedloom.overrides import dump_yaml
 from fedloom.policy import Policy, Refused
 from fedloom.project import Project, SiteConfig
 from fedloom.registry import Registry
+from fedloom.runfolder import RunFolder
 from fedloom.runtimes.versions import mismatch, own
 from fedloom.site import Room, localised, own_data, run_folder
 from fedloom.tracking import read_events
@@ -100,6 +101,14 @@ def test_each_site_tries_its_own_kernel_and_the_servers_decides_nothing(tiny_rec
     assert sorted(wanted) == ["auto"] * len(files) + ["sdpa"]
     assert Recipe.load(found.folder / "recipe.yaml").train.packing == "on"
     assert found.summary["adapter_sha256"] == plain["adapter_sha256"]
+
+
+def test_a_finished_run_is_read_by_a_server_without_its_sites_kernel(tiny_recipe, tmp_path):
+    from fedloom.federation import result
+
+    RunFolder(tmp_path).write_recipe(tiny_recipe({"model.attention": "flex"}))  # personal results stay with the sites
+    (tmp_path / "summary.json").write_text("{}")
+    assert result(tmp_path, Watch()).tokenizer is not None
 
 
 def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp_path):
