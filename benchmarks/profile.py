@@ -17,7 +17,7 @@ the disk, or for whoever else is on the machine. Lines are `NAME_share=` of the 
     evaluate                       held-out loss after each round
     checkpoint, events             what is written after a round
     idle                           wall seconds less CPU seconds
-    rest                           whatever is none of these
+    rest                           whatever is none of these, within a client's turn and the aggregation too
 
 and `covered=`, the CPU seconds that have a name over all of them. The exit code is 1 where that is under 0.98. With more
 than one thread idle can be negative: one thread unless OMP_NUM_THREADS says otherwise.

@@ -31,8 +31,8 @@ from fedloom.arrival import by_client
 from fedloom.checkpoint import folder_name, from_bytes, link, to_bytes, write_bytes
 from fedloom.clock import Timed
 from fedloom.gathering import Accept
-from fedloom.rounds import Schedule
-from fedloom.types import Assignment, Cost, Failure, Outcome, Payload, Update
+from fedloom.rounds import ATTEMPTS, Schedule
+from fedloom.types import VANISHED, Assignment, Cost, Failure, Outcome, Payload, Update
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class InFlight:
     def begin(self, round: int) -> list[str]:
         """A new version is there, and everybody may start from it. Returns those in flight once free slots are given."""
         self._round = round
-        self._queue = deque(self._schedule.queue(round))
         busy = self._busy()
+        self._queue = deque(self._schedule.queue(round, 0 if busy else 1))
         idle = (client for client in self._queue if client not in busy)
         asked = islice(idle, max(0, self._schedule.sampled() - len(busy)))
         return sorted({*busy, *asked}, key=self._position.__getitem__)
@@ -136,9 +136,19 @@ class InFlight:
             yield self._assign(client, self._round)
 
     def _arrivals(self) -> Iterator[Outcome]:
-        """Outcomes as they arrive, for as long as any can."""
-        while self._busy() or self._free():
-            yield self._received() if self._timed is None else self._arrived(self._timed)
+        """Outcomes as they arrive, for as long as any can. Below quorum, those whose devices vanished are asked again."""
+        usable, gone = 0, list[str]()
+        for _ in range(ATTEMPTS):
+            while self._busy() or self._free():
+                outcome = self._received() if self._timed is None else self._arrived(self._timed)
+                usable += isinstance(outcome, Update)
+                if isinstance(outcome, Failure) and outcome.reason in VANISHED and outcome.round == self._round:
+                    gone.append(outcome.client)
+                yield outcome
+                del outcome
+            if not gone or usable >= self._schedule.federation.min_clients:
+                return
+            self._queue, gone = deque(gone), []
 
     def _received(self) -> Outcome:
         """The next outcome that the runtime hands over."""

@@ -36,6 +36,7 @@ from fedloom.models.prefix import MEGABYTE, PrefixCache
 from fedloom.operators.channel import Chains, ClientChannel
 from fedloom.randomness import forked_torch
 from fedloom.training.compiling import trouble
+from fedloom.training.kernels import settle_attention
 from fedloom.training.objectives import OBJECTIVES
 from fedloom.training.parallel import ALONE, Ranks, bystander, deal
 from fedloom.training.precision import autocast
@@ -151,6 +152,9 @@ class Client:
         if self._model is None:
             self._model = self._algorithm.client_model(self._models, payload)
             self._model.prefix = None
+            if self._recipe.train.packing == "on":  # a site's own kernel has not been tried yet
+                train, wanted = self._recipe.train, self._recipe.model.attention
+                settle_attention(wanted, self._model, train.precision, self._models.say)
             if (megabytes := self._recipe.train.cache_prefix) is not None:
                 folder = (self._cache or carriers.home()) / "prefix"
                 self._model.prefix = PrefixCache(self._model, folder, megabytes * MEGABYTE)

@@ -8,6 +8,7 @@ here; which updates count, and in which order, does. This file does not know who
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -37,8 +38,8 @@ class Pace(Protocol):
         """
         ...
 
-    def vanishes(self, client: str, round: int) -> bool:
-        """Whether this client is lost in the middle of this round's work."""
+    def vanishes(self, client: str, round: int, attempt: int) -> bool:
+        """Whether this client is lost in the middle of this round's work; `attempt`: how often it has been in this round."""
         ...
 
 
@@ -60,7 +61,7 @@ class Speeds:
         z = float(numpy_generator(self._seed, "arrival", 0, client).standard_normal())
         return cost.train_tokens * SECONDS_PER_TOKEN * math.exp(self._spread * z)
 
-    def vanishes(self, client: str, round: int) -> bool:
+    def vanishes(self, client: str, round: int, attempt: int) -> bool:
         return False
 
 
@@ -77,6 +78,7 @@ class Timed:
         self._runtime = runtime
         self._pace = pace
         self._took: dict[str, float] = {}  # client → virtual seconds of its training that was handed over last
+        self._vanished: Counter[tuple[str, int]] = Counter()  # (client, round) → how often
 
     @property
     def pooled_tests(self) -> bool:
@@ -96,7 +98,8 @@ class Timed:
         def up_to_the_next_lost() -> Iterator[Assignment | None]:
             for a in pending:
                 if a is not None and a.kind == "train":
-                    if self._pace.vanishes(a.client, a.round):
+                    if self._pace.vanishes(a.client, a.round, self._vanished[a.client, a.round]):
+                        self._vanished[a.client, a.round] += 1
                         detail = "its device was lost in the middle of the work"
                         lost.append(Failure(a.client, a.round, "vanished", detail))
                         return

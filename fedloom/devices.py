@@ -64,15 +64,19 @@ class Fleet:
         """Of a piece of work, from when it is sent to when its update arrives."""
         return self.devices[client].seconds(cost.train_flops, down, up)
 
-    def there(self, round: int) -> frozenset[str]:
-        """Who can be reached as a round begins."""
-        numbers = numpy_generator(self._seed, "available", round).random(len(self.clients))
+    def there(self, round: int, attempt: int = 0) -> frozenset[str]:
+        """Who can be reached as a round begins; where those are too few, at the server's next attempt to begin it."""
+        numbers = numpy_generator(self._seed, "available", round, _numbered("", attempt)).random(len(self.clients))
         return frozenset(c for c, u, p in zip(self.clients, numbers, self._available, strict=True) if u < p)
 
-    def vanishes(self, client: str, round: int) -> bool:
-        """Whether this client is lost in the middle of this round's work."""
-        chance = self.devices[client].dropout
-        return chance > 0 and float(numpy_generator(self._seed, "vanishing", round, client).random()) < chance
+    def vanishes(self, client: str, round: int, attempt: int = 0) -> bool:
+        """Whether this client is lost in the middle of this round's work, the first time or when it is asked again."""
+        chance, key = self.devices[client].dropout, _numbered(client, attempt)
+        return chance > 0 and float(numpy_generator(self._seed, "vanishing", round, key).random()) < chance
+
+    def comes_back(self, client: str) -> bool:
+        """Whether this client's work can ever arrive."""
+        return self.devices[client].available > 0 and self.devices[client].dropout < 1
 
     def without_room(self, needed: int) -> tuple[str, ...]:
         """The clients whose memory does not hold so many bytes."""
@@ -89,6 +93,10 @@ class Fleet:
         return {c: max(1, highest >> max(0, round(math.log2(largest / own)))) for c, own in size.items()}
 
 
+def _numbered(client: str, attempt: int) -> str:
+    return f"{client}/{attempt}" if attempt else client
+
+
 def _drawn(config: DevicesConfig, client: str, seed: int, said: Mapping[str, float]) -> Device:
     numbers = numpy_generator(seed, "device", 0, client).standard_normal(len(DRAWN))
     values = {}
@@ -103,11 +111,11 @@ def read_trace(path: Path, clients: Sequence[str]) -> dict[str, dict[str, float]
     known, found = frozenset(clients), {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, restkey="(a cell too many)"))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"devices.trace={path} cannot be read ({type(error).__name__}): name a .csv file") from None
-    columns = set(rows[0]) if rows else set()
-    strange = sorted(str(c) for c in columns - {"client", *DRAWN, *CHANCES})
+    columns = dict.fromkeys(c for row in rows for c in row)
+    strange = columns.keys() - {"client", *DRAWN, *CHANCES}
     if "client" not in columns or strange:
         raise UserError(
             f"devices.trace={path} has the columns {', '.join(map(str, columns)) or 'of no row'}: it takes client and "

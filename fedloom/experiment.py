@@ -56,8 +56,9 @@ from fedloom.runtimes.ranked import Ranked
 from fedloom.sending import Runtime, Tick
 from fedloom.summary import cost, summarise
 from fedloom.tracking import Events, find_trackers, open_trackers
+from fedloom.training.kernels import settle_attention
 from fedloom.training.precision import choose_precision
-from fedloom.trials import check_positions, check_sparing, choose_packing, settle_attention
+from fedloom.trials import check_positions, check_sparing, choose_packing
 from fedloom.types import Corpus, Partition
 
 
@@ -202,8 +203,8 @@ def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setti
         {
             "runtime.threads": threads,
             "data.template": template.style,
-            "model.attention": settle_attention(recipe.model.attention, model, watch.say),
-            "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
+            "train.precision": (precision := choose_precision(recipe.train.precision, model.device, watch.say)),
+            "model.attention": settle_attention(recipe.model.attention, model, precision, watch.say),
             "train.packing": choose_packing(recipe.train.packing, model, watch.say),
         }
     )

@@ -25,7 +25,7 @@ from fedloom.joining import Joined, settle
 from fedloom.models.adapters import Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
-from fedloom.models.results import load_adapted
+from fedloom.models.results import anywhere, load_adapted
 from fedloom.project import Project
 from fedloom.runfolder import RunFolder
 from fedloom.runtimes.flare.kits import provision
@@ -127,5 +127,5 @@ def result(out: Path, watch: Watch) -> Result:
     if (out / "adapter").is_dir():
         model = load_adapted(recipe.model, out / "adapter", device, watch.say)
     else:  # personal results stay with the sites
-        model = Models(recipe.model, recipe.adapter, recipe.seed, device, watch.say).adapted()
+        model = Models(anywhere(recipe.model), recipe.adapter, recipe.seed, device, watch.say).adapted()
     return Result(summary, out, out / "report.html", release(model), model.tokenizer)

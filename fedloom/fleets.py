@@ -87,6 +87,12 @@ def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: Ad
             f"only {len(training)} clients have the {needed:,} bytes that this model takes and {fewest} are needed: "
             "raise devices.memory.median, or take a smaller model"
         )
+    coming = sum(fleet.comes_back(c) for c in training)
+    if coming < fewest:
+        raise UserError(
+            f"only {coming} of {len(training)} clients can ever be there and end their work, and {fewest} are needed: raise "
+            "available above 0 and lower dropout below 1, in devices or in devices.trace"
+        )
     share = schedule.federation.clients_per_round
     if isinstance(share, int) and share > len(training):
         raise UserError(

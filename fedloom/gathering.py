@@ -14,9 +14,9 @@ from typing import Any, Protocol
 
 from fedloom.arrival import in_order
 from fedloom.clock import Timed
-from fedloom.rounds import Schedule
+from fedloom.rounds import ATTEMPTS, Schedule
 from fedloom.sending import Sender
-from fedloom.types import STARTED_ANEW, Failure, Outcome, Update
+from fedloom.types import STARTED_ANEW, VANISHED, Failure, Outcome, Update
 
 #: Seconds between two times that a lost client is asked whether it is back, where a round is below quorum.
 PAUSE = 1.0
@@ -127,20 +127,25 @@ class AtOnce:
             del outcome
 
     def _insisted(self) -> Iterator[Outcome]:
-        """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's real deadline."""
-        fewest = self._schedule.federation.min_clients
-        until, usable = time.monotonic() + self._waits, 0
+        """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's real deadline.
+
+        Those whose simulated devices vanished are asked again too, which takes no time.
+        """
+        fewest, again = self._schedule.federation.min_clients, STARTED_ANEW if self._timed is None else VANISHED
+        until, usable, attempts = time.monotonic() + self._waits, 0, 0
         asked: Sequence[str] = self._clients
         while True:
             lost: list[Failure] = []
             for outcome in self._sender.outcomes("train", self._round, asked):
-                if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW:
+                if isinstance(outcome, Failure) and outcome.reason in again:
                     lost.append(outcome)
                     continue
                 usable += isinstance(outcome, Update)
                 yield outcome
                 del outcome
-            if not lost or usable >= fewest or time.monotonic() + PAUSE > until:
+            attempts += 1
+            over = time.monotonic() + PAUSE > until if self._timed is None else attempts == ATTEMPTS
+            if not lost or usable >= fewest or over:
                 yield from lost
                 return
             for failure in lost:
@@ -148,4 +153,5 @@ class AtOnce:
                     self._sender.failed(failure, "train")
                 self._sender.forget(failure.client)
             asked = [f.client for f in lost]
-            time.sleep(PAUSE)
+            if self._timed is None:
+                time.sleep(PAUSE)

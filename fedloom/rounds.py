@@ -13,8 +13,12 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import FederationConfig
+from fedloom.errors import RunFailed
 from fedloom.randomness import numpy_generator, secret_uniform
 from fedloom.types import Cost
+
+#: How often a simulated server looks whether clients are there, or asks those again that vanished, before it gives up.
+ATTEMPTS = 1000
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,8 @@ class Schedule:
         independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
             sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
         secret: the sample comes from the operating system's entropy and not from the seed.
-        there: round → the clients that can be reached as it begins; None where all always can.
+        there: (round, attempt) → the clients that can be reached as it begins, or when the server looks again; None where
+            all always can.
         measured: those of `testing` that evaluations measure, in order; None is all of them.
     """
 
@@ -42,7 +47,7 @@ class Schedule:
     independent: bool = False
     secret: bool = False
     measured: tuple[str, ...] | None = None
-    there: Callable[[int], frozenset[str]] | None = None
+    there: Callable[[int, int], frozenset[str]] | None = None
 
     @property
     def measuring(self) -> tuple[str, ...]:
@@ -55,7 +60,7 @@ class Schedule:
 
     def sample(self, round: int) -> tuple[str, ...]:
         """The clients of one round, in their fixed order."""
-        count, pool = self.sampled(), self._reachable(round)
+        count, pool = self.sampled(), self._reachable(round, self.federation.min_clients)
         if count >= len(pool):
             return pool
         if self.independent:
@@ -64,17 +69,25 @@ class Schedule:
         rng = numpy_generator(self.seed, "sample", round)
         return tuple(pool[i] for i in sorted(rng.choice(len(pool), count, replace=False)))
 
-    def queue(self, round: int) -> tuple[str, ...]:
-        """All clients that can be sampled, in the order in which an asynchronous round asks them."""
-        pool = self._reachable(round)
+    def queue(self, round: int, fewest: int = 0) -> tuple[str, ...]:
+        """All clients that can be sampled, `fewest` at least, in the order in which an asynchronous round asks them."""
+        pool = self._reachable(round, fewest)
         order = numpy_generator(self.seed, "sample", round).permutation(len(pool))
         return tuple(pool[i] for i in order)
 
-    def _reachable(self, round: int) -> tuple[str, ...]:
+    def _reachable(self, round: int, fewest: int) -> tuple[str, ...]:
+        """Who is there; where those are fewer than `fewest`, the server looks again, ATTEMPTS times. Raises RunFailed."""
         if self.there is None:
             return self.training
-        there = self.there(round)
-        return tuple(client for client in self.training if client in there)
+        for attempt in range(ATTEMPTS):
+            there = self.there(round, attempt)
+            found = tuple(client for client in self.training if client in there)
+            if len(found) >= fewest:
+                return found
+        raise RunFailed(
+            f"{ATTEMPTS} times in a row fewer than {fewest} of {len(self.training)} clients were there for round {round}: "
+            "raise devices.available, or lower federation.min_clients"
+        )
 
     def _numbers(self, round: int) -> np.ndarray:
         """One for each client, uniform in (0, 1]."""

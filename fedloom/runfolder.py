@@ -156,9 +156,11 @@ def recipe_and_folder(name: str, values: Mapping[str, Any], out: Path | None, re
 
 
 #: What may differ between a run and its continuation; everything else would make it another run.
-#: What is asked and how it is marked stays: a score after other questions than those before would say nothing.
+#: What is asked and how it is marked stays: a score after other questions than those before would say nothing. Which kernel
+#: attends is the machine's affair, as its device is.
 CHANGEABLE = (
-    "federation.rounds", "evaluation.every", "evaluation.batch_size", "tracking.", "runtime.", "name", "description",
+    "federation.rounds", "evaluation.every", "evaluation.batch_size", "tracking.", "runtime.", "model.attention", "name",
+    "description",
 )  # fmt: skip
 
 

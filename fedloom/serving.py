@@ -53,7 +53,6 @@ from fedloom.runtimes.exchange import Patience
 from fedloom.runtimes.flare.controller import RunController
 from fedloom.runtimes.flare.link import FlareLink
 from fedloom.runtimes.worker import end_with_parent
-from fedloom.training.precision import choose_precision
 from fedloom.trials import check_positions, check_sparing, choose_packing
 from fedloom.types import SITES, Corpus, Partition, Shard
 
@@ -104,7 +103,9 @@ class Sites:
         check_ranks(recipe, everybody)
         schedule = make_schedule(recipe, algorithm, everybody)
         recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
-        models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
+        # Kernel and precision are each site's own choice: here the model only tells whether it keeps sequences apart.
+        plain = recipe.model.model_copy(update={"attention": "sdpa"})
+        models = Models(plain, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
         model = algorithm.server_model(models)
         check_positions(recipe, model)
         template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
@@ -113,7 +114,6 @@ class Sites:
             {
                 "runtime.threads": threads,
                 "data.template": template.style,
-                "train.precision": choose_precision(recipe.train.precision, model.device, watch.say),
                 "train.packing": choose_packing(recipe.train.packing, model, watch.say),
                 "evaluation.suite": suite_name,
                 "evaluation.answers": 0,  # texts stay where they are

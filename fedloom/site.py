@@ -44,6 +44,8 @@ from fedloom.policy import Policy, Refused
 from fedloom.project import SiteConfig, load_section
 from fedloom.runtimes import wire
 from fedloom.runtimes.trainer import BY_ITSELF, Place, end_rank, serve
+from fedloom.training.parallel import Ranks
+from fedloom.training.precision import choose_precision
 from fedloom.types import Corpus, Partition
 
 RUN = re.compile(r"[0-9a-f]{8,64}")
@@ -124,6 +126,12 @@ def run_folder(home: Path, run: str, keep: int) -> Path:
     return folder
 
 
+def precision_here(wanted: str, ranks: Ranks) -> str:
+    """fp32, bf16 or fp16, by this site's device; each rank tries it, and all have to train in one."""
+    chosen = choose_precision(wanted, torch.device(ranks.device), print)
+    return "fp32" if ranks.total(float(chosen == "fp32")) else chosen
+
+
 def open_site(
     values: Mapping[str, Any],
     run: str,
@@ -146,6 +154,7 @@ def open_site(
     check_devices(recipe.runtime)
     torch.set_num_threads(recipe.runtime.threads_of_a_rank)
     ranks = place.joined(recipe.runtime.parallel, pick_device(recipe.runtime.device))
+    recipe = recipe.with_values({"train.precision": precision_here(recipe.train.precision, ranks)})
     home = Path(site.home)
     with ranks.in_turn():
         corpus, partition, questions = own_data(recipe, site, sites)

@@ -30,18 +30,6 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
     return "off"
 
 
-def settle_attention(wanted: str, model: AdaptedModel, say: Say) -> str:
-    """What packed batches attend with, once the model was tried: under auto per-segment SDPA where a kernel is off."""
-    name = model.base.attention
-    if name == "sdpa" or supports_packing(model):
-        return name
-    if wanted != "auto":
-        raise UserError(f"model.attention={wanted} does not give this model's losses here: set model.attention=sdpa")
-    say(f"{name} does not give this model's losses here: packed batches take sdpa")
-    model.base.attention = "sdpa"
-    return "sdpa"
-
-
 def check_sparing(recipe: Recipe, model: AdaptedModel, *, elsewhere: bool = False) -> None:
     """Refuse to train in less memory or time where the result would be another, or nothing is spared.
 

@@ -285,6 +285,9 @@ class Failure:
 #: Reasons of a `Failure` after which the client's process knows nothing of the run: it is told everything again.
 STARTED_ANEW = frozenset({"lost", "crashed", "late", "absent"})
 
+#: The reason of a client whose simulated device was lost: it was sent nothing.
+VANISHED = frozenset({"vanished"})
+
 Outcome = Update | Failure
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
+
+from fedloom.algorithms.base import Algorithm
+from fedloom.sending import Sender
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 FILES = sorted(FOLDER.glob("*.py"))
@@ -46,6 +51,27 @@ def test_a_script_parses_help(path, monkeypatch, capsys):
         runpy.run_path(str(path), run_name="__main__")
     assert ended.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: {path.name}")
+
+
+@pytest.mark.parametrize("place", [(Algorithm, "begin"), (Sender, "assignment")], ids=["turn", "between"])
+def test_time_without_a_name_is_not_covered(monkeypatch, tmp_path, tiny_recipe, place):
+    """Neither in a client's turn nor between the updates that an aggregation pulls."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spans = importlib.import_module("spans")
+    plain = getattr(*place)
+
+    def burning(*arguments, **keywords):
+        until = time.process_time() + 0.1
+        while time.process_time() < until:
+            pass
+        return plain(*arguments, **keywords)
+
+    monkeypatch.setattr(*place, burning)
+    seconds, cpu, _ = spans.profiled(tiny_recipe({"federation.rounds": 1, "evaluation.every": 1}), tmp_path / "run")
+    unnamed = cpu - sum(seconds[name] for name in spans.NAMES)
+    assert "rest" not in spans.NAMES
+    assert unnamed > 0.59  # three clients train and are measured
+    assert min(seconds[name] for name in ("aggregate", "evaluate", "setup", "forward")) > 0
 
 
 def test_the_makefile_runs_scripts_that_the_page_names():

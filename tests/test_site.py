@@ -12,17 +12,20 @@ import torch
 from sites import between_sites
 
 from fedloom.choices import load_data
+from fedloom.config import Recipe
 from fedloom.data.shards import is_shard, read_shard, write_shard
 from fedloom.data.splitters import partition
 from fedloom.errors import UserError
-from fedloom.experiment import run
+from fedloom.experiment import Watch, run
 from fedloom.overrides import dump_yaml
 from fedloom.policy import Policy, Refused
 from fedloom.project import Project, SiteConfig
 from fedloom.registry import Registry
+from fedloom.runfolder import RunFolder
 from fedloom.runtimes.versions import mismatch, own
 from fedloom.site import Room, localised, own_data, run_folder
 from fedloom.tracking import read_events
+from fedloom.training import precision
 from fedloom.types import Failure, Payload, Update
 
 pytest.importorskip("nvflare")
@@ -65,6 +68,47 @@ def _tensors(folder):
     from safetensors.torch import load_file
 
     return torch.cat([t.flatten() for _, t in sorted(load_file(folder / "adapter_model.safetensors").items())])
+
+
+@pytest.mark.parametrize("times", [0.5, 2.0])
+def test_each_site_chooses_its_precision(tiny_recipe, dealt, tmp_path, monkeypatch, times):
+    """By a device that is quicker in bf16, or is not; the server's is not asked."""
+    asked = []
+    monkeypatch.setattr(precision, "slowdown", lambda device, kind: asked.append(kind) or times)
+    more = {"evaluation.every": 0, "federation.rounds": 1}
+    recipe = tiny_recipe({**more, "train.precision": "auto"})
+    files = dealt(recipe)
+    found = between_sites(recipe, files, tmp_path / "sites")
+    assert len(asked) == len(files)
+    assert Recipe.load(found.folder / "recipe.yaml").train.precision == "auto"
+    fixed = tiny_recipe({**more, "train.precision": "bf16" if times < 1 else "fp32"})
+    assert found.summary["adapter_sha256"] == run(fixed, tmp_path / "simulated").summary["adapter_sha256"]
+
+
+def test_each_site_tries_its_own_kernel_and_the_servers_decides_nothing(tiny_recipe, dealt, tmp_path, monkeypatch):
+    wanted = []
+
+    def chosen(wish, *_):
+        wanted.append(wish)
+        return "sdpa" if wish == "sdpa" else "flash_attention_2"
+
+    recipe = tiny_recipe({"evaluation.every": 0, "federation.rounds": 1})
+    plain = run(recipe, tmp_path / "simulated").summary
+    files = dealt(recipe)
+    monkeypatch.setattr("fedloom.models.loading.choose_attention", chosen)
+    monkeypatch.setattr("fedloom.models.gpu_attention._varlen", lambda: lambda q, *a, **k: q)  # a kernel that is off
+    found = between_sites(recipe, files, tmp_path / "sites")
+    assert sorted(wanted) == ["auto"] * len(files) + ["sdpa"]
+    assert Recipe.load(found.folder / "recipe.yaml").train.packing == "on"
+    assert found.summary["adapter_sha256"] == plain["adapter_sha256"]
+
+
+def test_a_finished_run_is_read_by_a_server_without_its_sites_kernel(tiny_recipe, tmp_path):
+    from fedloom.federation import result
+
+    RunFolder(tmp_path).write_recipe(tiny_recipe({"model.attention": "flex"}))  # personal results stay with the sites
+    (tmp_path / "summary.json").write_text("{}")
+    assert result(tmp_path, Watch()).tokenizer is not None
 
 
 def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp_path):

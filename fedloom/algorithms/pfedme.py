@@ -27,7 +27,8 @@ from fedloom.algorithms.turns import copies
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.training.flops import Flops
-from fedloom.training.trainer import FitResult, LocalRun
+from fedloom.training.precision import LossScale
+from fedloom.training.trainer import FitResult, LocalRun, backward, passes
 from fedloom.types import Payload, Update
 
 
@@ -51,7 +52,8 @@ class PFedMe(fedavg.FedAvg):
         self._seen: dict[int, tuple[Batch, int]] = {}  # a step that a loss scale has computed again shows a batch twice
         self._extra = FitResult()
         self._flops = Flops(run.model)
-        self._ranks = run.ranks
+        self._ranks, self._train = run.ranks, run.config
+        self._scale = LossScale(run.config.precision, run.model.base.dtype)  # of the inner passes
         result = run.fit(self)
         if result.steps:
             live = run.model.adapter
@@ -70,18 +72,28 @@ class PFedMe(fedavg.FedAvg):
         w = live.clone()
         for _ in range(self.options.inner_steps - 1):
             live.copy_(w - model.grad / self.options.lam)
-            model.grad.zero_()
-            for batch, step_units in self._seen.values():
-                model.backward(super().local_loss(model, batch, step_units))
-                self._extra.tokens += batch.tokens
-                self._extra.flops += self._flops.of(batch)
-            self._ranks.sum_(model.grad)
-            penalty = model.penalty()
-            if penalty is not None:
-                model.backward(penalty)
+            with passes(model, self._train):
+                while self._scale.overflowed(model.grad, self._inner_pass(model)):
+                    pass
         self._seen.clear()
         self._candidate = w - model.grad / self.options.lam
         live.copy_(w)
+
+    def _inner_pass(self, model: AdaptedModel) -> float:
+        """∇f at the live point, times the scale, in `model.grad`; returns f. As the trainer does it."""
+        model.grad.zero_()
+        total = 0.0
+        for batch, step_units in self._seen.values():
+            loss = super().local_loss(model, batch, step_units)
+            backward(model, loss, self._scale)
+            total += float(loss.detach())
+            self._extra.tokens += batch.tokens
+            self._extra.flops += self._flops.of(batch)
+        self._ranks.sum_(model.grad)
+        penalty = model.penalty()
+        if penalty is not None:
+            backward(model, penalty, self._scale)
+        return self._ranks.total(total)
 
     def after_step(self, model: AdaptedModel) -> None:
         self._theta = self._candidate  # not of a step that was skipped

@@ -4,9 +4,10 @@
 
 Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333 (MeZO), Definition 1; with z
 standard normal, E[ĝ z] is the gradient of a loss that is quadratic along z, and nearly so of others. It takes forward
-passes alone and no optimiser: of the recipe's `train` section the learning rate, its schedule and `clip` count. ĝ² is
-on average the squared norm of the gradient, so `clip` bounds |ĝ|. Both points see the same dropout. Where a client
-has several ranks, each computes the losses of its own examples, and one number is summed over them for each point.
+passes alone and no optimiser: of the recipe's `train` section the learning rate, its schedule, `clip` and `loss_chunk`
+count. ĝ² is on average the squared norm of the gradient, so `clip` bounds |ĝ|. Both points see the same dropout. Where
+a client has several ranks, each computes the losses of its own examples, and one number is summed over them for each
+point.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fedloom.config import TrainConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import ClientFailed, UserError
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.memory import sparing
 from fedloom.training.flops import Flops
 from fedloom.training.trainer import FitResult, Learner, LocalRun
 
@@ -114,12 +116,12 @@ class _Loss:
     ) -> None:
         self._model, self._ranks, self._batches = run.model, run.ranks, run.ranks.own(batches)
         self._learner, self._step_units = learner, step_units
-        self._flops, self._result, self._dropout = flops, result, dropout
+        self._flops, self._result, self._dropout, self._chunk = flops, result, dropout, run.config.loss_chunk
 
     @torch.no_grad()
     def __call__(self) -> float:
         total = 0.0
-        with self._dropout():
+        with self._dropout(), sparing(self._model, recompute=False, chunk=self._chunk):
             for batch in self._batches:
                 total += float(self._learner.local_loss(self._model, batch, self._step_units))
                 self._result.tokens += batch.tokens

@@ -103,10 +103,10 @@ class Hooks:
         for hook in self._hooks.values():
             hook.client, hook.round, hook.numbers = client, round, {}
 
-    def fit(self, model: AdaptedModel, steps_per_epoch: int | None) -> FitHooks | None:
-        """For one walk over optimiser steps; None where nobody acts within."""
+    def fit(self, model: AdaptedModel, grad: torch.Tensor, steps_per_epoch: int | None) -> FitHooks | None:
+        """For one walk over optimiser steps by `grad`; None where nobody acts within."""
         inside = any(self.acts(p) for p in CLIENT_POINTS[1:-1])
-        return FitHooks(self, model, steps_per_epoch) if inside else None
+        return FitHooks(self, model, grad, steps_per_epoch) if inside else None
 
     # ------------------------------------------------------------------ state
 
@@ -165,16 +165,16 @@ class Hooks:
 class FitHooks:
     """The points of one walk over optimiser steps, in order."""
 
-    def __init__(self, hooks: Hooks, model: AdaptedModel, steps_per_epoch: int | None) -> None:
+    def __init__(self, hooks: Hooks, model: AdaptedModel, grad: torch.Tensor, steps_per_epoch: int | None) -> None:
         self._call: Callable[[str, Any], None] = hooks.call
-        self._model = model
+        self._model, self._grad = model, grad
         self._steps_per_epoch = steps_per_epoch
         self._step: Step | None = None
         self._pass: Pass
 
     def step(self, number: int, batches: Sequence[Batch], learning_rate: float) -> None:
         epoch = number // self._steps_per_epoch if self._steps_per_epoch else 0
-        before, self._step = self._step, Step(self._model, number, epoch, batches, learning_rate)
+        before, self._step = self._step, Step(self._model, self._grad, number, epoch, batches, learning_rate)
         if before is None or before.epoch != epoch:
             if before is not None:
                 self._call("epoch_end", before)

@@ -58,6 +58,8 @@ class Step:
     """One optimiser step.
 
     Attributes:
+        grad: of what the optimiser steps, whole at `before_step`, where it may be written into: the adapter's, `model.grad`,
+            or that of the numbers which an algorithm trains in its place (fed_sb, slora's first stage).
         number: from 0, in this walk over the data; `epoch` likewise (under `train.steps` a round is one epoch).
         batches: its forward passes.
         learning_rate: of this step.
@@ -65,6 +67,7 @@ class Step:
     """
 
     model: AdaptedModel
+    grad: torch.Tensor
     number: int
     epoch: int
     batches: Sequence[Batch]
@@ -149,7 +152,7 @@ class Hook:
         """The pass's gradient has been added to `at.step.model.grad`."""
 
     def before_step(self, at: Step) -> None:
-        """The step's gradient is whole, and not yet clipped."""
+        """The step's gradient, `at.grad`, is whole, and not yet clipped."""
 
     def after_step(self, at: Step) -> None:
         """The optimiser has moved the adapter."""

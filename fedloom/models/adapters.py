@@ -331,7 +331,7 @@ class Models:
 
     def base(self) -> Base:
         if self._base is None:
-            self._base = load_base(self.model, "cpu" if self.finish else self.device, self.say)
+            self._base = load_base(self.model, "cpu" if self.finish else self.device, self.say, self.device)
         return self._base
 
     def adapted(self, config: AdapterConfig | None = None, within: Sequence[str] | None = None) -> AdaptedModel:

@@ -38,7 +38,7 @@ def choose_attention(wanted: str, device: str, dtype: torch.dtype, dropout: floa
         return "sdpa" if _trouble("flash_attention_2", device, dtype, dropout) else "flash_attention_2"
     why = _trouble(wanted, device, dtype, dropout)
     if why:
-        raise UserError(f"model.attention={wanted} cannot be had: {why}; set model.attention=auto or sdpa")
+        raise UserError(f"model.attention={wanted} cannot be had: {why}; set model.attention=sdpa")
     return wanted
 
 
@@ -56,7 +56,13 @@ def _trouble(name: str, device: str, dtype: torch.dtype, dropout: float) -> str:
     if dtype == torch.float32:
         return "it takes 16-bit numbers, and model.dtype=float32"
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"it needs compute capability 8.0, and this GPU has {major}.{minor}"
+    if major < 8:
+        return f"it needs compute capability 8.0, and this GPU has {major}.{minor}"
+    try:
+        _varlen()
+    except (ImportError, OSError) as error:  # built for another torch or CUDA
+        return f"the package flash-attn is installed and cannot be imported ({(str(error).splitlines() or [''])[0]})"
+    return ""
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -76,6 +82,7 @@ def packed_flash(
 ) -> tuple[torch.Tensor, None]:
     """As `attention.packed_attention`. flash-attn's causal mask is aligned to the end of the keys, so a prefix fits."""
     lengths = _checked(opened(segment_lengths), attention_mask, softcap)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast a rotation in the base's dtype leaves fp32
     key, value, before = _with_prefix(module, key, value, lengths, opened(prefix_states))
     queries, keys = lengths, [n + before for n in lengths]
     ends = [torch.tensor([0, *accumulate(each)], dtype=torch.int32, device=query.device) for each in (queries, keys)]
@@ -111,6 +118,7 @@ def packed_flex(
     lengths = _checked(opened(segment_lengths), attention_mask, softcap)
     if dropout:
         raise ValueError("flex attention draws no dropout")
+    query, key = query.to(value.dtype), key.to(value.dtype)  # as above
     key, value, before = _with_prefix(module, key, value, lengths, opened(prefix_states))
     mask = _block_mask(lengths, before, sliding_window, str(query.device))
     out = _flex(query.device.type)(

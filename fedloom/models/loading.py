@@ -63,9 +63,18 @@ class Base:
         device: torch.device = next(self.model.parameters()).device
         return device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in: its embeddings', which stay as they are where layers are quantised."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
 
-def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: None) -> Base:
+
+def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: None, on: str | None = None) -> Base:
     """The frozen base model of `config` on `device`, quantised where it says so.
+
+    Args:
+        on: the device that will compute with it, where it is moved there later.
 
     Raises UserError where it cannot be found or does not fit.
     """
@@ -87,7 +96,7 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     if kind and not on_cuda:
         quantise_model(model, kind)
     dropout = float(getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0)
-    attention = choose_attention(config.attention, device, dtype, dropout)
+    attention = choose_attention(config.attention, on or device, dtype, dropout)
     return Base(model if quantised else model.to(device), tokenizer, source, attention)
 
 

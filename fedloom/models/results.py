@@ -57,6 +57,7 @@ def merged_base(config: ModelConfig, adapter: Path, say: Say = lambda text: None
     Raises UserError for an adapter that is no change of weights.
     """
     check_mergeable(adapter)
+    config = anywhere(config)
     if _holds_model(adapter):
         return load_base(_as_model(config, adapter), "cpu", say)
     base = load_base(config, "cpu", say)
@@ -86,6 +87,7 @@ def load_adapted(config: ModelConfig, adapter: Path, device: str, say: Say = lam
 
     It is for use: where peft keeps a prompt without the network that made it, the prompt itself is the adapter.
     """
+    config = anywhere(config)
     if _holds_model(adapter):
         return attach(load_base(_as_model(config, adapter), device, say), AdapterConfig(method="full"), 0)
     base = load_base(config, device, say)
@@ -105,6 +107,11 @@ def load_adapted(config: ModelConfig, adapter: Path, device: str, say: Say = lam
 def _holds_model(folder: Path) -> bool:
     """Whether a result is a whole model (full fine-tuning), not an adapter."""
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def anywhere(config: ModelConfig) -> ModelConfig:
+    """The kernel that a run trained with is no condition of its result: where it is not to be had, another one serves."""
+    return config if config.attention == "sdpa" else config.model_copy(update={"attention": "auto"})
 
 
 def _as_model(config: ModelConfig, folder: Path) -> ModelConfig:

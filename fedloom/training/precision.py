@@ -2,8 +2,9 @@
 
 Weights that train, their gradient, the optimiser and the loss stay fp32. fp16 has few exponents, so small gradients would
 be lost on their way back: the loss is multiplied by a power of two and the gradient divided by it (Micikevicius et al.,
-"Mixed Precision Training", arXiv 1710.03740, section 3.2). Where that overflows the scale is halved and the step is
-computed again, so no step is lost and nothing has to be remembered between rounds.
+"Mixed Precision Training", arXiv 1710.03740, section 3.2), under autocast and in a base whose weights are fp16. Where
+that overflows the scale is halved and the step is computed again, so no step is lost and nothing has to be remembered
+between rounds.
 
 bf16 without instructions for it is many times slower than fp32, so the device is asked and not its name. No GPU has run
 this file yet. It does not know what is trained.
@@ -11,6 +12,7 @@ this file yet. It does not know what is trained.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -63,20 +65,36 @@ def choose_precision(wanted: str, device: torch.device, say: Callable[[str], Non
 
 
 class LossScale:
-    """1 but under fp16."""
+    """1 where no gradient on its way is fp16.
 
-    def __init__(self, precision: str) -> None:
-        self.value = FIRST_SCALE if precision == "fp16" else 1.0
+    Args:
+        dtype: of the base's weights: matrix products of fp32 training are in that, and fp16 ones as short of exponents as
+            those of autocast. Under bf16 they are not.
+    """
 
-    def overflowed(self, gradient: torch.Tensor) -> bool:
-        """Divide the scale out of `gradient`; whether that failed and a smaller scale is to be tried."""
-        if self.value == 1.0:
+    def __init__(self, precision: str, dtype: torch.dtype = torch.float32) -> None:
+        scaled = precision == "fp16" or (precision == "fp32" and dtype == torch.float16)
+        self.value = self._fitting = FIRST_SCALE if scaled else 1.0
+
+    def overflowed(self, gradient: torch.Tensor, loss: float) -> bool:
+        """Divide the scale out of `gradient`; whether that failed and a smaller scale is to be tried.
+
+        What no scale mends leaves it as it was before the step: a loss that is not finite, since a forward pass does not
+        see the scale, and a gradient that is not finite without one.
+        """
+        if self._fitting == 1.0:
             return False
         gradient.mul_(1.0 / self.value)  # a power of two: exact
-        if bool(torch.isfinite(gradient).all()):
-            return False
-        self.value /= 2.0
-        return True
+        if not math.isfinite(loss):
+            self.value = self._fitting
+        elif bool(torch.isfinite(gradient).all()):
+            self._fitting = self.value
+        elif self.value > 1.0:
+            self.value /= 2.0
+            return True
+        else:
+            self.value = self._fitting
+        return False
 
 
 UNSCALED = LossScale("fp32")

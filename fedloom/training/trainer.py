@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -89,6 +90,8 @@ class LocalRun:
 
     def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
         """Plain local training of the live adapter, or of `parameter`, with `learner`'s loss and hooks."""
+        grad = (self.model.parameter if parameter is None else parameter).grad
+        assert grad is not None
         return fit(
             self.model,
             learner,
@@ -98,7 +101,7 @@ class LocalRun:
             total_steps=self.total_steps,
             optimizer_state=self.optimizer_state,
             parameter=parameter,
-            hooks=self.hooks.fit(self.model, self.steps_per_epoch) if self.hooks else None,
+            hooks=self.hooks.fit(self.model, grad, self.steps_per_epoch) if self.hooks else None,
             ranks=self.ranks,
         )
 
@@ -186,7 +189,7 @@ class Stepper:
         self.parameter = model.parameter if parameter is None else parameter
         self.optimizer = FlatOptimizer(config, self.parameter, optimizer_state)
         self._flops = Flops(model)
-        self._scale = LossScale(config.precision)
+        self._scale = LossScale(config.precision, model.base.dtype)
         self._result = FitResult()
         self._weighted, self._weight = 0.0, 0
 
@@ -234,6 +237,17 @@ def _clipped(
     return True
 
 
+@contextmanager
+def passes(model: AdaptedModel, config: TrainConfig) -> Iterator[None]:
+    """In this block passes are the recipe's: what they keep, what is compiled, and their precision; `backward` ends them."""
+    with (
+        sparing(model, config.checkpointing, config.loss_chunk),
+        compiled(model, config.compile),
+        autocast(model.device, config.precision),
+    ):
+        yield
+
+
 def _gradient(
     model: AdaptedModel,
     learner: Learner,
@@ -249,13 +263,9 @@ def _gradient(
 
     Returns the step's loss.
     """
-    with (
-        sparing(model, config.checkpointing, config.loss_chunk),
-        compiled(model, config.compile),
-        autocast(model.device, config.precision),
-    ):
+    with passes(model, config):
         loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
-        while scale.overflowed(model.grad):
+        while scale.overflowed(model.grad, loss):
             loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
     return loss
 
@@ -284,7 +294,7 @@ def _accumulate(
         loss = learner.local_loss(model, batch, step_units)
         if hooks:
             loss = hooks.forward(loss)
-        _backward(model, loss, scale)
+        backward(model, loss, scale)
         if hooks:
             model.grad.mul_(1.0 / scale.value)  # hooks see it as it is; powers of two go out and in exactly
             hooks.backward()
@@ -296,11 +306,12 @@ def _accumulate(
     total = ranks.total(total)
     penalty = model.penalty()  # every rank has all of it
     if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
-        _backward(model, penalty, scale)
+        backward(model, penalty, scale)
     return total
 
 
-def _backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale) -> None:
+def backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale) -> None:
+    """Add the gradient of `loss` times the scale to `model.grad`; within `passes`."""
     with torch.autocast(loss.device.type, enabled=False):
         model.backward(loss * scale.value if scale.value != 1.0 else loss)
 

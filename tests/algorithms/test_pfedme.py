@@ -6,6 +6,7 @@ import pytest
 import torch
 from federation import Federation
 
+from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.pfedme import PFedMe
 from fedloom.models.forward import token_losses
 from fedloom.training import precision
@@ -117,11 +118,40 @@ def test_accumulated_batches_all_enter_the_inner_steps(tiny_recipe, tmp_path):
     assert torch.allclose(ends[0], ends[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("setting", [("checkpointing", True), ("loss_chunk", 4), ("precision", "bf16")], ids=str)
+def test_inner_passes_are_as_the_recipe_asks(tiny_recipe, tmp_path, monkeypatch, setting):
+    seen, plain = [], Algorithm.local_loss
+
+    def watched(self, model, *arguments):
+        precision = "bf16" if torch.is_autocast_enabled("cpu") else "fp32"
+        seen.append((model.causal_lm.is_gradient_checkpointing, model.loss_chunk, precision))
+        return plain(self, model, *arguments)
+
+    monkeypatch.setattr(Algorithm, "local_loss", watched)
+    key, value = setting
+    pfedme(tiny_recipe, tmp_path, {f"train.{key}": value, "train.steps": 1}, inner_steps=3).train("copy", 1)
+    expected = {"checkpointing": False, "loss_chunk": None, "precision": "fp32"} | {key: value}
+    assert seen == [tuple(expected.values())] * 3
+
+
+def test_inner_gradients_survive_fp16_by_a_scale(tiny_recipe, tmp_path, monkeypatch):
+    """Of a loss so small that without one they are lost."""
+    small, gradients, plain = 2.0**-22, [], Algorithm.local_loss
+    monkeypatch.setattr(Algorithm, "local_loss", lambda self, *arguments: plain(self, *arguments) * small)
+    after_step = PFedMe.after_step
+    monkeypatch.setattr(PFedMe, "after_step", lambda s, m: gradients.append(m.grad.clone()) or after_step(s, m))
+    for kind in ("fp32", "fp16"):
+        more = {"train.precision": kind, "train.steps": 1, "train.clip": None}
+        pfedme(tiny_recipe, tmp_path / kind, more, lam=5.0 * small, inner_steps=2).train("copy", 1)
+    exact, scaled = gradients
+    assert float((scaled - exact).norm() / exact.norm()) < 2e-2
+
+
 def test_a_step_that_is_computed_again_for_its_loss_scale_shows_each_batch_once(tiny_recipe, tmp_path, monkeypatch):
     """Twice the inner gradient would leave the personal model twice as far from the shared one."""
     more = {"algorithm": {"name": "pfedme", "lam": 5.0, "inner_steps": 3}, "train.precision": "fp16"}
     ends, tokens = [], []
-    for first in (1.0, 2.0**30):  # no overflow, and many
+    for first in (2.0**10, 2.0**30):  # no overflow, and many
         monkeypatch.setattr(precision, "FIRST_SCALE", first)
         federation = Federation(tiny_recipe(more), tmp_path / str(first))
         updates = federation.round(1)

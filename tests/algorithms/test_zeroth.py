@@ -16,6 +16,7 @@ from fedloom.algorithms.zeroth import descend, two_point
 from fedloom.config import AdapterConfig, TrainConfig
 from fedloom.data.batching import Batch
 from fedloom.errors import ClientFailed
+from fedloom.models import forward
 from fedloom.models.adapters import AdaptedModel, attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
@@ -202,3 +203,16 @@ def test_adaloras_penalty_takes_part(tiny_recipe, tmp_path):
         f.train("copy", 1)
         ends.append(f.live())
     assert not torch.allclose(ends[0], ends[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ["fedmezo", "fedkseed", "decomfl"])
+def test_logits_are_made_in_chunks_where_the_recipe_says_so(tiny_recipe, tmp_path, monkeypatch, algorithm):
+    chunks, losses, plain = [], [], forward.chunked_losses
+    monkeypatch.setattr(forward, "chunked_losses", lambda *a: chunks.append(a[-1]) or plain(*a))
+    for chunk in (None, 5):
+        more = {"algorithm": algorithm, "train.loss_chunk": chunk, "adapter.dropout": 0.1, "train.steps": 2}
+        federation = Federation(tiny_recipe(more), tmp_path / str(chunk))
+        chunks.clear()  # the model was tried
+        losses.append(federation.train("copy", 1).metrics["loss"])
+    assert chunks and set(chunks) == {5}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)

@@ -63,9 +63,16 @@ class Pulling(Hook):
         at.loss = at.loss + share * 0.5 * sum(p.square().sum() for p in weights)
 
 
+class Standing(Hook):
+    """No step goes anywhere."""
+
+    def before_step(self, at) -> None:
+        at.grad.zero_()
+
+
 @pytest.fixture(autouse=True)
 def _own_hooks(monkeypatch):
-    for name, cls in {"noting": Noting, "counting": Counting, "pulling": Pulling}.items():
+    for name, cls in {"noting": Noting, "counting": Counting, "pulling": Pulling, "standing": Standing}.items():
         monkeypatch.setitem(registry.hooks._targets, name, cls)
     CALLS.clear()
 
@@ -134,6 +141,14 @@ def test_a_hooks_loss_is_what_is_trained_on(tiny_recipe, tmp_path):
 
 
 # ------------------------------------------------------------------ state
+
+
+@pytest.mark.parametrize("algorithm", ["fedavg", "scaffold", "fed_sb", {"name": "slora", "sparse_rounds": 2}], ids=str)
+def test_a_changed_gradient_is_what_is_stepped_by_whatever_trains(tiny_recipe, tmp_path, algorithm):
+    more = {"algorithm": algorithm, "federation.rounds": 1, "train.optimizer": "sgd", "train.weight_decay": 0.0}
+    for hooks in ([], ["standing"]):
+        loss = fedloom.run(tiny_recipe({**more, "hooks": hooks}), out=tmp_path / str(len(hooks))).summary["loss"]
+        assert (loss["after"] == loss["before"]) == bool(hooks)
 
 
 def test_numbers_of_clients_and_server_are_logged(tiny_recipe, tmp_path):

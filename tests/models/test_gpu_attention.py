@@ -10,11 +10,14 @@ from fedloom.config import AdapterConfig, ModelConfig
 from fedloom.errors import UserError
 from fedloom.experiment import Watch, prepare
 from fedloom.models import gpu_attention
-from fedloom.models.adapters import attach
+from fedloom.models.adapters import Models, attach
 from fedloom.models.attention import packed_attention
 from fedloom.models.forward import supports_packing
 from fedloom.models.gpu_attention import PACKED, choose_attention, packed_flash, packed_flex
 from fedloom.models.loading import Base, load_base
+from fedloom.models.results import export_merged, load_adapted
+from fedloom.runfolder import continued
+from fedloom.training.kernels import settle_attention
 
 HALF, WHOLE = torch.bfloat16, torch.float32
 
@@ -25,6 +28,7 @@ def gpu(monkeypatch):
 
     def play(*installed: str, capability: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(gpu_attention.importlib.util, "find_spec", lambda n: object() if n in installed else None)
+        monkeypatch.setattr(gpu_attention, "_varlen", lambda: played_varlen)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return play
@@ -60,6 +64,24 @@ def test_what_cannot_be_had_is_refused(gpu, wanted, device, installed, capabilit
     gpu(*installed, capability=capability)
     with pytest.raises(UserError, match=rf"model\.attention={wanted} cannot be had: .*{said}"):
         choose_attention(wanted, device, dtype, dropout)
+
+
+def test_a_flash_attn_that_cannot_be_imported_is_not_there(gpu, monkeypatch):
+    def broken():
+        raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2\nmore")
+
+    gpu("flash_attn")
+    monkeypatch.setattr(gpu_attention, "_varlen", broken)
+    assert choose_attention("auto", "cuda", HALF) == "sdpa"
+    with pytest.raises(UserError, match=r"is installed and cannot be imported \(flash_attn_2.*_ZN3c105ErrorC2\); set "):
+        choose_attention("flash_attention_2", "cuda", HALF)
+
+
+def test_ranks_with_a_sharded_base_choose_for_the_device_that_it_is_moved_to(gpu, tiny_model):
+    gpu("flash_attn")
+    config = ModelConfig(name=str(tiny_model), dtype="bfloat16", attention="flash_attention_2")
+    models = Models(config, AdapterConfig(rank=2), 0, "cuda:1", finish=lambda model: model)
+    assert (models.base().attention, models.base().device.type) == ("flash_attention_2", "cpu")
 
 
 # ------------------------------------------------------------------ what the kernels are asked
@@ -108,6 +130,17 @@ def test_it_gives_what_a_call_for_each_segment_gives(monkeypatch, kernel, length
 
 
 @pytest.mark.parametrize("kernel", [packed_flash, packed_flex])
+def test_queries_and_keys_that_a_rotation_has_promoted_come_in_the_values_dtype(monkeypatch, kernel):
+    monkeypatch.setattr(
+        gpu_attention, "_varlen", lambda: played_varlen
+    )  # whose products refuse two dtypes, as flash does
+    q, k = (torch.randn(1, 2, 8, 16) for _ in range(2))
+    with torch.no_grad():
+        found, _ = kernel(Layer(), q, k, k.half(), None, scaling=0.3, segment_lengths=(5, 3))
+    assert found.dtype == torch.float16
+
+
+@pytest.mark.parametrize("kernel", [packed_flash, packed_flex])
 def test_what_it_cannot_do_is_an_error(kernel):
     x = torch.zeros(1, 2, 4, 8)
     with pytest.raises(ValueError, match="no softcap"):
@@ -143,3 +176,28 @@ def test_a_recipe_says_what_was_chosen(tiny_recipe, tiny_model, monkeypatch):
     assert any("flash_attention_2 does not give this model's losses here" in text for text in said)
     with pytest.raises(UserError, match=r"set model\.attention=sdpa"):
         prepare(tiny_recipe({"model.attention": "flash_attention_2"}), Watch())
+
+
+def test_it_is_tried_in_the_precision_of_training(monkeypatch):
+    seen = set()
+
+    def varlen(q, k, v, *more, **keywords):
+        seen.add(v.dtype)
+        return played_varlen(q, k, v, *more, **keywords)
+
+    monkeypatch.setattr(gpu_attention, "_varlen", lambda: varlen)
+    base = Base(tiny.causal_lm().requires_grad_(False), tiny.tokenizer(), "", "flash_attention_2")
+    assert settle_attention("auto", attach(base, AdapterConfig(rank=2), 0), "bf16", print) == "flash_attention_2"
+    assert seen == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_2", "flex"])
+def test_what_a_run_chose_binds_neither_its_result_nor_its_continuation(kernel, tiny_recipe, tiny_model, tmp_path):
+    config = ModelConfig(name=str(tiny_model), attention=kernel)
+    attach(load_base(ModelConfig(name=str(tiny_model))), AdapterConfig(rank=2), 0).save(tmp_path / "adapter", "tiny")
+    assert load_adapted(config, tmp_path / "adapter", "cpu").base.attention == "sdpa"
+    export_merged(config, tmp_path / "adapter", tmp_path / "merged")
+    assert load_adapted(config, tmp_path / "merged", "cpu").full
+    stored = tiny_recipe({"model.attention": kernel})
+    assert continued(stored, tiny_recipe({"model.attention": "sdpa"})).model.attention == "sdpa"
+    assert continued(stored, tiny_recipe()).model.attention == kernel

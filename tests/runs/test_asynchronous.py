@@ -28,7 +28,7 @@ class Durations:
         self.times[client] += 1
         return self.seconds_of(client, self.times[client]) if callable(self.seconds_of) else self.seconds_of[client]
 
-    def vanishes(self, client, round):
+    def vanishes(self, client, round, attempt):
         return False
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import signal
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from fedloom.devices import Fleet
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Watch, prepare
 from fedloom.gathering import AtOnce
+from fedloom.randomness import numpy_generator
 from fedloom.report import charts
 from fedloom.report.formats import duration
 from fedloom.rounds import Schedule
@@ -145,7 +147,7 @@ class Exactly:
     def seconds(self, client, cost, down, up):
         return self.table[client]
 
-    def vanishes(self, client, round):
+    def vanishes(self, client, round, attempt):
         return client == "gone"
 
 
@@ -197,7 +199,7 @@ def test_clients_are_there_as_often_as_they_are_said_to_be():
     assert min(often.values()) > 30 and max(often.values()) < 95
     lost = np.mean([fleet.vanishes(c, r) for c in clients[:50] for r in range(100)])
     assert lost == pytest.approx(0.2, abs=0.03)
-    few = Schedule(clients[:3], (), FederationConfig(clients_per_round=3), 1, 0, 5, there=lambda r: frozenset({"c1"}))
+    few = Schedule(clients[:3], (), FederationConfig(clients_per_round=3), 1, 0, 5, there=lambda *_: frozenset({"c1"}))
     assert few.sample(1) == ("c1",)
 
 
@@ -209,6 +211,42 @@ def test_a_client_that_vanishes_is_sent_nothing_and_learns_nothing(tiny_recipe, 
         assert {f["reason"] for f in events_of(done.folder, "client_failed")} == {"vanished"}
         assert {u["client"] for u in events_of(done.folder, "client_update")} == {"client-2"}
         assert [p.name for p in (done.folder / "clients").iterdir()] == ["client-2"]
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedbuff"])
+@pytest.mark.parametrize("chances", [{"available": 0.1}, {"dropout": 0.9}], ids=str)
+def test_a_server_waits_until_somebody_is_there_and_comes_back(tiny_recipe, tmp_path, name, chances):
+    done = run(tiny_recipe({**TWO, "algorithm": {"name": name}, "devices": alike(**chances)}), out=tmp_path / "run")
+    asked = [e["clients"] for e in events_of(done.folder, "round_started")]
+    assert len(asked) == 3 and all(asked)
+    assert all(e["updates"] for e in events_of(done.folder, "round_finished"))
+    fleet = Fleet(DevicesConfig.model_validate(alike(**chances)), CLIENTS[:2], 0)
+    waited = [r for r in (1, 2, 3) if not fleet.there(r) or all(fleet.vanishes(c, r) for c in CLIENTS[:2])]
+    assert waited  # else this says nothing
+
+
+def test_where_enough_are_there_it_looks_once():
+    """The draws of recipes that never had to wait stay what they were."""
+    fleet = Fleet(DevicesConfig.model_validate({"available": 0.4}), CLIENTS, 5)
+    plan = Schedule(CLIENTS, (), FederationConfig(clients_per_round=8, min_clients=2), 1, 0, 5, there=fleet.there)
+    looked_once = 0
+    for r in range(1, 60):
+        drawn = numpy_generator(5, "available", r).random(len(CLIENTS))
+        there = tuple(c for c, u in zip(CLIENTS, drawn, strict=True) if u < 0.4)
+        assert (plan.sample(r) == there) == (len(there) >= 2)
+        looked_once += len(there) >= 2
+        assert len(plan.sample(r)) >= 2
+    assert looked_once < 59
+    with pytest.raises(RunFailed, match="1000 times in a row fewer than 2 of 8 clients were there for round 1: raise"):
+        replace(plan, there=lambda round, attempt: frozenset(CLIENTS[:1])).sample(1)
+
+
+@pytest.mark.parametrize("column", ["available", "dropout"])
+def test_clients_that_never_come_are_refused(tiny_recipe, tmp_path, column):
+    value = {"available": 0, "dropout": 1}[column]
+    trace = traced(tmp_path / "t.csv", f"client-1,{value}", f"client-2,{value}", columns=f"client,{column}")
+    with pytest.raises(UserError, match="only 0 of 2 clients can ever be there and end their work, and 1 are needed"):
+        prepare(tiny_recipe({**TWO, "devices": alike(trace=trace)}), Watch())
 
 
 # ------------------------------------------------------------------ memory and ranks
@@ -342,6 +380,11 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(values, said, tiny_
         ("client,speed", "client-1,0", "takes a number above 0"),
         ("client,dropout", "client-1,1.5", "takes a number from 0 to 1"),
         ("client,memory", "client-1,much", "memory='much'"),
+        (
+            "client,speed",
+            "client-1,1\nclient-2,1,7",
+            r"the columns client, speed, \(a cell too many\): it takes client and",
+        ),
     ],
 )
 def test_a_trace_that_cannot_be_meant_is_refused(columns, row, said, tmp_path):

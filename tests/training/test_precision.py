@@ -20,7 +20,7 @@ from fedloom.experiment import Watch, prepare
 from fedloom.models.adapters import AdaptedModel, attach
 from fedloom.models.loading import Base
 from fedloom.training import precision
-from fedloom.training.trainer import fit
+from fedloom.training.trainer import Stepper, fit
 
 DRAW = np.random.default_rng(0)
 STEPS = [
@@ -29,8 +29,8 @@ STEPS = [
 ]
 
 
-def adapted() -> AdaptedModel:
-    base = tiny.causal_lm(spread=0.05).requires_grad_(False)
+def adapted(dtype: torch.dtype = torch.float32) -> AdaptedModel:
+    base = tiny.causal_lm(spread=0.05).requires_grad_(False).to(dtype)
     return attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(rank=2, alpha=4), 0)
 
 
@@ -54,8 +54,8 @@ class Learner:
         pass
 
 
-def first_gradient(kind: str, factor: float = 1.0):
-    model, learner = adapted(), Learner(factor)
+def first_gradient(kind: str, factor: float = 1.0, dtype: torch.dtype = torch.float32):
+    model, learner = adapted(dtype), Learner(factor)
     config = TrainConfig(steps=3, lr=1e-2, precision=kind, clip=None, schedule="constant")
     result = fit(model, learner, STEPS, config, first_step=0, total_steps=3)
     return learner.gradients[0], result, learner.dtypes
@@ -82,6 +82,18 @@ def test_small_gradients_survive_fp16_by_the_scale(monkeypatch):
     assert float((lost - exact).norm() / exact.norm()) > 0.2
 
 
+def test_an_fp16_base_is_trained_with_the_scale_though_its_products_are_not_autocast(monkeypatch):
+    small = 2.0**-22
+    exact, _, _ = first_gradient("fp32", small)
+    scaled, _, dtypes = first_gradient("fp32", small, torch.float16)
+    monkeypatch.setattr(precision, "FIRST_SCALE", 1.0)
+    lost, _, _ = first_gradient("fp32", small, torch.float16)
+    assert dtypes == {torch.float16}
+    assert float((scaled - exact).norm() / exact.norm()) < 2e-2
+    assert float((lost - exact).norm() / exact.norm()) > 0.2
+    assert precision.LossScale("bf16", torch.float16).value == 1.0  # products with bf16 have exponents enough
+
+
 def test_a_scale_that_overflows_is_halved_and_no_step_is_lost(monkeypatch):
     expected, plain, _ = first_gradient("fp16")
     monkeypatch.setattr(precision, "FIRST_SCALE", 2.0**30)
@@ -91,9 +103,43 @@ def test_a_scale_that_overflows_is_halved_and_no_step_is_lost(monkeypatch):
     assert float((same - expected).norm() / expected.norm()) < 4e-3
 
 
-def test_a_loss_that_is_not_finite_is_not_taken_for_an_overflow_for_ever():
+def test_a_loss_that_is_not_finite_is_not_taken_for_an_overflow():
     with pytest.raises(ClientFailed, match="not finite"):
         first_gradient("fp16", math.inf)
+
+
+class FirstSpoilt(Learner):
+    """The first step's loss, or the gradient of it alone, is not finite; the passes of each step are counted."""
+
+    def __init__(self, loss: float, gradient: float) -> None:
+        super().__init__()
+        self.spoilt, self.passes = (loss, gradient), [0]
+
+    def local_loss(self, model, batch, step_units):
+        self.passes[-1] += 1
+        loss = super().local_loss(model, batch, step_units)
+        if len(self.passes) > 1:
+            return loss
+        loss = loss * self.spoilt[0]
+        loss.register_hook(lambda g: g * self.spoilt[1])
+        return loss
+
+    def before_step(self, model):
+        super().before_step(model)
+        self.passes.append(0)
+
+
+@pytest.mark.parametrize(("loss", "gradient", "tries"), [(math.nan, 1.0, 1), (1.0, math.inf, 17)])
+def test_what_no_scale_mends_is_skipped_and_later_steps_have_their_scale(loss, gradient, tries):
+    learner = FirstSpoilt(loss, gradient)
+    config = TrainConfig(steps=3, lr=1e-2, precision="fp16", clip=None, schedule="constant", nonfinite="skip")
+    stepper = Stepper(adapted(), learner, config)
+    stepper.model.module.train()
+    for number, batches in enumerate(STEPS):
+        stepper.step(number, batches, 1e-2)
+    assert learner.passes[:3] == [2 * tries, 2, 2]
+    assert (stepper.finished().steps, stepper.finished().skipped_steps) == (2, 1)
+    assert stepper._scale.value == precision.FIRST_SCALE
 
 
 def test_hooks_see_the_gradient_without_the_scale(tiny_recipe, tmp_path):
