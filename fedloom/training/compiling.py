@@ -117,6 +117,12 @@ def trouble(model: AdaptedModel, config: TrainConfig, packed: bool) -> str:
         return ""
     if why := no_compiler(str(model.device)):
         return why
+    if (
+        model.prefixed and not packed
+    ):  # transformers' cache is asked by the layer's number, which becomes part of the code
+        return (
+            "prefix tuning of padded batches would make code for each layer by itself; train.packing=on needs it once"
+        )
     size = model.causal_lm.config.get_text_config().vocab_size
     draw = np.random.default_rng(0)
     sequences = [TokenSequence(draw.integers(3, size, n).astype(np.int32), 1) for n in LENGTHS]
