@@ -274,6 +274,13 @@ class Faults:
         monkeypatch.setattr(algorithm, "local_training", failing_training)
 
 
+def without_the_last_in_round_1(asked: Callable[..., tuple[str, ...]]) -> Callable[..., tuple[str, ...]]:
+    def those_left(self: Schedule, round: int, *options: int) -> tuple[str, ...]:
+        return tuple(client for client in asked(self, round, *options) if (client, round) != ("last", 1))
+
+    return those_left
+
+
 @pytest.mark.parametrize("name", those(lambda p: not p.pooled))
 def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, whole, tmp_path, monkeypatch):
     recipe = whole.recipe
@@ -282,12 +289,7 @@ def test_a_failed_client_is_as_if_it_had_not_been_sampled(name, whole, tmp_path,
         failed = run(recipe, tmp_path / "failed")
     with monkeypatch.context() as patch:
         for asked in ("sample", "queue"):
-            every = getattr(Schedule, asked)
-            patch.setattr(
-                Schedule,
-                asked,
-                lambda self, round, every=every: tuple(c for c in every(self, round) if (c, round) != ("last", 1)),
-            )
+            patch.setattr(Schedule, asked, without_the_last_in_round_1(getattr(Schedule, asked)))
         left_out = run(recipe, tmp_path / "left-out")
     assert failed == left_out
     assert same(server_state(tmp_path / "failed"), server_state(tmp_path / "left-out"))

@@ -181,7 +181,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
             "upload_bytes": 95_202_900, "download_bytes": 97_643_840, "train_tokens": 316_797,
             "train_flops": 2.59e14, "steps": 312, "wall_seconds": 252.3, "cpu_seconds": 498.1, "client_cpu_seconds": 470.2, "gpu_seconds": 180.5,
             "evaluation_upload_bytes": 14_200, "evaluation_download_bytes": 48_820_100,
-            "broadcast_bytes": 19_530_000, "evaluation_broadcast_bytes": 19_530_000, "evaluation_seconds": 57.25,
+            "broadcast_bytes": 19_530_000, "evaluation_broadcast_bytes": 4_882_000, "evaluation_seconds": 57.25,
             "peak_memory_bytes": 1_734_000_000, "gpu_utilisation": None,
         },
         "virtual": recipe.devices and {"seconds": 93.5, "loss": [[0.0, first["loss"]], [93.5, last["loss"]]]},
