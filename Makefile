@@ -6,9 +6,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-# Idle threads sleep, matrix products give the same bits for any number of threads; see fedloom/environment.py.
+# Idle threads sleep; see fedloom/environment.py, which sets what else there is.
 export OMP_WAIT_POLICY := PASSIVE
-export MKL_CBWR := AVX2
 
 .PHONY: quickstart demo-distributed test test-slow test-faults test-gguf check bench docs wheel containers wheelhouse clean
 

@@ -28,7 +28,54 @@ def test_settings_are_made_before_torch_and_reach_children():
         "print(os.environ['MKL_CBWR'], os.environ['OMP_WAIT_POLICY'], fedloom.environment.late_settings());"
         "sys.stdout.flush(); subprocess.run('echo $MKL_CBWR', shell=True)"
     )
-    assert fresh(code) == "AVX2 PASSIVE []\nAVX2"
+    products = environment.defaults(environment._cpuinfo())["MKL_CBWR"]
+    assert fresh(code) == f"{products} PASSIVE []\n{products}"
+
+
+INTEL, AMD = "vendor_id\t: GenuineIntel\nflags\t\t: ", "vendor_id\t: AuthenticAMD\nflags\t\t: "
+WIDE = "avx2 avx512f avx512dq avx512cd avx512bw avx512vl"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "products", "narrowed"),
+    [
+        (INTEL + "sse2 avx2", "AVX2,STRICT", False),
+        (
+            INTEL + "avx2 avx512f avx512cd",
+            "AVX2,STRICT",
+            False,
+        ),  # the library's branch wants more than the first of them
+        (INTEL + WIDE, "AVX512,STRICT", False),
+        (AMD + "sse2 avx2", "AVX2", False),
+        (AMD + WIDE, "AVX2", True),
+        ("", "AVX2", False),  # no such file: macOS, Windows
+    ],
+)
+def test_what_keeps_bits_over_thread_counts_depends_on_the_processor(cpuinfo, products, narrowed):
+    found = environment.defaults(cpuinfo)
+    assert found["MKL_CBWR"] == products
+    assert (found.get("ATEN_CPU_CAPABILITY"), found.get("ONEDNN_MAX_CPU_ISA")) == (
+        ("avx2", "AVX2") if narrowed else (None, None)
+    )
+    assert set(found) <= set(environment.SETTINGS)
+
+
+def test_products_have_the_same_bits_for_any_number_of_threads():
+    """The shapes are those in which the plain branch gave other bits on one maker's processors, and none on another's."""
+    code = """
+import fedloom, torch
+products = {}
+for threads in (1, 2, 3):
+    torch.set_num_threads(threads)
+    source = torch.Generator().manual_seed(1)
+    products[threads] = []
+    for rows, inner, columns in ((256, 256, 688), (96, 256, 256), (7, 64, 64), (8, 200, 576), (33, 2048, 2048)):
+        left, right = torch.randn(rows, inner, generator=source), torch.randn(columns, inner, generator=source)
+        stacked = torch.bmm(left.expand(3, rows, inner), right.T.expand(3, inner, columns))
+        products[threads] += [left @ right.T, right @ left.T, torch.nn.functional.linear(left, right, torch.ones(columns)), stacked]
+print(all(torch.equal(a, b) for threads in (2, 3) for a, b in zip(products[1], products[threads])))
+"""
+    assert fresh(code) == "True"
 
 
 def test_what_the_user_has_set_stays():

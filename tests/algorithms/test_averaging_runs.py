@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -128,10 +129,19 @@ def test_one_hostile_client_in_ten_leaves_the_loss_within_ten_per_cent(attacked,
         assert spoiled.summary["failures"] == (3 if attack == "nan" else 0), attack
 
 
+def ruin(attacked) -> float:
+    """fedavg's loss under noise; infinity where no client's is finite after the first mean, as some processors say."""
+    try:
+        return losses(attacked("fedavg", "noise"))
+    except RunFailed as failed:
+        if "round 2 got 0 usable updates" not in str(failed):
+            raise
+        return math.inf
+
+
 def test_fedavg_is_ruined_by_noise_but_refuses_nan_and_goes_on(attacked):
     clean = attacked("fedavg")
-    with pytest.raises(RunFailed, match="round 2 got 0 usable updates"):  # no loss is finite after the first mean
-        attacked("fedavg", "noise")
+    assert ruin(attacked) > 1.1 * losses(clean)
     refused = attacked("fedavg", "nan")
     assert losses(refused) < 1.1 * losses(clean)
     events = [json.loads(line) for line in (refused.folder / "events.jsonl").read_text().splitlines()]
