@@ -91,7 +91,7 @@ def test_every_round_has_directions_of_its_own(tiny_recipe, tmp_path):
 def test_a_round_moves_less_than_20_kilobytes_each_way(tiny_recipe, tmp_path):
     f = decomfl(tiny_recipe, tmp_path, {"train.steps": 30}, perturbations=10)
     for number in (1, 2, 3):
-        f.round(number)
+        f.round(number, ["copy"])
     f.evaluate("copy", 3)
     assert max(m.up_bytes for m in f.messages) < 20_000
     assert max(m.down_bytes for m in f.messages) < 20_000
