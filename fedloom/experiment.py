@@ -319,14 +319,14 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
         setting.clients,
         progress,
         coordinator.tables,
-        algorithm.deployed().adapter,
-        digest,
-        setting.suite.name if setting.suite else None,
-        setting.score_note,
-        algorithm.guarantee(),
-        algorithm.left_server(),
-        reference,
-        spent,
+        adapter=algorithm.deployed().adapter,
+        adapter_sha256=digest,
+        suite=setting.suite.name if setting.suite else None,
+        score_note=setting.score_note,
+        privacy=algorithm.guarantee(),
+        left_server=algorithm.left_server(),
+        reference=reference,
+        spent=spent,
     )
     folder.write("summary.json", summary)
     write_cards(folder, recipe, summary, setting.clients.clients)

@@ -23,14 +23,15 @@ def summarise(
     partition: Partition,
     progress: Progress,
     tables: Tables,
+    *,
     adapter: Adapter,
     adapter_sha256: str,
     suite: str | None,
     score_note: str,
-    privacy: Mapping[str, Any] | None = None,
-    left_server: Mapping[str, int] | None = None,
-    reference: Mapping[str, Any] | None = None,
-    spent: Mapping[str, Any] | None = None,
+    privacy: Mapping[str, Any] | None,
+    left_server: Mapping[str, int] | None,
+    reference: Mapping[str, Any] | None,
+    spent: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The summary as JSON values; docs/run-folder.md explains each key.
 
@@ -42,7 +43,7 @@ def summarise(
         privacy: what the algorithm guarantees.
         left_server: of an algorithm whose clients hold an emulator, what they were given of the model.
         reference: the summary of the ordinary run beside it.
-        spent: `cost` as it was before the reference ran; by default as it is now.
+        spent: `cost` as it was before the reference ran.
     """
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
     before, after = tables.clients(0, first), tables.clients(progress.finished, last)
@@ -75,7 +76,7 @@ def summarise(
         "privacy": None if privacy is None else dict(privacy),
         "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
         "virtual": _virtual(progress),
-        "cost": cost(progress) if spent is None else dict(spent),
+        "cost": dict(spent),
         "clients": len(partition.clients),
         "rounds": progress.finished,
         "stopped": progress.stopped,
