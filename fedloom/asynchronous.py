@@ -84,7 +84,8 @@ class InFlight:
         """A new version is there, and everybody may start from it. Returns those in flight once free slots are given."""
         self._round = round
         busy = self._busy()
-        self._queue = deque(self._schedule.queue(round, 0 if busy else 1))
+        fewest = self._schedule.federation.min_clients
+        self._queue = deque(self._schedule.queue(round, max(0, fewest - len(busy))))
         idle = (client for client in self._queue if client not in busy)
         asked = islice(idle, max(0, self._schedule.sampled() - len(busy)))
         return sorted({*busy, *asked}, key=self._position.__getitem__)
@@ -137,18 +138,26 @@ class InFlight:
 
     def _arrivals(self) -> Iterator[Outcome]:
         """Outcomes as they arrive, for as long as any can. Below quorum, those whose devices vanished are asked again."""
-        usable, gone = 0, list[str]()
-        for _ in range(ATTEMPTS):
+        fewest, usable = self._schedule.federation.min_clients, 0
+        gone: list[Failure] = []
+        for attempt in range(ATTEMPTS):
             while self._busy() or self._free():
                 outcome = self._received() if self._timed is None else self._arrived(self._timed)
+                of_now = outcome.round == self._round
+                if isinstance(outcome, Failure) and outcome.reason in VANISHED and of_now and usable < fewest:
+                    gone.append(outcome)
+                    continue
                 usable += isinstance(outcome, Update)
-                if isinstance(outcome, Failure) and outcome.reason in VANISHED and outcome.round == self._round:
-                    gone.append(outcome.client)
+                if usable >= fewest:  # nobody is asked again
+                    yield from gone
+                    gone = []
                 yield outcome
                 del outcome
-            if not gone or usable >= self._schedule.federation.min_clients:
+            if not gone:
                 return
-            self._queue, gone = deque(gone), []
+            if attempt + 1 < ATTEMPTS:
+                self._queue, gone = deque(f.client for f in gone), []
+        yield from gone
 
     def _received(self) -> Outcome:
         """The next outcome that the runtime hands over."""

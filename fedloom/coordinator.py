@@ -159,7 +159,7 @@ class Coordinator:
         """Have every testing client write its own adapter; returns client → sha256 of it."""
         digests: dict[str, str] = {}
         finished, assigned = self.progress.finished, self.sender.assignment
-        for outcome in self.runtime.run(assigned(c, "save", finished) for c in self.schedule.testing):
+        for outcome in self.sender.run(assigned(c, "save", finished) for c in self.schedule.testing):
             self._measured(outcome.cost, 0)  # as the evaluation of personal models, which asks for the same
             if isinstance(outcome, Failure):
                 raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")

@@ -129,7 +129,7 @@ class AtOnce:
     def _insisted(self) -> Iterator[Outcome]:
         """Outcomes of a round. Below quorum, clients that were lost are asked again until the round's real deadline.
 
-        Those whose simulated devices vanished are asked again too, which takes no time.
+        Those whose simulated devices vanished are asked again too, which takes no time; what comes of it is said then.
         """
         fewest, again = self._schedule.federation.min_clients, STARTED_ANEW if self._timed is None else VANISHED
         until, usable, attempts = time.monotonic() + self._waits, 0, 0
@@ -137,21 +137,22 @@ class AtOnce:
         while True:
             lost: list[Failure] = []
             for outcome in self._sender.outcomes("train", self._round, asked):
-                if isinstance(outcome, Failure) and outcome.reason in again:
+                if isinstance(outcome, Failure) and outcome.reason in again and usable < fewest:
                     lost.append(outcome)
                     continue
                 usable += isinstance(outcome, Update)
+                if usable >= fewest:  # nobody is asked again, and nobody behind them has to wait for it
+                    yield from lost
+                    lost = []
                 yield outcome
                 del outcome
             attempts += 1
             over = time.monotonic() + PAUSE > until if self._timed is None else attempts == ATTEMPTS
-            if not lost or usable >= fewest or over:
+            if not lost or over:
                 yield from lost
                 return
-            for failure in lost:
-                if asked is self._clients:  # said once
-                    self._sender.failed(failure, "train")
-                self._sender.forget(failure.client)
-            asked = [f.client for f in lost]
             if self._timed is None:
+                for failure in lost if asked is self._clients else ():  # said once, and again where it stays lost
+                    self._sender.failed(failure, "train")
                 time.sleep(PAUSE)
+            asked = [f.client for f in lost]

@@ -16,7 +16,7 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.operators.channel import ServerChannel
 from fedloom.rounds import Schedule
 from fedloom.tracking import Events
-from fedloom.types import STARTED_ANEW, Assignment, Failure, Outcome
+from fedloom.types import STARTED_ANEW, VANISHED, Assignment, Failure, Outcome
 
 
 class Runtime(Protocol):
@@ -88,14 +88,19 @@ class Sender:
 
     def trained(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
         """Outcomes of training, their payloads decoded, as they arrive."""
-        return self.channel.opening(self._run(assignments))
+        return self.channel.opening(self.run(assignments))
 
-    def _run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
-        """The runtime's outcomes, with the cost of first messages told apart."""
+    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
+        """The runtime's outcomes, with the cost of first messages told apart, whatever a site says of it.
+
+        A client that starts anew, or that no message reached, is told everything when it is asked next.
+        """
         for outcome in self.runtime.run(assignments):
-            if outcome.client in self._fresh:
-                self._fresh.discard(outcome.client)
-                outcome = replace(outcome, cost=replace(outcome.cost, broadcast_bytes=outcome.cost.download_bytes))
+            first = outcome.cost.download_bytes if outcome.client in self._fresh else 0
+            self._fresh.discard(outcome.client)
+            if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW | VANISHED:
+                self._contacted.discard(outcome.client)
+            outcome = replace(outcome, cost=replace(outcome.cost, broadcast_bytes=first))
             yield outcome
             del outcome  # as in `outcomes`
 
@@ -104,16 +109,14 @@ class Sender:
         self._tick(kind, round, 0, len(clients))
         assignments = (self.assignment(client, kind, round, dataset) for client in clients)
         done = 0
-        for outcome in self.trained(assignments) if kind == "train" else self._run(assignments):
+        for outcome in self.trained(assignments) if kind == "train" else self.run(assignments):
             done += 1  # noqa: SIM113  (its tuple would hold on to the outcome)
             self._tick(kind, round, done, len(clients))
             yield outcome
             del outcome  # as everywhere on an update's way: two of them in memory would be one too many
 
     def failed(self, failure: Failure, kind: str) -> None:
-        """The event of a failure. A client that starts anew is told everything again when it is asked next."""
-        if failure.reason in STARTED_ANEW:
-            self.forget(failure.client)
+        """The event of a failure."""
         self._events.write(
             "client_failed",
             round=failure.round,
@@ -122,7 +125,3 @@ class Sender:
             reason=failure.reason,
             detail=failure.detail,
         )
-
-    def forget(self, client: str) -> None:
-        """Whatever this client was sent, it no longer knows."""
-        self._contacted.discard(client)

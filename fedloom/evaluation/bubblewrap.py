@@ -31,6 +31,7 @@ class Bubblewrap:
     """Linux namespaces: `bwrap`, and util-linux's `prlimit` for what the kernel itself can bound."""
 
     name = "bubblewrap"
+    tools_at = "where the cage sees it, under /usr"
 
     def trouble(self) -> str:
         """Why it cannot be used here; empty where it can."""
@@ -58,8 +59,9 @@ class Bubblewrap:
                 return watched(process, program.limits, first.usage, first.end)
 
 
-#: Machine → (its number as seccomp says it, system calls that make memory which no process holds: shmget, memfd_create).
-CALLS = {"x86_64": (0xC000003E, (29, 319)), "aarch64": (0xC00000B7, (194, 279))}
+#: Machine → (its number as seccomp says it, system calls that make memory which no process holds: shmget, memfd_create,
+#: memfd_secret, msgget, semget).
+CALLS = {"x86_64": (0xC000003E, (29, 319, 447, 68, 64)), "aarch64": (0xC00000B7, (194, 279, 447, 186, 190))}
 
 
 def _refused() -> int:

@@ -62,6 +62,7 @@ class Container:
 
     name = "container"
     image = "fedloom-evaluation"
+    tools_at = f"in the image {image}"
 
     def __init__(self, engines: Sequence[str] = ("docker", "podman")) -> None:
         self._engine = next((e for e in engines if shutil.which(e)), None)
@@ -103,6 +104,7 @@ class Unsafe:
     """A child process as the user, with the kernel's limits: it sees and may change whatever the user may."""
 
     name = "unsafe"
+    tools_at = "here"
 
     def run(self, program: Program) -> Ran:
         with folder(program) as sources, tempfile.TemporaryDirectory(prefix="fedloom-run-") as scratch:

@@ -140,7 +140,7 @@ def check_runs(cage: Cage, records: Sequence[Record]) -> None:
         said = " ".join(ran.output.split())[-200:] or f"it ended by {ran.end}"
         raise UserError(
             f"{found.name} programs do not run in the cage here ({cage.name}): the right answer to {record['task_id']} did "
-            f"not pass ({said}): install {' and '.join(found.tools)} where the cage sees it, under /usr, or leave "
+            f"not pass ({said}): install {' and '.join(found.tools or ('python3',))} {cage.tools_at}, or leave "
             f"{found.name} out"
         )
 

@@ -75,6 +75,9 @@ class Cage(Protocol):
 
     name: str
 
+    #: Where a language's tools have to be, for a sentence.
+    tools_at: str
+
     def run(self, program: Program) -> Ran:
         """Returns within the program's limits, whatever it does."""
 

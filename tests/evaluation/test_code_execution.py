@@ -88,7 +88,10 @@ def test_attacks_are_held(attack):
 def test_memory_that_no_process_holds_cannot_be_made():
     source = (
         "import ctypes, errno, os\nlibc = ctypes.CDLL(None, use_errno=True)\n"
-        "assert libc.shmget(0, 4096, 0o1600) == -1 and ctypes.get_errno() == errno.EPERM\n"
+        "made = {'shared memory': lambda: libc.shmget(0, 4096, 0o1600), 'queue': lambda: libc.msgget(0, 0o1600),\n"
+        "        'semaphores': lambda: libc.semget(0, 250, 0o1600), 'secret': lambda: libc.syscall(447, 0)}\n"
+        "for name, make in made.items():\n"
+        "    assert make() == -1 and ctypes.get_errno() == errno.EPERM, name\n"
         "try:\n    os.memfd_create('held')\nexcept PermissionError:\n    print('refused')\n"
     )
     ran = Bubblewrap().run(python(source))

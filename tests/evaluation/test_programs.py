@@ -55,6 +55,7 @@ class Elsewhere:
     """A cage in which nothing is installed."""
 
     name = "elsewhere"
+    tools_at = "on the moon"
 
     def run(self, program):
         return Ran("ended", 127, "python3: not found")
@@ -62,7 +63,9 @@ class Elsewhere:
 
 def test_a_language_that_does_not_run_in_the_cage_is_refused_before_a_model_is_asked():
     with pytest.raises(
-        UserError, match=r"python programs do not run in the cage here \(elsewhere\).*python3: not found"
+        UserError,
+        match=r"python programs do not run in the cage here \(elsewhere\): the right answer to HumanEval/\d did not pass "
+        r"\(python3: not found\): install python3 on the moon, or leave python out$",
     ):
         check_runs(Elsewhere(), RECORDS)
     check_runs(Elsewhere(), [{**RECORDS[0], "canonical_solution": ""}])  # nothing to try

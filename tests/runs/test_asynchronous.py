@@ -205,6 +205,35 @@ def test_outcomes_are_taken_as_a_runtime_in_real_time_hands_them_over(tmp_path):
     assert flight.now is None
 
 
+def test_it_begins_where_as_many_are_there_as_a_round_needs(tmp_path):
+    """And asks those that vanished again until there are; each is told of once."""
+    durations = Durations(dict.fromkeys("abc", 1.0))
+    durations.vanishes = lambda client, round, attempt: client in "ab" and attempt < 3
+    runtime = Answers()
+    flight = in_flight(tmp_path, runtime, "abc", 3, 2, durations)
+    federation = FederationConfig(clients_per_round=3, min_clients=2)
+    there = lambda round, attempt: frozenset("abc" if attempt else "a")  # noqa: E731
+    flight._schedule = replace(flight._schedule, federation=federation, there=there)
+    assert flight.begin(1) == ["a", "b", "c"]
+    told = []
+
+    def accepted(arriving):
+        for outcome in arriving:
+            told.append((outcome.client, type(outcome)))
+            if isinstance(outcome, Update):
+                yield outcome
+
+    assert len(list(flight.gather(accepted))) == 2
+    assert {kind for _, kind in told} == {Update}
+    told.clear()
+    durations.vanishes = lambda client, round, attempt: client in "ab"
+    never = in_flight(tmp_path / "never", Answers(), "abc", 3, 2, durations)
+    never._schedule = replace(never._schedule, federation=federation)
+    never.begin(1)
+    assert [u.client for u in never.gather(accepted)] == ["c"]
+    assert sorted(told, key=str) == [("a", Failure), ("b", Failure), ("c", Update)]
+
+
 def test_a_reply_that_was_not_asked_for_or_names_another_round_is_refused_and_blocks_no_slot(tmp_path):
     stray = Update("z", 1, Payload({"w": torch.zeros(2)}))
     wrong = LastFirst(lambda o: [stray, replace(o, round=o.round + 1) if o.client == "a" else o])

@@ -7,14 +7,16 @@ import math
 import signal
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from fedloom import run
+from fedloom import arrival, run
+from fedloom.checkpoint import to_bytes
 from fedloom.clock import Timed
-from fedloom.config import DevicesConfig, FederationConfig
+from fedloom.config import DevicesConfig, FederationConfig, Recipe
 from fedloom.devices import Fleet
 from fedloom.errors import RunFailed, UserError
 from fedloom.experiment import Watch, prepare
@@ -23,6 +25,7 @@ from fedloom.randomness import numpy_generator
 from fedloom.report import charts
 from fedloom.report.formats import duration
 from fedloom.rounds import Schedule
+from fedloom.sending import Sender
 from fedloom.tracking import read_events
 from fedloom.types import Assignment, Cost, Failure, Payload, Update
 
@@ -184,6 +187,57 @@ def test_the_deadlines_edge_belongs_to_those_in_time_and_failures_take_none(tmp_
     assert resumed.now == 16.0
 
 
+def test_of_those_that_vanish_only_a_round_below_quorum_waits(tmp_path, monkeypatch):
+    """Above it, a failure is handed on at once, so that the updates behind it need not lie on disk."""
+    table = {"gone": 1.0, "a": 1.0, "b": 1.0, "c": 1.0}
+    written = []
+    monkeypatch.setattr(arrival, "to_bytes", lambda payload: written.append(1) or to_bytes(payload))
+    runtime = Answering()
+    runtime.timed = Timed(runtime, Exactly(table))
+    for fewest, early in ((1, 0), (2, 1), (3, 2)):  # those that came below quorum wait behind the failure
+        written.clear()
+        plan = Schedule(tuple(table), (), FederationConfig(min_clients=fewest), 1, 0, 0)
+        gathering = AtOnce(runtime, plan, runtime.timed, 0.0, tmp_path)
+        gathering.begin(1)
+        assert [o.client for o in gathering.gather(lambda outcomes: outcomes)] == list(table)
+        assert len(written) == early
+
+
+class Vanishing:
+    """A runtime whose clients vanish `times` times and then answer, and say of their traffic what they like."""
+
+    def __init__(self, times):
+        self.left, self.told = Counter(times), []
+
+    def run(self, assignments):
+        for a in assignments:
+            self.told.append((a.client, a.recipe is not None, bool(a.payload.meta)))
+            cost = Cost(download_bytes=100, broadcast_bytes=-7)
+            if self.left[a.client]:
+                self.left[a.client] -= 1
+                yield Failure(a.client, a.round, "vanished", "as asked")
+            else:
+                yield Update(a.client, a.round, Payload(), num_examples=1, cost=cost)
+
+
+def test_a_client_that_no_message_reached_is_told_everything_when_it_is_asked_again():
+    algorithm = SimpleNamespace(
+        own_initial=False,
+        initial_payload=lambda client: Payload(meta={"start": 1}),
+        round_payload=lambda client: Payload(),
+    )
+    channel = SimpleNamespace(sent=lambda assignment, own: assignment, opening=lambda outcomes: outcomes)
+    plan = Schedule(("a", "b"), (), FederationConfig(), 1, 0, 0)
+    runtime = Vanishing({"a": 2})
+    sender = Sender(algorithm, runtime, plan, channel, None, {"name": "r"}, False, lambda *told: None)
+    first = []
+    for asked in ("ab", "ab", "ab", "ab"):
+        first.append([o.cost.broadcast_bytes for o in sender.outcomes("train", 1, asked)])
+    assert [told for told in runtime.told if told[0] == "a"] == [("a", True, True)] * 3 + [("a", False, False)]
+    assert [told[1] for told in runtime.told if told[0] == "b"] == [True, False, False, False]
+    assert first == [[0, 100], [0, 0], [100, 0], [0, 0]]
+
+
 def test_clients_are_there_as_often_as_they_are_said_to_be():
     clients = tuple(f"c{k}" for k in range(200))
     fleet = Fleet(DevicesConfig.model_validate({"available": 0.3, "dropout": 0.2}), clients, 5)
@@ -220,7 +274,8 @@ def test_a_server_waits_until_somebody_is_there_and_comes_back(tiny_recipe, tmp_
     asked = [e["clients"] for e in events_of(done.folder, "round_started")]
     assert len(asked) == 3 and all(asked)
     assert all(e["updates"] for e in events_of(done.folder, "round_finished"))
-    fleet = Fleet(DevicesConfig.model_validate(alike(**chances)), CLIENTS[:2], 0)
+    seed = Recipe.load(done.folder / "recipe.yaml").seed
+    fleet = Fleet(DevicesConfig.model_validate(alike(**chances)), CLIENTS[:2], seed)
     waited = [r for r in (1, 2, 3) if not fleet.there(r) or all(fleet.vanishes(c, r) for c in CLIENTS[:2])]
     assert waited  # else this says nothing
 

@@ -125,16 +125,26 @@ def test_the_pooled_loss_is_the_mean_over_all_test_tokens(finished):
             assert event["loss"] == pytest.approx(sums / sum(c["tokens"] for c in event["clients"].values()))
 
 
-@pytest.mark.parametrize("algorithm", ["fedavg", "local", "global"])
-def test_bytes_are_those_of_all_encoded_messages(tiny_recipe, tmp_path, monkeypatch, algorithm):
+@pytest.mark.parametrize(
+    ("algorithm", "more"),
+    [
+        ("fedavg", {}),
+        ("local", {}),
+        ("local", {"evaluation.clients": 1, "federation.clients_per_round": 1, "federation.rounds": 1}),
+        ("global", {}),
+    ],
+    ids=["fedavg", "local", "some are met first as they write their result", "global"],
+)
+def test_bytes_are_those_of_all_encoded_messages(tiny_recipe, tmp_path, monkeypatch, algorithm, more):
     counted = Counted(monkeypatch)
-    result = run(tiny_recipe({"algorithm.name": algorithm}), tmp_path / "run")
+    result = run(tiny_recipe({"algorithm.name": algorithm, **more}), tmp_path / "run")
     cost = result.summary["cost"]
     assert (cost["upload_bytes"], cost["download_bytes"]) == (counted.up, counted.down)
     other = sum(size for kind, size in counted.assignments if kind != "train")  # and of the writing of personal results
     assert cost["evaluation_download_bytes"] == other
     assert cost["broadcast_bytes"] == sum(size for _, size in counted.first) > 0
-    assert cost["evaluation_broadcast_bytes"] == sum(size for kind, size in counted.first if kind == "evaluate")
+    assert cost["evaluation_broadcast_bytes"] == sum(size for kind, size in counted.first if kind != "train")
+    assert any(kind == "save" for kind, _ in counted.first) == bool(more)
     rounds = [e for e in read_events(result.folder / "events.jsonl") if e["event"] == "round_finished"]
     assert sum(e["download_bytes"] for e in rounds) == sum(s for kind, s in counted.assignments if kind == "train")
     adapter = result.summary["adapter"]["bytes"]
