@@ -23,7 +23,7 @@ def benchmark(
     from fedloom.benchmarking.page import write_benchmark
     from fedloom.benchmarking.ratios import lines, ratios
     from fedloom.benchmarking.runner import NOT_RUN, run_benchmark
-    from fedloom.benchmarking.table import rows, to_csv, to_latex
+    from fedloom.benchmarking.table import alike, rows, to_csv, to_latex
     from fedloom.checkpoint import write_bytes, write_json
     from fedloom.console_tables import benchmark_table, plan_table
     from fedloom.errors import RunFailed
@@ -37,7 +37,7 @@ def benchmark(
     outcomes = run_benchmark(chosen, folder, lambda text: err.print(text, markup=False), only=only, size=size)
     found, stated = rows(outcomes), ratios(chosen, rows(outcomes))
     write_bytes(folder / "table.csv", to_csv(found).encode())
-    write_bytes(folder / "table.tex", to_latex(found, chosen.description).encode())
+    write_bytes(folder / "table.tex", to_latex(found, chosen.description, list(alike(found).values())).encode())
     write_json(folder / "ratios.json", stated)
     out.print(benchmark_table(found, chosen.terminal))
     out.print(f"table    {folder / 'table.csv'}", markup=False)
@@ -79,6 +79,8 @@ def compare(
         return
     caption = f"Ranked by {board.ranked_by}."
     write_bytes(out_ / "leaderboard.csv", to_csv(board.rows).encode())
-    write_bytes(out_ / "leaderboard.tex", to_latex(board.rows, caption, marked=board.comparable).encode())
+    write_bytes(
+        out_ / "leaderboard.tex", to_latex(board.rows, caption, [board.rows] if board.comparable else []).encode()
+    )
     out.print(f"table    {out_ / 'leaderboard.csv'}", markup=False)
     out.print(f"report   {write_leaderboard(board, out_)}", markup=False)

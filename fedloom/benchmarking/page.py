@@ -10,7 +10,7 @@ from fedloom.benchmarking.columns import NAMED
 from fedloom.benchmarking.compare import Leaderboard
 from fedloom.benchmarking.declaration import Benchmark
 from fedloom.benchmarking.ratios import lines
-from fedloom.benchmarking.table import Row, bests, shown
+from fedloom.benchmarking.table import Row, alike, before, bests, shown
 from fedloom.report import charts, scatter, settings
 from fedloom.report.html import NARROW, WIDE, figure, write_page
 from fedloom.tracking import read_events
@@ -38,9 +38,7 @@ def write_benchmark(
 ) -> Path:
     """`out`/benchmark.html; returns its path."""
     columns = shown(found)
-    groups: dict[str, list[Row]] = {}
-    for row in found:
-        groups.setdefault(_before(row), []).append(row)
+    groups = alike(found)
     events = {row.name: path for row in found if (path := _first(benchmark, row, out)) is not None}
     drawn = []
     for name, group in groups.items():
@@ -56,10 +54,10 @@ def write_benchmark(
             "axes": list(benchmark.axes),
             "columns": columns,
             "rows": found,
-            "best": bests(found, columns),
+            "best": bests(groups.values(), columns),
             "note": f"{_of_seeds(found)}{OF_MACHINE}",
             "ratios": lines(stated),
-            "clouds": _clouds(found, benchmark.judged_by, _short, _before),
+            "clouds": _clouds(found, benchmark.judged_by, _short, before),
             "lines": drawn,
             "run": None,
         },
@@ -83,7 +81,7 @@ def write_leaderboard(board: Leaderboard, out: Path) -> Path:
             "axes": list(found[0].place),
             "columns": columns,
             "rows": found,
-            "best": bests(found, columns) if board.comparable else {},
+            "best": bests([found] if board.comparable else [], columns),
             "note": f"{_of_seeds(found)}{OF_MACHINE}",
             "clouds": _clouds(found, "loss", lambda row: row.name, lambda row: row.name if few else ""),
             "lines": [
@@ -149,10 +147,6 @@ def _over_rounds(
 
 def _short(row: Row) -> str:
     return row.name.rpartition("/")[2]
-
-
-def _before(row: Row) -> str:
-    return row.name.rpartition("/")[0]
 
 
 def _first(benchmark: Benchmark, row: Row, out: Path) -> Path | None:

@@ -9,7 +9,7 @@ import csv
 import io
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,15 +84,15 @@ def to_csv(found: Sequence[Row]) -> str:
     return out.getvalue()
 
 
-def to_latex(found: Sequence[Row], caption: str, *, marked: bool = True) -> str:
-    """A tabular with booktabs' rules; `marked` sets the best of each measured column in bold.
+def to_latex(found: Sequence[Row], caption: str, compared: Sequence[Sequence[Row]]) -> str:
+    """A tabular with booktabs' rules, the best of each measured column in bold among the rows of each group of `compared`.
 
     A row that lacks runs says how many seeds it has.
     """
     most = max((row.seeds for row in found), default=0)
     axes = list(found[0].place) if found else []
     columns = [c for c in shown(found) if c.key not in {"loss_before", "failures"}]
-    finest = bests(found, columns) if marked else {}
+    finest = bests(compared, columns)
     lines = [
         r"\begin{table}", r"\centering", rf"\caption{{{_escaped(caption)}}}",
         rf"\begin{{tabular}}{{{'l' * len(axes)}{'r' * len(columns)}}}", r"\toprule",
@@ -102,17 +102,37 @@ def to_latex(found: Sequence[Row], caption: str, *, marked: bool = True) -> str:
         cells = []
         for column in columns:
             text = _escaped(row.text(column)).replace("±", r"$\pm$").replace("–", "--")
-            mean = row.means[column.key]
-            cells.append(rf"\textbf{{{text}}}" if mean is not None and mean == finest.get(column.key) else text)
+            cells.append(rf"\textbf{{{text}}}" if (row.name, column.key) in finest else text)
         *axes_before, last = row.place.values()
         places = [*axes_before, last if row.seeds in (0, most) else f"{last} ({row.seeds} of {most} seeds)"]
         lines.append(" & ".join([*map(_escaped, places), *cells]) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
 
 
-def bests(found: Sequence[Row], columns: Sequence[Column]) -> dict[str, float | None]:
-    """Key → the best mean, of the columns that were measured and not spent."""
-    return {c.key: best(found, c) for c in columns if c in MEASURED}
+def before(row: Row) -> str:
+    """The points of all axes but the last, which is the one that a benchmark compares along: one corpus, many algorithms."""
+    return "/".join(list(row.place.values())[:-1])
+
+
+def alike(found: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows that compare, by what they share."""
+    groups: dict[str, list[Row]] = {}
+    for row in found:
+        groups.setdefault(before(row), []).append(row)
+    return groups
+
+
+def bests(compared: Iterable[Sequence[Row]], columns: Sequence[Column]) -> set[tuple[str, str]]:
+    """(row's name, column's key) of the best mean in each group, of the columns that were measured and not spent."""
+    found = set()
+    for group in compared:
+        for column in columns:
+            finest = best(group, column) if column in MEASURED else None
+            if finest is not None:
+                found |= {
+                    (row.name, column.key) for row in group if row.means[column.key] == finest and not row.trouble
+                }
+    return found
 
 
 def best(found: Sequence[Row], column: Column) -> float | None:

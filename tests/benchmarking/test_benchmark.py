@@ -25,7 +25,7 @@ from fedloom.benchmarking.declaration import Benchmark, builtin_benchmarks
 from fedloom.benchmarking.page import write_benchmark
 from fedloom.benchmarking.ratios import lines, ratios
 from fedloom.benchmarking.runner import run_benchmark
-from fedloom.benchmarking.table import best, rows, to_csv, to_latex
+from fedloom.benchmarking.table import Row, alike, best, bests, rows, to_csv, to_latex
 from fedloom.choices import make_algorithm
 from fedloom.environment import forget_peak_memory, peak_memory_bytes
 from fedloom.errors import RunFailed, UserError
@@ -344,7 +344,23 @@ def test_a_cell_that_lacks_a_run_is_neither_best_nor_in_a_ratio(declared, tmp_pa
     assert ratios(benchmark, found) == {"local_over_federated": None}
     loss = next(c for c in COLUMNS if c.key == "loss")
     assert best([replace(found[1], means={**found[1].means, "loss": 0.0}), found[0]], loss) == found[0].means["loss"]
-    assert "local (2 of 3 seeds)" in to_latex(found, "t")
+    assert "local (2 of 3 seeds)" in to_latex(found, "t", [found])
+
+
+def test_only_rows_that_differ_in_the_last_axis_compare(declared, tmp_path):
+    """The loss on one corpus is neither better nor worse than that on another."""
+    benchmark = Benchmark.load(declared(seeds=[1]), "small")
+    (row, *_) = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own/federated"))
+    loss = next(c for c in COLUMNS if c.key == "loss")
+
+    def of(corpus: str, algorithm: str, value: float | None, trouble: str = "") -> Row:
+        place = {"corpus": corpus, "row": algorithm}
+        return replace(row, name="/".join(place.values()), place=place, means={"loss": value}, trouble=trouble)
+
+    found = [of("a", "x", 0.5), of("a", "y", 0.4), of("b", "x", 2.5), of("b", "y", 2.6), of("b", "z", 2.5, "lacks one"),
+             of("c", "x", None)]  # fmt: skip
+    assert bests(alike(found).values(), [loss]) == {("a/y", "loss"), ("b/x", "loss")}
+    assert bests([], [loss]) == set()
 
 
 def test_what_a_kill_left_half_written_is_in_nobodys_way(declared, tmp_path):
@@ -387,7 +403,7 @@ def test_the_page_and_the_tabular(declared, tmp_path):
     assert [row.trouble for row in board.rows] == [""] * 3 + ["not run yet"] * 3
     assert [row.name for row in board.rows[:3]] == [r.name for r in sorted(found[:3], key=lambda r: r.means["loss"])]
     assert "100 % table" in page and "<script src" not in page
-    tabular = to_latex(found, benchmark.description)
+    tabular = to_latex(found, benchmark.description, list(alike(found).values()))
     assert rf"\textbf{{{best.text(column)}}}" in tabular
     assert r"a small one \& its 100 \% table" in tabular
     assert tabular.count(r" \\") == 1 + len(found)
