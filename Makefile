@@ -6,7 +6,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-# Idle threads sleep; see fedloom/environment.py, which sets what else there is.
+# Idle threads sleep; see fedloom/common/environment.py, which sets what else there is.
 export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: quickstart demo-distributed test test-slow test-faults test-gguf check bench docs wheel containers wheelhouse clean

@@ -83,8 +83,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--batch-size", type=int, default=8)
     asked = parser.parse_args()
-    from fedloom.config import ModelConfig
     from fedloom.models.loading import locate
+    from fedloom.recipe.recipe import ModelConfig
 
     folder, _ = locate(ModelConfig(name=asked.model), lambda text: print(text, file=sys.stderr))
     results = [compare(suite, asked.model, folder, asked.limit, asked.batch_size) for suite in asked.suites]

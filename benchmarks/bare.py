@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from fedloom.config import TrainConfig  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import TrainConfig
 
 import torch  # isort: skip
 

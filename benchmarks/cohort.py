@@ -29,20 +29,21 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import fedloom.cohorts as settled  # first: it sets what torch reads when it is imported
+import fedloom.federation.cohorts as settled  # first: it sets what torch reads when it is imported
 
 import numpy as np  # isort: skip
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.loading import Base, load_base
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.cohort import Cohort
+from fedloom.training.cohort_probe import speedups
 from fedloom.training.objectives import unit_losses
-from fedloom.training.probing import speedups
 from fedloom.training.trainer import fit
 
 S: dict[str, Any] = {

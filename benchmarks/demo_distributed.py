@@ -28,14 +28,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import Recipe
 
 import psutil  # isort: skip
 
-from fedloom.choices import load_data
+from fedloom.common.yaml import dump_yaml
+from fedloom.data.loading import load_data
 from fedloom.data.splitters import partition
-from fedloom.federation import deal, free_port
-from fedloom.overrides import dump_yaml
+from fedloom.experiment.local_sites import deal, free_port
 
 SITES = ("north", "south", "west")
 

@@ -36,18 +36,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import Recipe
 
 import psutil  # isort: skip
 
-from fedloom.federation import free_port
-from fedloom.joining import settle
+from fedloom.experiment.local_sites import free_port
+from fedloom.federation.record.events import read_events
 from fedloom.models.loading import quiet_transformers
-from fedloom.project import Project
-from fedloom.runtimes.flare.kits import SERVER_CLASS, SITE_CLASS, provision
-from fedloom.runtimes.flare.services import Admin, Service, server_service, site_service, write_job
-from fedloom.serving import Order
-from fedloom.tracking import read_events
+from fedloom.runtimes.sites.flare.kits import SERVER_CLASS, SITE_CLASS, provision
+from fedloom.runtimes.sites.flare.services import Admin, Service, server_service, site_service, write_job
+from fedloom.runtimes.sites.join import settle
+from fedloom.runtimes.sites.order import Order
+from fedloom.runtimes.sites.project import Project
 
 HERE = Path(__file__).parent
 SITES = ("site-a", "site-b", "site-c")

@@ -17,13 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from fedloom.checkpoint import write_json  # first: it sets what torch reads when it is imported
+from fedloom.common.files import write_json
 
 import torch  # isort: skip
 
-from fedloom.operators.flat import raw_bytes
-from fedloom.runtimes import wire, worker
-from fedloom.types import Assignment, Payload, Update
+from fedloom.messages import wire
+from fedloom.messages.operators.flat import raw_bytes
+from fedloom.messages.types import Assignment, Payload, Update
+from fedloom.runtimes.ranks import worker
 
 FOLDER = Path(os.environ.get("FEDLOOM_BENCH", "."))
 ECHO = "benchmark.echo"
@@ -70,14 +71,14 @@ from nvflare.apis.event_type import EventType  # noqa: E402
 from nvflare.apis.fl_constant import ReturnCode  # noqa: E402
 from nvflare.apis.shareable import Shareable, make_reply  # noqa: E402
 
-from fedloom.policy import Audit, Policy  # noqa: E402
-from fedloom.project import SiteConfig, load_section  # noqa: E402
-from fedloom.runtimes.agent import Agent  # noqa: E402
-from fedloom.runtimes.distributed import Distributed  # noqa: E402
-from fedloom.runtimes.exchange import Patience  # noqa: E402
-from fedloom.runtimes.flare.controller import RunController  # noqa: E402
-from fedloom.runtimes.flare.executor import SiteExecutor  # noqa: E402
-from fedloom.runtimes.flare.link import FlareLink, attend  # noqa: E402
+from fedloom.runtimes.sites.agent import Agent  # noqa: E402
+from fedloom.runtimes.sites.exchange import Patience  # noqa: E402
+from fedloom.runtimes.sites.flare.controller import RunController  # noqa: E402
+from fedloom.runtimes.sites.flare.executor import SiteExecutor  # noqa: E402
+from fedloom.runtimes.sites.flare.link import FlareLink, attend  # noqa: E402
+from fedloom.runtimes.sites.policy import Audit, Policy  # noqa: E402
+from fedloom.runtimes.sites.project import SiteConfig, load_section  # noqa: E402
+from fedloom.runtimes.sites.runtime import Distributed  # noqa: E402
 
 
 class PlainSite(SiteExecutor):

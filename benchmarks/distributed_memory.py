@@ -32,15 +32,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import Recipe
 
 import psutil  # isort: skip
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedloom.federation import free_port
-from fedloom.overrides import dump_yaml
-from fedloom.tracking import read_events
+from fedloom.common.yaml import dump_yaml
+from fedloom.experiment.local_sites import free_port
+from fedloom.federation.record.events import read_events
 
 SITES = ("north", "south", "west")
 JOB = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")

@@ -22,17 +22,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import Recipe
 
 import torch  # isort: skip
 
-from fedloom.algorithms.fed_sb import middle
-from fedloom.algorithms.fedex_lora import averaged
-from fedloom.experiment import Watch, assemble, prepare
+from fedloom.algorithms.lora.fed_sb import middle
+from fedloom.algorithms.lora.fedex_lora import averaged
+from fedloom.experiment.prepare import prepare
+from fedloom.experiment.run import assemble
+from fedloom.federation.record.run_folder import opened
+from fedloom.federation.watch import Watch
+from fedloom.messages.types import Update
 from fedloom.models.loading import quiet_transformers
 from fedloom.models.lowrank import LowRank, relative_gap
-from fedloom.runfolder import opened
-from fedloom.types import Update
 
 EXACT = ("flora", "fedex_lora", "ffa_lora", "fed_sb")
 Sums = dict[str, LowRank]

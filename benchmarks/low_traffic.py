@@ -25,14 +25,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
-
-from fedloom.deployment import deploy  # isort: skip
 from fedloom.evaluation.loss import loss_sums
-from fedloom.experiment import Watch, assemble, prepare
+from fedloom.experiment.prepare import prepare
+from fedloom.experiment.run import assemble
+from fedloom.federation.record.events import read_events
+from fedloom.federation.record.run_folder import opened
+from fedloom.federation.results import deploy
+from fedloom.federation.watch import Watch
 from fedloom.models.loading import quiet_transformers
-from fedloom.runfolder import opened
-from fedloom.tracking import read_events
+from fedloom.recipe.recipe import Recipe
 
 STEPS, ROUNDS = 60, 4
 LIMIT_BYTES, LIMIT_FALL = 20_000, 0.01

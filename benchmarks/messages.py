@@ -40,21 +40,23 @@ import time
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import Recipe
 
 import torch  # isort: skip
 
-from fedloom import registry
-from fedloom.checkpoint import Checkpoints
-from fedloom.experiment import Watch, assemble, prepare
-from fedloom.models.adapters import Models
+from fedloom.common import registry
+from fedloom.experiment.prepare import prepare
+from fedloom.experiment.run import assemble
+from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.run_folder import opened
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.operators.base import Around, Notes, Operator, is_float
+from fedloom.messages.operators.chain import Chain
+from fedloom.messages.operators.flat import Part, Parts, Spec
+from fedloom.messages.types import Payload, Update
+from fedloom.models.attach import Models
 from fedloom.models.loading import quiet_transformers
-from fedloom.operators.base import Around, Notes, Operator, is_float
-from fedloom.operators.chain import Chain
-from fedloom.operators.flat import Part, Parts, Spec
-from fedloom.runfolder import opened
-from fedloom.runtimes import wire
-from fedloom.types import Payload, Update
 
 INT4: dict[str, Any] = {"name": "quantize", "bits": 4}
 TOP: dict[str, Any] = {"name": "sparsify", "fraction": 0.1}

@@ -16,10 +16,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
-from fedloom.experiment import Watch, run
-from fedloom.overrides import parse_overrides
-from fedloom.runfolder import RunFolder
+from fedloom.experiment.run import run
+from fedloom.federation.record.run_folder import RunFolder
+from fedloom.federation.watch import Watch
+from fedloom.recipe.overrides import parse_overrides
+from fedloom.recipe.recipe import Recipe
 
 NUMBERS = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")
 

@@ -29,26 +29,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import Recipe
 
 import torch  # isort: skip
 from distributed import SITES, Federation
 
-from fedloom.choices import load_data, make_algorithm
+from fedloom.data.loading import load_data
 from fedloom.data.splitters import partition
-from fedloom.experiment import Watch, run
-from fedloom.federation import deal
-from fedloom.models.emulator import cut_model
+from fedloom.experiment.local_sites import deal
+from fedloom.experiment.run import run
+from fedloom.federation.checks import make_algorithm
+from fedloom.federation.record.run_folder import RunFolder
+from fedloom.federation.watch import Watch
+from fedloom.models.emulator.cut import cut_model
 from fedloom.models.loading import load_base
-from fedloom.overrides import parse_overrides
-from fedloom.project import SiteConfig, load_section
-from fedloom.runfolder import RunFolder
-from fedloom.runtimes.flare.executor import SiteExecutor, open_agent
-from fedloom.runtimes.flare.kits import SERVER_CLASS
-from fedloom.runtimes.flare.link import attend
-from fedloom.runtimes.link import Answer, Bytes
-from fedloom.runtimes.worker import end_with_parent
-from fedloom.serving import Order
+from fedloom.recipe.overrides import parse_overrides
+from fedloom.runtimes.ranks.worker import end_with_parent
+from fedloom.runtimes.sites.flare.executor import SiteExecutor, open_agent
+from fedloom.runtimes.sites.flare.kits import SERVER_CLASS
+from fedloom.runtimes.sites.flare.link import attend
+from fedloom.runtimes.sites.link import Answer, Bytes
+from fedloom.runtimes.sites.order import Order
+from fedloom.runtimes.sites.project import SiteConfig, load_section
 
 FEW = {
     "data.limit": 60,

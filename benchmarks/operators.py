@@ -66,27 +66,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import (
-    AdapterConfig,
-    ModelConfig,
-    TrainConfig,
-)  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 
 import numpy as np  # isort: skip
 import torch
 from small import S
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fedloom.common.errors import UserError
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import UserError
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
+from fedloom.models.attention.gpu import choose_attention
 from fedloom.models.forward import token_losses
-from fedloom.models.gpu_attention import choose_attention
 from fedloom.models.loading import Base, load_base
-from fedloom.models.memory import sparing
-from fedloom.models.prefix import PrefixCache
+from fedloom.models.prefix_cache import PrefixCache
 from fedloom.models.quantised import dequantise_model, quantise_model
+from fedloom.models.recompute import sparing
 from fedloom.training.compiling import compiled, trouble
 from fedloom.training.optimizer import FlatOptimizer
 from fedloom.training.precision import autocast, slowdown

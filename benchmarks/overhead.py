@@ -42,8 +42,10 @@ from worded import worded_rows
 
 from fedloom import Recipe
 from fedloom.data.batching import Batch, Plan, collate, round_indices
-from fedloom.experiment import Setting, Watch, assemble, prepare
-from fedloom.runfolder import opened
+from fedloom.experiment.prepare import Setting, prepare
+from fedloom.experiment.run import assemble
+from fedloom.federation.record.run_folder import opened
+from fedloom.federation.watch import Watch
 from fedloom.training.trainer import Stepper
 
 CLIENTS, ROUNDS, STEPS, LIMIT = 4, 3, 10, 1.02

@@ -37,11 +37,12 @@ from bare import Plain  # before torch: it sets what that reads when it is impor
 from pairs import load, ratio
 from small import small_model
 
-from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.loading import load_base
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.trainer import Stepper
 
 SIZES, LEAST = (8, 4, 2), 0.97

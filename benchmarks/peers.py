@@ -50,10 +50,12 @@ from pairs import load
 from small import recipe_values, small_model
 from worded import worded_rows
 
-from fedloom import Recipe, carriers
+from fedloom import Recipe
+from fedloom.common import cache_folder
+from fedloom.common.yaml import dump_yaml
 from fedloom.data.batching import Plan, round_indices
-from fedloom.experiment import Watch, prepare
-from fedloom.overrides import dump_yaml
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
 
 HERE = Path(__file__).resolve().parent
 CLIENTS, ROUNDS, BATCH, WORDS = 4, 3, 4, (1, 4)
@@ -69,7 +71,7 @@ PACKAGES = ("flwr[simulation]==1.41.0", "torch", "transformers", "peft", "safete
 
 
 def flower_home() -> Path:
-    return carriers.home() / "benchmarks" / "flwr-1.41.0"
+    return cache_folder.home() / "benchmarks" / "flwr-1.41.0"
 
 
 def install(folder: Path) -> None:

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
-
-from fedloom import registry, run  # isort: skip
+from fedloom import run
+from fedloom.common import registry
 from fedloom.models.loading import quiet_transformers
+from fedloom.recipe.recipe import Recipe
 
 #: Options for this scenario where an algorithm's defaults are made for another.
 OPTIONS: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from fedloom.algorithms.accounting import noise_for, spent
+from fedloom.algorithms.privacy.accounting import noise_for, spent
 
 #: What SmolLM2-135M trains with LoRA of rank 8 on all linear layers, and with Fed-SB of rank 8 and of rank 4.
 NUMBERS = {"lora, rank 8": 2_442_240, "fed_sb, rank 8": 13_440, "fed_sb, rank 4": 3_360}

@@ -19,12 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from fedloom.config import Recipe
-from fedloom.experiment import Watch, prepare
-from fedloom.runtimes import wire
-from fedloom.runtimes.ranked import LIMIT
-from fedloom.runtimes.worker import Worker
-from fedloom.types import Assignment, Update
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Update
+from fedloom.recipe.recipe import Recipe
+from fedloom.runtimes.ranks.pool import LIMIT
+from fedloom.runtimes.ranks.worker import Worker
 
 VARIANTS = {
     "one process, 2 threads": {},
@@ -72,7 +73,7 @@ def main() -> None:
 def measure(workers: dict[str, Worker], recipe: Recipe, folder: Path, work: bytes, repeats: int) -> None:
     for name, changes in VARIANTS.items():
         own = recipe.with_values(changes)
-        worker = Worker([sys.executable, "-m", "fedloom.cluster"], folder / "log", LIMIT, own.runtime.ranks)
+        worker = Worker([sys.executable, "-m", "fedloom.runtimes.ranks.main"], folder / "log", LIMIT, own.runtime.ranks)
         workers[name] = worker
         worker.ask({"kind": "prepare"}, json.dumps({"recipe": own.resolved(), "folder": str(folder / name)}).encode())
         worker.ask({"kind": "work"}, work)  # the first one loads the model

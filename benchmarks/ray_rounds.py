@@ -22,8 +22,8 @@ from pathlib import Path
 
 import fedloom  # sets what torch reads when it is imported
 from fedloom import Recipe, run
+from fedloom.federation.record.events import read_events
 from fedloom.models.loading import quiet_transformers
-from fedloom.tracking import read_events
 
 SHAPES = {
     "small": {},
@@ -61,7 +61,7 @@ def timed(recipe: Recipe, out: Path) -> tuple[list[float], float, str, float]:
         if event["event"] == "round_started" and not told:
             told.append(time.time() - began)
 
-    result = run(recipe, out=out, watch=fedloom.experiment.Watch(event=note))
+    result = run(recipe, out=out, watch=fedloom.federation.watch.Watch(event=note))
     finished = [e for e in read_events(out / "events.jsonl") if e["event"] == "round_finished"]
     sent = finished[-1]["download_bytes"] / finished[-1]["updates"]
     return [e["seconds"] for e in finished[1:]], told[0], result.summary["adapter_sha256"], sent

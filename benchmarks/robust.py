@@ -26,16 +26,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from fedloom.config import Recipe  # first: it sets what torch reads when it is imported
+from fedloom.recipe.recipe import Recipe
 
 import torch  # isort: skip
 
-from fedloom import registry, run
-from fedloom.errors import RunFailed
+from fedloom import run
+from fedloom.common import registry
+from fedloom.common.errors import RunFailed
+from fedloom.common.randomness import torch_generator
+from fedloom.messages.types import Assignment, Outcome, Payload, Update
 from fedloom.models.loading import quiet_transformers
-from fedloom.randomness import torch_generator
 from fedloom.runtimes.simulator import Simulator
-from fedloom.types import Assignment, Outcome, Payload, Update
 
 RULES = ("median", "trimmed_mean", "krum", "geometric_median", "norm_bound")
 ATTACKS = ("noise", "flip", "nan")

@@ -40,14 +40,14 @@ import torch
 from small import equal_rows, recipe_values, small_model
 
 from fedloom import Recipe, run
+from fedloom.algorithms.averaging.fedavg import FedAvg
 from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.arrival import in_order
-from fedloom.config import AdapterConfig
-from fedloom.experiment import Watch
-from fedloom.models.state import Adapter, Layout
-from fedloom.runtimes import wire
-from fedloom.types import Payload, Update
+from fedloom.federation.rounds.collection import in_order
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.types import Payload, Update
+from fedloom.models.layout import Adapter, Layout
+from fedloom.recipe.recipe import AdapterConfig
 
 #: (inputs, outputs) of the linear layers of a decoder block of SmolLM2-135M.
 BLOCK = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576), "gate": (576, 1536), "up": (576, 1536),

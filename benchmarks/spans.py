@@ -26,18 +26,19 @@ from pairs import load
 from small import recipe_values, small_model
 from worded import worded_rows
 
-from fedloom import Recipe, client, run
+from fedloom import Recipe, run
+from fedloom.algorithms.averaging.fedavg import FedAvg
 from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.checkpoint import Checkpoints, ClientStore
-from fedloom.client import Client
-from fedloom.experiment import Watch
+from fedloom.federation import client
+from fedloom.federation.client import Client
+from fedloom.federation.record.checkpoints import Checkpoints, ClientStore
+from fedloom.federation.record.events import Events
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.operators.channel import ClientChannel, ServerChannel
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.state import WeightedMean
-from fedloom.operators.channel import ClientChannel, ServerChannel
-from fedloom.overrides import parse_overrides
-from fedloom.runtimes import wire
-from fedloom.tracking import Events
+from fedloom.models.layout import WeightedMean
+from fedloom.recipe.overrides import parse_overrides
 from fedloom.training.objectives import Sft
 from fedloom.training.trainer import LocalRun, Stepper
 

@@ -78,7 +78,7 @@ fi
 
 # Everything that decides what the wheels are; a builder that does not look into mounts goes by it.
 requirements=$(cd "$root" && cat pyproject.toml constraints.txt containers/{requirements.py,wheelhouse.sh,install.sh} | sha256sum | cut -c1-16)
-version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/fedloom/__init__.py")
+version=$(sed -n 's/^__version__ = "\(.*\)"$/\1/p' "$root/fedloom/common/version.py")
 revision=$(git -C "$root" describe --always --dirty --abbrev=12 --exclude='*' 2>/dev/null || echo unknown)
 arguments=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision" --build-arg "REQUIREMENTS=$requirements")
 [ -z "${BASE-}" ] || arguments+=(--build-arg "BASE=$BASE")

@@ -1,5 +1,7 @@
 """`python -m fedloom` is the `fedloom` command."""
 
-from fedloom.cli import main
+from __future__ import annotations
+
+from fedloom.cli.main import main
 
 main()

@@ -15,14 +15,14 @@ import tiny
 import torch
 from quick import loading_once, no_reports, no_waiting  # noqa: F401
 
-from fedloom import registry
-from fedloom.config import ModelConfig, Recipe
+from fedloom.common import registry
 from fedloom.models.loading import locate
+from fedloom.recipe.recipe import ModelConfig, Recipe
 
 #: The cache that downloads go to; every other test has an empty one of its own.
 REAL_HOME = os.environ.get("FEDLOOM_HOME")
 
-assert fedloom.environment.late_settings() == [], "something imported torch before fedloom"
+assert fedloom.common.environment.late_settings() == [], "something imported torch before fedloom"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -126,9 +126,9 @@ def dealt(tmp_path: Path) -> Callable[[Recipe], dict[str, Path]]:
     """A function of a recipe: client → a shard file, as the simulator splits the corpus."""
 
     def deal(recipe: Recipe) -> dict[str, Path]:
-        from fedloom.choices import load_data
+        from fedloom.data.loading import load_data
         from fedloom.data.splitters import partition
-        from fedloom.federation import deal as deal_shards
+        from fedloom.experiment.local_sites import deal as deal_shards
 
         corpus, recipe = load_data(recipe, lambda text: None)
         clients = partition(corpus, recipe.split, recipe.seed)

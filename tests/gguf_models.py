@@ -19,7 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fedloom.models.gguf_vocabulary import CUTS
+from fedloom.models.gguf.vocabulary import CUTS
 
 ROWS = 430  # of the embedding, a few more than there are tokens
 SIZES: dict[str, Any] = {**tiny.SHAPE, "vocab_size": ROWS, "initializer_range": 0.2, "head_dim": 8}

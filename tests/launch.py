@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from fedloom.config import Recipe
+    from fedloom.recipe.recipe import Recipe
 
 
 #: What every run imports, fedloom first; no code of torch may run before the fork.
-PRELOADED = ("fedloom.cli", "fedloom.experiment", "fedloom.runtimes.simulator", "fedloom.algorithms.fedavg",
+PRELOADED = ("fedloom.cli.runs", "fedloom.experiment.run", "fedloom.runtimes.simulator", "fedloom.algorithms.averaging.fedavg",
              "transformers.models.llama.modeling_llama")  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def recipe_file(tmp_path: Path, tiny_recipe: Callable[..., Recipe]) -> Callable[
 
 def child(values: dict[str, Any]) -> int:
     """Runs to its end and returns the exit code; taking a whole interpreter down would cost a second more."""
-    import fedloom.cli
+    import fedloom.cli.runs
 
     os.environ.clear()
     os.environ.update(values["env"])

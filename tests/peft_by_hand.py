@@ -16,11 +16,12 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from fedloom.config import AdapterConfig
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.loading import Base
+from fedloom.recipe.recipe import AdapterConfig
 
 V = 5
 WIDTH = 32

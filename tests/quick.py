@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 import pytest
 
-from fedloom.config import ModelConfig
 from fedloom.models import adapters
 from fedloom.models.loading import Base
+from fedloom.recipe.recipe import ModelConfig
 
 LOADED: dict[tuple[str, str], Base] = {}
 
@@ -26,7 +26,7 @@ def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedloom.experiment.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("fedloom.experiment.run.write_report", lambda folder: folder / "report.html")
     monkeypatch.setattr("peft.PeftModel.create_or_update_model_card", lambda model, folder: None)
 
 

@@ -7,8 +7,8 @@ import signal
 import time
 from pathlib import Path
 
-from fedloom.runtimes import wire
-from fedloom.runtimes.host import Host
+from fedloom.messages import wire
+from fedloom.runtimes.ray_host import Host
 
 
 class Faulty(Host):

@@ -7,16 +7,16 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from fedloom.config import Recipe
-from fedloom.experiment import Result, run
-from fedloom.policy import Audit, Policy
-from fedloom.project import SiteConfig
-from fedloom.runtimes.agent import Agent
-from fedloom.runtimes.distributed import Distributed
-from fedloom.runtimes.exchange import Patience
-from fedloom.runtimes.link import Answer
-from fedloom.runtimes.worker import Worker, WorkerLost
-from fedloom.site import Room
+from fedloom.experiment.run import Result, run
+from fedloom.recipe.recipe import Recipe
+from fedloom.runtimes.ranks.worker import Worker, WorkerLost
+from fedloom.runtimes.sites.agent import Agent
+from fedloom.runtimes.sites.exchange import Patience
+from fedloom.runtimes.sites.link import Answer
+from fedloom.runtimes.sites.policy import Audit, Policy
+from fedloom.runtimes.sites.project import SiteConfig
+from fedloom.runtimes.sites.runtime import Distributed
+from fedloom.runtimes.sites.trainer import Room
 
 #: Short enough for a test, long enough for a slow machine.
 BRISK = Patience(answer=10.0, silence=1.0, poll=0.2, start=5.0)
@@ -85,7 +85,7 @@ def between_sites(
     Args:
         processes: clients whose trainer is a process, or several, and what starts it for a recipe.
     """
-    from fedloom import serving  # imports the engine
+    from fedloom.experiment import sites as serving
 
     policy, turn = Policy.model_validate({}), Lock()  # trainers are processes; threads would share transformers' state
 

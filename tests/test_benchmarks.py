@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.sending import Sender
+from fedloom.federation.rounds.dispatcher import Sender
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 FILES = sorted(FOLDER.glob("*.py"))

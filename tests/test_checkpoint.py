@@ -8,20 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedloom.checkpoint import (
-    Checkpoints,
-    ClientStore,
-    Damaged,
-    RoundState,
-    folder_name,
-    from_bytes,
-    load_tensors,
-    to_bytes,
-    write_bytes,
-    write_json,
-)
-from fedloom.errors import RunFailed, UserError
-from fedloom.types import Payload
+from fedloom.common.errors import RunFailed, UserError
+from fedloom.common.files import folder_name, write_bytes, write_json
+from fedloom.federation.record.checkpoints import Checkpoints, ClientStore, RoundState
+from fedloom.messages.at_rest import Damaged, from_bytes, load_tensors, to_bytes
+from fedloom.messages.types import Payload
 
 VALUES = {
     "f32": torch.tensor([1.0, -0.0, float("inf"), 1e-45]),
@@ -137,7 +128,7 @@ def test_rounds_after_the_one_that_is_saved_are_not_kept_in_its_place(tmp_path):
 def test_another_version_is_refused(tmp_path):
     store = Checkpoints(tmp_path / "c")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedloom.checkpoint.VERSION", 99)
+        patch.setattr("fedloom.messages.at_rest.VERSION", 99)
         store.save(state(1))
     with pytest.raises(UserError, match="version 99"):
         store.load(1)

@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from fedloom.algorithms.averaging.fedavg import FedAvg
 from fedloom.algorithms.base import parse_options
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.config import Recipe, builtin_recipes, find_recipe
-from fedloom.errors import UserError, suggest
-from fedloom.overrides import load_yaml, parse_overrides
+from fedloom.common.errors import UserError, suggest
+from fedloom.common.yaml import load_yaml
+from fedloom.recipe.library import builtin_recipes, find_recipe
+from fedloom.recipe.overrides import parse_overrides
+from fedloom.recipe.recipe import Recipe
 
 # ------------------------------------------------------------------ shipped recipes
 

@@ -21,11 +21,11 @@ import pytest
 import typer
 import yaml
 
-from fedloom.cli import app
-from fedloom.config import DataConfig, Recipe
-from fedloom.data.sources import load_corpus
-from fedloom.project import Project
-from fedloom.serving import checked
+from fedloom.cli.app import app
+from fedloom.data.loading import load_corpus
+from fedloom.experiment.sites import checked
+from fedloom.recipe.recipe import DataConfig, Recipe
+from fedloom.runtimes.sites.project import Project
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "containers"

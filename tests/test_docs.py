@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from fedloom import registry
-from fedloom.choices import make_algorithm
-from fedloom.cli import app
-from fedloom.config import Recipe, builtin_recipes
+from fedloom.cli.app import app
+from fedloom.common import registry
+from fedloom.federation.checks import make_algorithm
+from fedloom.recipe.library import builtin_recipes
+from fedloom.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])

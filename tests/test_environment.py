@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from fedloom import environment
+from fedloom.common import environment
 
 
 def fresh(code: str, **variables: str) -> str:
@@ -25,7 +25,7 @@ def fresh(code: str, **variables: str) -> str:
 def test_settings_are_made_before_torch_and_reach_children():
     code = (
         "import fedloom, sys, os, subprocess; assert 'torch' not in sys.modules;"
-        "print(os.environ['MKL_CBWR'], os.environ['OMP_WAIT_POLICY'], fedloom.environment.late_settings());"
+        "print(os.environ['MKL_CBWR'], os.environ['OMP_WAIT_POLICY'], fedloom.common.environment.late_settings());"
         "sys.stdout.flush(); subprocess.run('echo $MKL_CBWR', shell=True)"
     )
     products = environment.defaults(environment._cpuinfo())["MKL_CBWR"]
@@ -114,7 +114,7 @@ def test_cores_follow_affinity_and_quota(monkeypatch, tmp_path):
 
 def test_peak_memory_grows_with_what_is_held():
     code = """
-from fedloom.environment import peak_memory_bytes
+from fedloom.common.environment import peak_memory_bytes
 before = peak_memory_bytes()
 held = bytearray(before + (64 << 20))  # whatever the peak was: more than that is held now
 for at in range(0, len(held), 4096): held[at] = 1

@@ -15,68 +15,37 @@ ROOT = Path(fedloom.__file__).parent
 
 #: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
 LAYERS = [
-    {"errors", "environment", "randomness", "registry", "reach", "limits"},
-    {
-        "types",
-        "overrides",
-        "section",
-        "methods",
-        "privacy",
-        "profiles",
-        "train_section",
-        "sections",
-        "config",
-        "carriers",
-        "project",
-        "policy",
-    },
-    {"data", "corpora", "models", "operators", "evaluation"},
-    {"training", "algorithms", "hooks"},
-    {
-        "checkpoint",
-        "arrival",
-        "clock",
-        "devices",
-        "sending",
-        "gathering",
-        "asynchronous",
-        "rounds",
-        "measured",
-        "evaluations",
-        "tables",
-        "tracking",
-        "client",
-        "coordinator",
-        "runfolder",
-    },
-    {"runtimes", "summary", "answers", "report", "card", "usage"},
-    {"choices", "cohorts", "trials", "deployment", "catalogue"},
-    {"fleets"},
-    {"cluster", "experiment", "evaluate", "export", "fetching", "doctor", "site"},
-    {"serving", "joining", "supervision", "federation", "preflight"},
-    {"benchmarking"},
-    {"console", "console_tables", "cli", "cli_federation", "cli_tables", "__main__"},
+    {"common"},
+    {"recipe"},
+    {"data", "messages"},
+    {"models"},
+    {"training", "evaluation"},
+    {"algorithms"},
+    {"federation"},
+    {"runtimes", "reporting"},
+    {"experiment"},
+    {"cli", "__main__"},
 ]
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 #: Library → the files that may import it.
 HOMES = {
     "peft": ("models/",),
-    "lm_eval": ("evaluation/harness.py",),
-    "nvflare": ("runtimes/flare/",),
+    "lm_eval": ("evaluation/public/harness.py",),
+    "nvflare": ("runtimes/sites/flare/",),
     "ray": ("runtimes/ray.py",),
-    "reasoning_gym": ("corpora/", "evaluation/"),
+    "reasoning_gym": ("data/corpora/", "evaluation/"),
     "datasets": ("data/",),
     "gguf": ("models/",),
-    "typer": ("cli.py", "cli_federation.py", "cli_tables.py", "console.py", "__main__.py"),
+    "typer": ("cli/",),
     "transformers": ("models/", "data/prompts.py", "data/tokenization.py", "evaluation/", "training/flops.py"),
-    "jinja2": ("report/",),
+    "jinja2": ("reporting/",),
     "flash_attn": ("models/",),
-    "dp_accounting": ("algorithms/accounting.py",),
-    "scipy": ("algorithms/accounting.py",),
-    "fcntl": ("runfolder.py",),
-    "zstandard": ("operators/compress.py",),
-    "lz4": ("operators/compress.py",),
+    "dp_accounting": ("algorithms/privacy/",),
+    "scipy": ("algorithms/privacy/",),
+    "fcntl": ("common/files.py",),
+    "zstandard": ("messages/operators/compress.py",),
+    "lz4": ("messages/operators/compress.py",),
 }
 
 #: Never, anywhere: each of these can run what it reads.
@@ -96,7 +65,7 @@ def name(path: Path) -> str:
 
 
 def part(module: str) -> str:
-    """fedloom.data.hub → data; fedloom.cli → cli."""
+    """fedloom.data.hub → data; fedloom.cli.runs → cli."""
     pieces = module.split(".")
     return pieces[1] if len(pieces) > 1 else "fedloom"
 
@@ -159,14 +128,16 @@ def test_an_algorithm_does_not_know_runtimes_nor_a_runtime_algorithms():
         top = name(path).split("/")[0]
         modules = [m for m, _ in imported(path)]
         if top in {"algorithms", "training"}:
-            assert not [m for m in modules if m.startswith(("fedloom.runtimes", "fedloom.client"))], name(path)
+            assert not [m for m in modules if m.startswith(("fedloom.runtimes", "fedloom.federation.client"))], name(
+                path
+            )
         if top in {"runtimes", "training"}:
             assert not [m for m in modules if m.startswith("fedloom.algorithms")], name(path)
 
 
 def test_no_branch_on_a_name_outside_its_own_folder():
     """`if algorithm == "fedavg"` belongs into algorithms/, a runtime's name into runtimes/ (STYLE.md 4)."""
-    from fedloom import registry
+    from fedloom.common import registry
 
     names = {"algorithms": set(registry.algorithms.names()), "runtimes": set(registry.runtimes.names())}
     found = []

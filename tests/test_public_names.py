@@ -38,7 +38,7 @@ def test_the_version_is_the_packages():
 
 def test_importing_fedloom_does_not_import_torch():
     """`fedloom --help` should not wait for it, and the settings that torch reads must come first."""
-    code = "import sys, fedloom, fedloom.cli; print('torch' in sys.modules, fedloom.environment.late_settings())"
+    code = "import sys, fedloom, fedloom.cli.runs; print('torch' in sys.modules, fedloom.common.environment.late_settings())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False []"
 

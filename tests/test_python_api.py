@@ -104,7 +104,7 @@ def test_errors_are_exceptions_with_the_sentence(tiny_recipe, tmp_path):
 
 
 def test_a_watcher_sees_the_run(tiny_recipe, tmp_path):
-    from fedloom.experiment import Watch
+    from fedloom.federation.watch import Watch
 
     said: list[str] = []
     events: list[dict] = []
@@ -119,8 +119,8 @@ def test_a_watcher_sees_the_run(tiny_recipe, tmp_path):
 
 def test_an_algorithm_of_ones_own(tiny_recipe, tmp_path):
     """What docs promise: subclass, override what differs, name it."""
-    from fedloom import registry
-    from fedloom.algorithms.fedavg import FedAvg
+    from fedloom.algorithms.averaging.fedavg import FedAvg
+    from fedloom.common import registry
 
     class Halved(FedAvg):
         """Moves half as far as FedAvg."""

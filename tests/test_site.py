@@ -11,22 +11,23 @@ import pytest
 import torch
 from sites import between_sites
 
-from fedloom.choices import load_data
-from fedloom.config import Recipe
-from fedloom.data.shards import is_shard, read_shard, write_shard
+from fedloom.common.errors import UserError
+from fedloom.common.registry import Registry
+from fedloom.common.yaml import dump_yaml
+from fedloom.data.loading import load_data
+from fedloom.data.shard_file import is_shard, read_shard, write_shard
 from fedloom.data.splitters import partition
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, run
-from fedloom.overrides import dump_yaml
-from fedloom.policy import Policy, Refused
-from fedloom.project import Project, SiteConfig
-from fedloom.registry import Registry
-from fedloom.runfolder import RunFolder
+from fedloom.experiment.run import run
+from fedloom.federation.record.events import read_events
+from fedloom.federation.record.run_folder import RunFolder
+from fedloom.federation.watch import Watch
+from fedloom.messages.types import Failure, Payload, Update
+from fedloom.recipe.recipe import Recipe
+from fedloom.runtimes.sites.policy import Policy, Refused
+from fedloom.runtimes.sites.project import Project, SiteConfig
+from fedloom.runtimes.sites.trainer import Room, localised, own_data, run_folder
 from fedloom.runtimes.versions import mismatch, own
-from fedloom.site import Room, localised, own_data, run_folder
-from fedloom.tracking import read_events
 from fedloom.training import precision
-from fedloom.types import Failure, Payload, Update
 
 pytest.importorskip("nvflare")
 
@@ -96,7 +97,7 @@ def test_each_site_tries_its_own_kernel_and_the_servers_decides_nothing(tiny_rec
     plain = run(recipe, tmp_path / "simulated").summary
     files = dealt(recipe)
     monkeypatch.setattr("fedloom.models.loading.choose_attention", chosen)
-    monkeypatch.setattr("fedloom.models.gpu_attention._varlen", lambda: lambda q, *a, **k: q)  # a kernel that is off
+    monkeypatch.setattr("fedloom.models.attention.gpu._varlen", lambda: lambda q, *a, **k: q)  # a kernel that is off
     found = between_sites(recipe, files, tmp_path / "sites")
     assert sorted(wanted) == ["auto"] * len(files) + ["sdpa"]
     assert Recipe.load(found.folder / "recipe.yaml").train.packing == "on"
@@ -104,7 +105,7 @@ def test_each_site_tries_its_own_kernel_and_the_servers_decides_nothing(tiny_rec
 
 
 def test_a_finished_run_is_read_by_a_server_without_its_sites_kernel(tiny_recipe, tmp_path):
-    from fedloom.federation import result
+    from fedloom.experiment.local_sites import result
 
     RunFolder(tmp_path).write_recipe(tiny_recipe({"model.attention": "flex"}))  # personal results stay with the sites
     (tmp_path / "summary.json").write_text("{}")
@@ -125,7 +126,7 @@ def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp
 
 
 def test_pooled_data_is_refused_before_anything_is_sent(tiny_recipe):
-    from fedloom.serving import checked
+    from fedloom.experiment.sites import checked
 
     with pytest.raises(UserError, match="pools all clients' data"):
         checked(tiny_recipe({"algorithm": "global"}))
@@ -212,7 +213,7 @@ def test_a_site_that_keeps_one_run_ends_with_its_last(tiny_recipe, dealt, tmp_pa
 
 
 def test_a_sites_trainer_is_started_with_its_ranks(tiny_recipe, tmp_path, monkeypatch):
-    from fedloom.runtimes.flare import executor
+    from fedloom.runtimes.sites.flare import executor
 
     started = []
     monkeypatch.setattr(executor, "Worker", lambda command, log, limit, ranks: started.append(ranks))
@@ -293,7 +294,7 @@ def test_a_programming_errors_words_stay_in_the_sites_log(tiny_recipe, tmp_path,
     def broken(*_):
         raise KeyError("The patient was seen")
 
-    monkeypatch.setattr("fedloom.site.open_site", broken)
+    monkeypatch.setattr("fedloom.runtimes.sites.trainer.open_site", broken)
     orders = json.dumps({"recipe": tiny_recipe().resolved(), "run": "0" * 32, "sites": 1}).encode()
     for allowed in (False, True):
         header, _ = Room(site(tmp_path), Policy.model_validate({"error_text": allowed})).answer("prepare", orders)
@@ -380,7 +381,7 @@ def test_a_client_whose_process_was_started_again_is_told_everything_again(
     tiny_recipe, tmp_path, monkeypatch, reason, told
 ):
     """The initial broadcast goes to each of three clients once, and again to one whose process lost it."""
-    from fedloom.algorithms.fedavg import FedAvg
+    from fedloom.algorithms.averaging.fedavg import FedAvg
     from fedloom.runtimes.simulator import Simulator
 
     initial = []

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from fedloom import run
-from fedloom.errors import UserError
-from fedloom.tracking import SCHEMA, Events, find_trackers, read_events
+from fedloom.common.errors import UserError
+from fedloom.federation.record.events import SCHEMA, Events, find_trackers, read_events
 
 
 def started(events: Events, round: int) -> None:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.methods import AdapterConfig
-from fedloom.models.emulator import thinned_middle
+from fedloom.models.emulator.cut import thinned_middle
+from fedloom.models.layout import Layout
 from fedloom.models.lowrank import A_END, B_END, pairs
-from fedloom.models.state import Layout
+from fedloom.recipe.adapter import AdapterConfig
 
 #: Family → its heading in tables, in the order of the tables.
 FAMILIES = {
@@ -27,6 +27,7 @@ FAMILIES = {
     "offsite": "without the full model",
     "baseline": "baselines",
 }
+
 
 NUMBER = 4  # bytes of a float32
 
@@ -161,9 +162,13 @@ _LINEAR = {
     "mlp.down_proj": ("inner", "hidden"),
 }
 
+
 #: SmolLM2-135M, the built-in model, which need not be there to print a table.
 WIDTHS = {"hidden": 576, "kv": 192, "inner": 1536}
+
+
 LAYERS = 30
+
 
 #: What tables are printed for.
 REFERENCE = "SmolLM2-135M, LoRA of rank 8 on every linear layer, 8 clients of 8 steps, the second round"

@@ -25,14 +25,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedloom.algorithms.about import About
-from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
+from fedloom.common.errors import UserError, suggest
 from fedloom.data.batching import Batch
-from fedloom.errors import UserError, suggest
-from fedloom.models.adapters import AdaptedModel, Models
-from fedloom.models.state import Adapter, Layout, all_finite, check_names, one_window
+from fedloom.messages.types import Payload, Update
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import Models
+from fedloom.models.layout import Adapter, Layout, all_finite, check_names, one_window
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.objectives import unit_losses
 from fedloom.training.trainer import FitResult, LocalRun
-from fedloom.types import Payload, Update
 
 
 class AlgorithmOptions(BaseModel):
@@ -81,7 +82,8 @@ class Properties:
             result in the full model.
         cohorts: clients may train several in one pass (train.cohort): they train by gradients, on the adapter alone, and
             whatever they do to the base, all clients of a round do alike.
-        parallel: how several ranks may train one client (training/parallel.py). None: in every way where `local_training`
+        parallel: how several ranks may train one client (training/parallel.py). None: in every way where
+        `local_training`
             is the default, in none where it is not. An algorithm that computes losses or gradients of its own declares it
             once it takes `LocalRun.ranks` into account; one that writes into base weights cannot have them sharded.
         weights: it reads, sends or changes weights of the base, which then cannot be quantised.

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedloom.common.randomness import numpy_generator
 from fedloom.data.tokenization import TokenSequence
-from fedloom.randomness import numpy_generator
 
 
 @dataclass(frozen=True)

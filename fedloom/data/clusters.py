@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.errors import UserError
-from fedloom.randomness import numpy_generator
-from fedloom.types import Corpus
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import numpy_generator
+from fedloom.data.corpus import Corpus
 
 #: Leading directions kept.
 DIRECTIONS = 32
+
 
 #: Buckets that words are hashed into.
 WORDS = 1 << 16

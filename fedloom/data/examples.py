@@ -1,6 +1,6 @@
 """Rows → examples: which column plays which role, what is left out, how small categories are grouped, how few are kept.
 
-This file does not know where rows were found; sources.py does.
+This file does not know where rows were found; loading.py does.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-from fedloom.config import DataConfig
-from fedloom.data.declaration import Grouping, Say, Source
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import numpy_generator
+from fedloom.data.conversations import answer_text, prompt_text, with_prompt
+from fedloom.data.corpus import Example
 from fedloom.data.files import Row
-from fedloom.data.messages import answer_text, prompt_text, with_prompt
-from fedloom.errors import UserError
-from fedloom.randomness import numpy_generator
-from fedloom.types import Example
+from fedloom.data.source import Grouping, Say, Source
+from fedloom.recipe.recipe import DataConfig
 
 ROLES = ("instruction", "input", "output", "category", "rejected")
+
 
 #: Rows looked at to see which columns there are.
 PEEK = 100

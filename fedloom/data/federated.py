@@ -6,10 +6,61 @@ In a simulation one object serves all clients; on a site it holds that site's da
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from fedloom.data.tokenization import TokenisedCorpus
-from fedloom.types import Corpus, Example, Partition
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import numpy_generator
+from fedloom.common.say import Say
+from fedloom.data.corpus import Corpus, Example, Partition
+from fedloom.data.prompts import Template
+from fedloom.data.splitters import select_questions, select_test_set
+from fedloom.data.tokenization import TokenisedCorpus, tokenise
+from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.sections import part_of
+
+if TYPE_CHECKING:
+    from fedloom.evaluation.suites import Suite
+
+
+def measured_clients(recipe: Recipe, clients: Partition) -> tuple[str, ...]:
+    """Those that hold test data, or as many of them as evaluation.clients says, in order: the same ones every time."""
+    testing = clients.testing_clients
+    wanted = recipe.evaluation.clients
+    count = part_of(wanted, len(testing))
+    if count > len(testing):
+        raise UserError(
+            f"evaluation.clients={wanted} but only {len(testing)} clients hold test data: ask for fewer, or null for all"
+        )
+    if count == len(testing):
+        return testing
+    chosen = numpy_generator(recipe.seed, "measured").choice(len(testing), count, replace=False)
+    return tuple(testing[i] for i in sorted(chosen))
+
+
+def federated_data(
+    recipe: Recipe, corpus: Corpus, clients: Partition, template: Template, suite: Suite | None, cache: Path, say: Say
+) -> FederatedData:
+    """Every client's tokens and questions. A corpus with a test set of its own is asked that, by the server."""
+    sequences = tokenise(corpus, template, recipe.data.max_length, cache)
+    if sequences.truncated:
+        say(
+            f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and lost "
+            f"{sequences.truncated_tokens} tokens in all (prompts from their start, answers from their end)"
+        )
+    limit = recipe.evaluation.limit
+    measured = measured_clients(recipe, clients)
+    if suite is None:
+        return FederatedData(corpus, sequences, clients, {}, measured=measured)
+    if corpus.test:
+        asked = [corpus.test[i] for i in select_test_set(corpus, limit, recipe.seed)]
+        suite.check(asked)
+        return FederatedData(corpus, sequences, clients, {}, asked, measured)
+    asking = replace(clients, shards={client: clients.shards[client] for client in measured})
+    questions = select_questions(corpus, asking, limit, recipe.seed)
+    suite.check(corpus.examples[i] for indices in questions.values() for i in indices)
+    return FederatedData(corpus, sequences, clients, questions, measured=measured)
 
 
 @dataclass(frozen=True)

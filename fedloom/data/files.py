@@ -1,6 +1,6 @@
 """Rows from files: .json, .jsonl, .csv and .parquet, and .gz of the text formats, one row at a time where the format allows.
 
-A row is a plain dict of the file's own columns. This file does not know which column plays which role; sources.py does.
+A row is a plain dict of the file's own columns. This file does not know which column plays which role; loading.py does.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from fedloom.errors import UserError
+from fedloom.common.errors import UserError
 
 Row = dict[str, Any]
 
+
 #: What a data file may be called. Parquet compresses itself, so it has no .gz form.
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
+
 
 #: The column that rows of a folder get: the name of the file that they came from, without its suffixes.
 FILE_COLUMN = "file"

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +16,41 @@ from importlib import import_module
 from typing import Any
 
 from fedloom.data.files import Row
-from fedloom.reach import hub_reachable
+
+#: Seconds after which a hub that has not answered counts as out of reach.
+PATIENCE = 4.0
+
+
+def switched_off() -> bool:
+    """Whether the environment forbids the hub."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
+
+
+def hub_reachable(patience: float = PATIENCE) -> bool:
+    """Whether the hub answers within `patience` seconds. Proxies of the environment are used.
+
+    The question is asked on a thread because looking a name up has no timeout of its own.
+    """
+    if switched_off():
+        return False
+    answers: list[bool] = []
+
+    def ask() -> None:
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", method="HEAD")
+        try:
+            with urllib.request.urlopen(request, timeout=patience):
+                answers.append(True)
+        except urllib.error.HTTPError:  # an answer all the same
+            answers.append(True)
+        except (OSError, ValueError):
+            answers.append(False)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(patience)
+    return bool(answers and answers[0])
+
 
 _REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
 

@@ -12,15 +12,18 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from fedloom.types import Example
+from fedloom.data.corpus import Example
 
 Style = Literal["chat", "alpaca", "plain"]
+
 
 _ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 )
+
+
 _ALPACA = (
     "Below is an instruction that describes a task. "
     "Write a response that appropriately completes the request.\n\n"
@@ -48,7 +51,7 @@ class Template:
         if wanted == "auto":
             wanted = "chat" if tokenizer.chat_template else "alpaca"
         if wanted == "chat" and not tokenizer.chat_template:
-            from fedloom.errors import UserError
+            from fedloom.common.errors import UserError
 
             raise UserError("data.template=chat but this model's tokenizer has no chat template: use alpaca or plain")
         return cls(tokenizer, wanted, system)  # type: ignore[arg-type]

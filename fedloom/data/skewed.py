@@ -10,17 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedloom.config import SplitConfig
-from fedloom.data.splitters import (
-    UNSPECIFIED,
-    client_names,
-    enough,
-    numbered_clients,
-    proportions,
-    shares,
-    top_up,
-)
-from fedloom.errors import UserError
+from fedloom.common.errors import UserError
+from fedloom.data.splitters import UNSPECIFIED, client_names, enough, numbered_clients, proportions, shares, top_up
+from fedloom.recipe.recipe import SplitConfig
 
 #: The client of all whose own share is too small to train on, under `natural`.
 OTHERS = "others"

@@ -16,16 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.config import SplitConfig
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import numpy_generator
+from fedloom.common.registry import splitters
+from fedloom.data.corpus import Corpus, Example, Partition, Shard
 from fedloom.data.examples import question_of
 from fedloom.data.heterogeneity import heterogeneity
-from fedloom.errors import UserError
-from fedloom.randomness import numpy_generator
-from fedloom.registry import splitters
-from fedloom.types import Corpus, Example, Partition, Shard
+from fedloom.recipe.recipe import SplitConfig
 
 #: What a client is called whose category is the empty string.
 UNSPECIFIED = "unspecified"
+
 
 #: Client names become folder names; longer ones are shortened.
 MAX_NAME = 40

@@ -22,8 +22,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers import PreTrainedTokenizerBase
 
+from fedloom.data.corpus import Corpus, Example
 from fedloom.data.prompts import Template
-from fedloom.types import Corpus, Example
 
 #: Room that a prompt leaves for its answer, or half the limit where that is less.
 MIN_ANSWER = 8

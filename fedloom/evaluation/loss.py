@@ -9,7 +9,7 @@ import torch
 from fedloom.data.tokenization import TokenisedCorpus
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import batches_by_length, token_losses
-from fedloom.models.state import block_sum
+from fedloom.models.layout import block_sum
 
 
 @torch.no_grad()

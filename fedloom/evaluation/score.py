@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from fedloom.data.corpus import Example
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import TokenSequence, fit, fit_prompt
 from fedloom.evaluation.suites import Suite, choice_texts
-from fedloom.models import attention, virtual
+from fedloom.models import virtual_tokens as virtual
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attention import packed as attention
 from fedloom.models.forward import batches_by_length, plain_attention, token_losses
-from fedloom.types import Example
 
 
 def score(

@@ -14,13 +14,14 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedloom.errors import UserError
+from fedloom.common.errors import UserError
 
-if TYPE_CHECKING:  # fedloom.types imports torch
-    from fedloom.types import Example
+if TYPE_CHECKING:
+    from fedloom.data.corpus import Example
 
 #: A verifier's score from which an answer counts as right: full marks, up to rounding.
 FULL_MARKS = 0.999
+
 
 _NUMBER = re.compile(r"\s*\$?\s*([-+]?)\s*\$?\s*([0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)")
 
@@ -117,5 +118,9 @@ def choice_texts(example: Example) -> list[str]:
 
 
 SKILLS = Suite("skills", "generate", 24, skill_right, "right answers by each skill's own verifier")
+
+
 GSM = Suite("gsm", "generate", 256, gsm_right, "exact match of the number after the last ####")
+
+
 MULTIPLE_CHOICE = Suite("multiple-choice", "choice", 0, None, "right choices by log-likelihood")

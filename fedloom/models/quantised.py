@@ -21,10 +21,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
-from fedloom.errors import UserError
+from fedloom.common.errors import UserError
 
 #: Weights of nf4 that share a scale, counted along the flattened weight.
 BLOCK = 64
+
 
 #: The sixteen levels (2305.14314, appendix E).
 NF4 = torch.tensor([
@@ -32,6 +33,7 @@ NF4 = torch.tensor([
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ])  # fmt: skip
+
 
 #: Byte → its two levels, the earlier in the high half.
 _PAIRS = torch.stack([NF4.repeat_interleave(16), NF4.repeat(16)], dim=1)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.emulator import find_layers
+from fedloom.models.layers import find_layers
 
 
 def sharded(model: AdaptedModel, device: str, ranks: int) -> AdaptedModel:

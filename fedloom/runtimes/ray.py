@@ -1,10 +1,11 @@
 """Every client in a simulation, over several GPUs or machines of one owner: Ray's actors, each with the base loaded once.
 
-    this process   assignments ─ as messages ─▶ object store: a round's payload once ─▶ actor 1 … actor N: Host (host.py)
+    this process   assignments ─ as messages ─▶ object store: a round's payload once ─▶ actor 1 … actor N: Host
                    outcomes    ◀────────────────────────── as messages, as they come ◀──┘
 
-An assignment is pulled when an actor is free. Clients' state rests in the run folder, as the simulator has it, and goes
-with the work; so it does not matter which actor does what, and the result is the simulator's, bit for bit.
+`Host` is in ray_host.py. An assignment is pulled when an actor is free. Clients' state rests in the run folder, as the
+simulator has it, and goes with the work; so it does not matter which actor does what, and the result is the simulator's,
+bit for bit.
 
     crashed  the actor ended; another is started and the client is back in the next round
     late     not done within federation.round_deadline; the actor is ended, and another started
@@ -27,29 +28,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: it would report to its makers
-
 import numpy as np
 import ray
 import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, RayActorError, WorkerCrashedError
 
-from fedloom.checkpoint import ClientStore, folder_name, write_bytes
-from fedloom.config import RayConfig, Recipe
+from fedloom.common.errors import RunFailed, UserError
+from fedloom.common.files import folder_name, write_bytes
 from fedloom.data.federated import FederatedData
-from fedloom.errors import RunFailed, UserError
-from fedloom.runtimes import versions, wire
-from fedloom.runtimes.host import Done, Host, Opened, Orders
-from fedloom.types import Assignment, Failure, Outcome
+from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Failure, Outcome
+from fedloom.recipe.recipe import RayConfig, Recipe
+from fedloom.runtimes import versions
+from fedloom.runtimes.ray_host import Done, Host, Opened, Orders
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: it would report to its makers
+
 
 #: Seconds that an actor has to come up and load the base.
 START = 600.0
 
+
 #: How often an actor is started that ends before it is open.
 TRIES = 3
 
+
 #: An actor that is gone, or what it made.
 GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError)
+
 
 Say = Callable[[str], None]
 

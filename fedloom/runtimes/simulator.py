@@ -4,7 +4,7 @@ The base model and one adapter buffer are in memory once; a client's turn begins
 buffer. Under `train.cohort` so many clients train in one pass over the base, each in a seat with a buffer of its own
 (training/cohort.py). Messages are really encoded and decoded, so bytes are measured and a payload that could not travel
 fails here too; only their digest is left out, for they never leave this process. The simulator knows no algorithm: one
-`Client` plays all clients, or one a seat does, or one trainer of several ranks (ranked.py).
+`Client` plays all clients, or one a seat does, or one trainer of several ranks (runtimes/ranks/pool.py).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from fedloom.client import Client
-from fedloom.config import Recipe
-from fedloom.runtimes import wire
-from fedloom.runtimes.ranked import Ranked
+from fedloom.federation.client import Client
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Cost, Outcome
+from fedloom.recipe.recipe import Recipe
+from fedloom.runtimes.ranks.pool import Ranked
 from fedloom.training.cohort import Cohort
-from fedloom.types import Assignment, Cost, Outcome
 
 
 class Simulator:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedloom import environment
+from fedloom.common import environment
 
 #: Compared by their first two numbers; fedloom by all of them.
 COMPARED = ("torch", "transformers", "peft", "safetensors")

@@ -27,13 +27,14 @@ from typing import Any, TypeVar
 
 import torch
 
+from fedloom.common.randomness import forked_torch
 from fedloom.models.adapters import AdaptedModel
+from fedloom.models.layout import Adapter
 from fedloom.models.lowrank import pairs
-from fedloom.models.state import Adapter
-from fedloom.randomness import forked_torch
-from fedloom.training.baton import Runner, stop_all
+from fedloom.training.lockstep import Runner, stop_all
 
 T = TypeVar("T")
+
 
 #: Seats begin at multiples of this many numbers in their common buffer, 64 bytes.
 ALIGNED = 16
@@ -299,9 +300,9 @@ class _Grouped(torch.autograd.Function):
 
     What has the rank as a side is kept with the rank first, low = A_k·x_kᵀ [rank, T_k]: products with few rows are two to
     four times as fast on a CPU as the same ones with few columns. Equal parts go through batched products, others through
-    a loop over the parts; benchmarks/cohort.py measures both. (Padding unequal parts to one length would copy x in every
-    layer.) The gradients of A_k and B_k go straight into the seats' buffers. `anchor` makes the output ask for a gradient
-    in the first layer, whose x needs none.
+    a loop over the parts; benchmarks/cohort.py measures both. (Padding unequal parts to one length would copy x in
+    every layer.) The gradients of A_k and B_k go straight into the seats' buffers. `anchor` makes the output ask for
+    a gradient in the first layer, whose x needs none.
     """
 
     @staticmethod

@@ -4,10 +4,10 @@ What is compiled is one layer, and all that are like it run the same code; the w
 code of every layer. Nothing that changes in a run is part of that code:
 
     lengths      how many tokens a batch has is a symbol, so one compilation serves every batch
-    segments     attention of packed batches stays as it is (models/attention.py): their number would be part of the code
-    adapters     are swapped and stepped in place, so neither a client nor a round compiles anything
-    dropout      draws the masks that it draws without
-    recomputing  `train.checkpointing` calls the compiled layer again
+    segments     attention of packed batches stays as it is (models/attention/packed.py): their number would be part
+    of the code adapters     are swapped and stepped in place, so neither a client nor a round compiles anything
+    dropout      draws the masks that it draws without recomputing  `train.checkpointing` calls the compiled layer
+    again
 
 Evaluation, generation and whatever else needs no gradients stay as they are, and so does a layer whose input needs none
 (the first one, and those below the first that trains): each would be further code, and further time until the first step.
@@ -30,31 +30,35 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 
-from fedloom import carriers
-from fedloom.config import TrainConfig
+from fedloom.common import cache_folder
+from fedloom.common.environment import cpp_compiler
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import forked_torch
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.environment import cpp_compiler
-from fedloom.errors import UserError
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.attention import Sealed
-from fedloom.models.emulator import find_layers
+from fedloom.models.attention.packed import Sealed
 from fedloom.models.forward import token_losses
-from fedloom.models.memory import plain_forward, sparing
-from fedloom.randomness import forked_torch
+from fedloom.models.layers import find_layers
+from fedloom.models.recompute import plain_forward, sparing
+from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.precision import autocast
 
 #: Lengths of the batch that code is made for.
 LENGTHS = (96, 64)
 
+
 #: Keywords of a layer whose values its attention alone looks at.
 SEALED = ("segment_lengths", "prefix_states")
+
 
 #: What makes the code; tests also take torch's stand-ins for it, which need no compiler.
 BACKEND = "inductor"
 
+
 #: How far a loss and a gradient may be from those of plain layers, relative: fp32, and 16 bits, which round in their order.
 TOLERANCE, TOLERANCE_16 = 1e-3, 5e-2
+
 
 #: Model → what its layers were compiled for, once that was found to be right.
 _tried: WeakKeyDictionary[AdaptedModel, tuple[str, bool]] = WeakKeyDictionary()
@@ -90,7 +94,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
 @cache
 def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` compiled, for all layers of one kind in this process. What torch keeps for later ones is the user's own."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(carriers.home() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder.home() / "compiled"))
     options = {"options": {"fallback_random": True}} if BACKEND == "inductor" else {}
     made: Callable[..., Any] = torch.compile(forward, dynamic=True, backend=BACKEND, **options)  # type: ignore[call-overload]
     return made

@@ -18,8 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.data.batching import Batch
-from fedloom.models.emulator import find_layers
-from fedloom.models.layers import first_trained
+from fedloom.models.layers import find_layers, first_trained
 from fedloom.models.quantised import linear_numel
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ class Flops:
         return int(linear + 2 * self._head * _logits(batch) + encoder + self._norms + attention + self._below(batch))
 
     def _below(self, batch: Batch) -> int:
-        """The layers below the first trained one, which go forward only, or not at all for what models/prefix.py kept."""
+        """The layers below the first trained one: forward only, or not at all for what models/prefix_cache.py kept."""
         cache = self._model.prefix
         if not self._first:
             return 0

@@ -7,10 +7,10 @@ DPO is Rafailov et al., "Direct Preference Optimization", arXiv 2305.18290, equa
     L = −(1 − ε) log σ(h) − ε log σ(−h)                                                    a pair's loss
 
 with ε = 0 in the paper; ε > 0 takes that share of the labels to be wrong (conservative DPO). Log-probabilities are sums
-over an answer's tokens. π_ref is the base without its adapter (models/reference.py): no second model, the two numbers of
-each training pair are computed once in a client's process and kept. Those of held-out pairs are computed in the very
-batches that they are compared with: a model that nothing has changed then has margins of exactly 0, and not of rounding,
-whose sign would be counted. A step's loss is the mean over its pairs, as under `sft` it is over its tokens.
+over an answer's tokens. π_ref is the base without its adapter (models/reference.py): no second model, the two numbers
+of each training pair are computed once in a client's process and kept. Those of held-out pairs are computed in the
+very batches that they are compared with: a model that nothing has changed then has margins of exactly 0, and not of
+rounding, whose sign would be counted. A step's loss is the mean over its pairs, as under `sft` it is over its tokens.
 
 Both objectives make batches; `unit_losses` tells from a batch what it is for, so that every algorithm's own loss takes
 both without a line about either. This file does not know clients or rounds.
@@ -24,12 +24,12 @@ from typing import Protocol
 import torch
 from torch.nn.functional import logsigmoid
 
-from fedloom.config import TrainConfig
 from fedloom.data.batching import Batch, Pairs, collate
 from fedloom.data.tokenization import TokenisedCorpus
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import token_losses
 from fedloom.models.reference import reference
+from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.flops import Flops
 
 

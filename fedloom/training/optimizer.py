@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from fedloom import carriers
-from fedloom.config import TrainConfig
+from fedloom.common import cache_folder
+from fedloom.recipe.recipe import TrainConfig
 
 
 class FlatOptimizer:
@@ -98,7 +98,7 @@ def _mapped(numel: int) -> torch.Tensor:
 
     Raises OSError where the disk has no room for it: a mapped file without room kills the process when it is written.
     """
-    folder = carriers.home() / "offload"
+    folder = cache_folder.home() / "offload"
     folder.mkdir(parents=True, exist_ok=True)
     handle, path = tempfile.mkstemp(dir=folder)
     try:

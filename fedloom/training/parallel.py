@@ -16,7 +16,7 @@ fsdp  besides shards the frozen base (models/sharding.py), whose layers are gath
       common work, so ranks take equally many passes: one that is short takes a pass without labels, which adds zeros.
 
 Nothing but gradients of what trains, and a few numbers, is exchanged under ddp. This file does not know clients or
-rounds, nor who started the processes (runtimes/worker.py).
+rounds, nor who started the processes (runtimes/ranks/worker.py).
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import torch
 #: Where loss scaling begins in each round, as torch's GradScaler does.
 FIRST_SCALE = 2.0**16
 
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from fedloom.config import TrainConfig
+from fedloom.common.errors import ClientFailed
 from fedloom.data.batching import Batch
-from fedloom.errors import ClientFailed
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.memory import sparing
+from fedloom.models.recompute import sparing
+from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.compiling import compiled
 from fedloom.training.flops import Flops
 from fedloom.training.optimizer import FlatOptimizer
@@ -27,7 +27,7 @@ from fedloom.training.parallel import ALONE, Ranks
 from fedloom.training.precision import UNSCALED, LossScale, autocast
 
 if TYPE_CHECKING:
-    from fedloom.hooks.attached import FitHooks, Hooks
+    from fedloom.federation.hooks.calls import FitHooks, Hooks
 
 
 class Learner(Protocol):

@@ -10,17 +10,18 @@ import numpy as np
 import tiny
 import torch
 
-from fedloom import registry
 from fedloom.algorithms.base import Algorithm
-from fedloom.checkpoint import from_bytes, to_bytes
-from fedloom.config import AdapterConfig, TrainConfig
+from fedloom.common import registry
 from fedloom.data.batching import Plan, collate, round_indices
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.messages.at_rest import from_bytes, to_bytes
+from fedloom.messages.types import Payload, Update
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
+from fedloom.models.layout import Adapter
 from fedloom.models.loading import Base
-from fedloom.models.state import Adapter
+from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training.trainer import LocalRun
-from fedloom.types import Payload, Update
 
 SHAPES = {"a": (3, 4), "b": (5,)}
 

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from fedloom.checkpoint import ClientStore
-from fedloom.client import Client
-from fedloom.config import Recipe
-from fedloom.experiment import Watch, prepare
-from fedloom.models.adapters import Models
-from fedloom.runtimes import wire
-from fedloom.types import Assignment, Failure, Outcome, Payload, Update
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.client import Client
+from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Failure, Outcome, Payload, Update
+from fedloom.models.attach import Models
+from fedloom.recipe.recipe import Recipe
 
 
 @dataclass

@@ -9,15 +9,15 @@ import numpy as np
 import tiny
 import torch
 
-from fedloom import registry
-from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
+from fedloom.common import registry
 from fedloom.data.batching import Plan, collate, round_indices
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import Models
+from fedloom.messages.types import Payload, Update
+from fedloom.models.attach import Models
 from fedloom.models.loading import Base
 from fedloom.models.lowrank import LowRank, relative_gap
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.trainer import LocalRun
-from fedloom.types import Payload, Update
 
 RANK, ALPHA = 3, 6  # s = 2, so a rule that forgets s is off by half
 CLIENTS = {"a": 1, "b": 3, "c": 4}  # examples

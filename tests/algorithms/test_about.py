@@ -14,14 +14,14 @@ import pytest
 import torch
 from federation import Federation
 
-from fedloom import catalogue, registry
-from fedloom.algorithms import about
+from fedloom.algorithms import about, catalogue
 from fedloom.algorithms.about import About, Sizes
 from fedloom.algorithms.base import AlgorithmOptions
-from fedloom.config import AdapterConfig, ModelConfig
-from fedloom.models.adapters import Models
-from fedloom.runtimes import wire
-from fedloom.types import Payload, Update
+from fedloom.common import registry
+from fedloom.messages import wire
+from fedloom.messages.types import Payload, Update
+from fedloom.models.attach import Models
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig
 
 NAMES = registry.algorithms.names()
 

@@ -12,9 +12,9 @@ import torch
 from dp_accounting import pld, rdp
 from scipy import stats
 
-from fedloom.algorithms import accounting
-from fedloom.algorithms.accounting import Ledger
-from fedloom.errors import UserError
+from fedloom.algorithms.privacy import accounting
+from fedloom.algorithms.privacy.accounting import Ledger
+from fedloom.common.errors import UserError
 
 DELTA = 1e-5
 ADD_OR_REMOVE = dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE

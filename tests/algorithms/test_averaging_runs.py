@@ -8,10 +8,11 @@ import math
 import pytest
 import torch
 
-from fedloom import registry, run
-from fedloom.errors import RunFailed
-from fedloom.tracking import read_events
-from fedloom.types import Payload
+from fedloom import run
+from fedloom.common import registry
+from fedloom.common.errors import RunFailed
+from fedloom.federation.record.events import read_events
+from fedloom.messages.types import Payload
 
 NAMES = (
     "fedprox", "scaffold", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "diloco",

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 import fedloom
-from fedloom import registry
-from fedloom.checkpoint import load_tensors
+from fedloom.common import registry
 from fedloom.data.batching import Plan, collate, round_indices
-from fedloom.experiment import Watch, prepare
-from fedloom.runtimes import wire
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.at_rest import load_tensors
+from fedloom.messages.types import Update
 from fedloom.training.trainer import fit
-from fedloom.types import Update
 
 
 def plain(setting, indices, client: str, steps_per_round: int, rounds: int, keep: bool = False) -> torch.Tensor:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy import stats
 
-from fedloom.algorithms import clipping
-from fedloom.errors import UserError
-from fedloom.privacy import AdaptiveConfig, PrivacyConfig
+from fedloom.algorithms.privacy import clipping
+from fedloom.common.errors import UserError
+from fedloom.recipe.privacy import AdaptiveConfig, PrivacyConfig
 
 
 def test_a_vector_within_the_clip_stays_and_a_longer_one_is_scaled():

@@ -6,9 +6,9 @@ import pytest
 import torch
 from federation import Federation
 
-from fedloom.algorithms.directions import Direction, Directions
-from fedloom.algorithms.history import History
-from fedloom.types import Failure, Payload, Update
+from fedloom.algorithms.low_traffic.directions import Direction, Directions
+from fedloom.algorithms.low_traffic.history import History
+from fedloom.messages.types import Failure, Payload, Update
 
 MANY = {"train.steps": 4, "train.lr": 2e-2, "train.schedule": "constant"}
 

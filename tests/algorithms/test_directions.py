@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from fedloom.algorithms.directions import BLOCK, UNITS, Direction, Directions, Replay, check_coefficients
+from fedloom.algorithms.low_traffic.directions import BLOCK, UNITS, Direction, Directions, Replay, check_coefficients
 
 SIZE = 2 * BLOCK + 100
 SPACE = Directions(7, SIZE)

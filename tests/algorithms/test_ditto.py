@@ -6,7 +6,7 @@ import pytest
 import torch
 from federation import Federation
 
-from fedloom.errors import UserError
+from fedloom.common.errors import UserError
 
 KEEP = {"train.optimizer_state": "keep", "adapter.dropout": 0.1, "train.schedule": "constant"}
 

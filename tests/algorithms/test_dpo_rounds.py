@@ -8,11 +8,11 @@ import torch
 from federation import Federation
 
 from fedloom.algorithms import base
-from fedloom.config import AdapterConfig, ModelConfig
 from fedloom.data.batching import collate
-from fedloom.models.adapters import attach
+from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import load_base
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig
 from fedloom.training.objectives import log_probabilities, unit_losses
 
 DPO_RUN = {

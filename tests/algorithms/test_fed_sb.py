@@ -6,10 +6,10 @@ import pytest
 import torch
 from lora_rounds import ALPHA, RANK, client, drawn, local_run, models, result, server, trained
 
-from fedloom.algorithms.fed_sb import middle
+from fedloom.algorithms.lora.fed_sb import middle
+from fedloom.messages.types import Payload
+from fedloom.models.layout import WeightedMean
 from fedloom.models.lowrank import LowRank, relative_gap
-from fedloom.models.state import WeightedMean
-from fedloom.types import Payload
 
 
 def products(algorithm, payload, dtype=torch.float64):

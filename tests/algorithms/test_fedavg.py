@@ -9,13 +9,16 @@ import tiny
 import torch
 
 import fedloom
-from fedloom import experiment, registry
-from fedloom.checkpoint import load_tensors
-from fedloom.config import AdapterConfig
+from fedloom.common import registry
 from fedloom.data.batching import Plan, collate, round_indices
-from fedloom.experiment import Setting, Watch, prepare
+from fedloom.data.corpus import Partition, Shard
+from fedloom.experiment import run as experiment
+from fedloom.experiment.prepare import Setting, prepare
+from fedloom.federation.watch import Watch
+from fedloom.messages.at_rest import load_tensors
+from fedloom.messages.types import Payload, Update
+from fedloom.recipe.recipe import AdapterConfig
 from fedloom.training.trainer import fit
-from fedloom.types import Partition, Payload, Shard, Update
 
 
 def fedavg(**options):
@@ -81,7 +84,7 @@ def test_the_weight_is_examples_or_tokens_and_never_steps(weight_by, weights):
 
 
 def fake_model():
-    from fedloom.models.state import Adapter, Layout
+    from fedloom.models.layout import Adapter, Layout
 
     adapter = Adapter(Layout({"w": (1,)}))
     return type("Model", (), {"initial_adapter": lambda self: adapter.snapshot()})()

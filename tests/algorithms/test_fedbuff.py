@@ -10,9 +10,9 @@ import torch
 from federation import Federation
 
 import fedloom
-from fedloom.algorithms.fedbuff import FedBuff
-from fedloom.arrival import by_client
-from fedloom.checkpoint import load_tensors
+from fedloom.algorithms.averaging.fedbuff import FedBuff
+from fedloom.federation.rounds.collection import by_client
+from fedloom.messages.at_rest import load_tensors
 
 
 def after(version: int, **options):

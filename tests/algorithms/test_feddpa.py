@@ -8,7 +8,7 @@ from federation import Federation
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedloom.errors import UserError
+from fedloom.common.errors import UserError
 from fedloom.models.forward import release
 from fedloom.models.lowrank import LowRank, pairs
 

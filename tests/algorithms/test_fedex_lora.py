@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_rounds import ALPHA, RANK, drawn, gap_after, learned, models, result, server
 
-from fedloom.algorithms.fedex_lora import averaged
+from fedloom.algorithms.lora.fedex_lora import averaged
 from fedloom.models.lowrank import LowRank, relative_gap
 
 

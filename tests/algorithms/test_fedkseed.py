@@ -6,10 +6,10 @@ import pytest
 import torch
 from federation import Federation
 
-from fedloom.algorithms.directions import Direction, Directions
-from fedloom.algorithms.fedkseed import pack, unpack
-from fedloom.runtimes import wire
-from fedloom.types import Cost, Failure, Payload, Update
+from fedloom.algorithms.low_traffic.directions import Direction, Directions
+from fedloom.algorithms.low_traffic.fedkseed import pack, unpack
+from fedloom.messages import wire
+from fedloom.messages.types import Cost, Failure, Payload, Update
 
 MANY = {"train.steps": 6, "train.lr": 2e-2, "train.schedule": "constant"}
 

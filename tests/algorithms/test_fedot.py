@@ -18,24 +18,27 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fedloom
-from fedloom import experiment, registry
-from fedloom.algorithms import fedavg
-from fedloom.algorithms.fedot import FedOT
-from fedloom.checkpoint import from_bytes, to_bytes
-from fedloom.config import ModelConfig
-from fedloom.console import result_table
+from fedloom.algorithms.averaging import fedavg
+from fedloom.algorithms.offsite.fedot import FedOT
+from fedloom.cli.console import result_table
+from fedloom.common import registry
+from fedloom.common.errors import ClientFailed, UserError
 from fedloom.data.batching import Plan, round_indices
-from fedloom.errors import ClientFailed, UserError
-from fedloom.evaluate import evaluate
 from fedloom.evaluation.suites import Suite
-from fedloom.experiment import Watch, prepare
-from fedloom.export import export_run
-from fedloom.models.adapters import AdaptedModel, Models
-from fedloom.models.distillation import align
+from fedloom.experiment import run as experiment
+from fedloom.experiment.evaluate import evaluate
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.messages.at_rest import from_bytes, to_bytes
+from fedloom.messages.types import Failure
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import Models
+from fedloom.models.emulator.distillation import align
+from fedloom.models.layout import Adapter
 from fedloom.models.loading import load_base
-from fedloom.models.state import Adapter
-from fedloom.report.html import report_many, write_report
-from fedloom.types import Failure
+from fedloom.recipe.recipe import ModelConfig
+from fedloom.reporting.export import export_run
+from fedloom.reporting.html import report_many, write_report
 
 FULL = {"adapter": {"method": "full"}, "train.lr": 3e-3}
 FIVE = ("full_zero_shot", "emulator_zero_shot", "emulator_tuned", "plug_in", "full_tuned")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from federation import Federation
 
-from fedloom.algorithms.fedper import last_layers
-from fedloom.errors import UserError
-from fedloom.types import Failure
+from fedloom.algorithms.personal.fedper import last_layers
+from fedloom.common.errors import UserError
+from fedloom.messages.types import Failure
 
 NAMES = ("fedper", "fedrep")
 

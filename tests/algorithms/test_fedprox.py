@@ -6,9 +6,9 @@ import pytest
 import torch
 from averaging_rounds import adapted, local_run, made, sequences
 
-from fedloom.config import TrainConfig
 from fedloom.data.batching import collate
-from fedloom.types import Payload
+from fedloom.messages.types import Payload
+from fedloom.recipe.recipe import TrainConfig
 
 #: Two forward passes of one step with unequal numbers of labels.
 BATCHES = [

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from lora_rounds import client, drawn, learned, models, result, server
 
-from fedloom.algorithms.fedrot_lora import aligned
+from fedloom.algorithms.lora.fedrot_lora import aligned
+from fedloom.messages.types import Payload, Update
 from fedloom.models.lowrank import relative_gap
-from fedloom.types import Payload, Update
 
 
 def rotation(seed, size=3):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from lora_rounds import client, drawn, learned, models, result, server, trained
 
-from fedloom.algorithms.fedsvd import orthogonalised
+from fedloom.algorithms.lora.fedsvd import orthogonalised
 from fedloom.models.lowrank import relative_gap
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from federation import Federation
 
-from fedloom.algorithms.directions import BLOCK, Directions
-from fedloom.algorithms.ferret import Ferret
-from fedloom.config import AdapterConfig
-from fedloom.types import Payload, Update
+from fedloom.algorithms.low_traffic.directions import BLOCK, Directions
+from fedloom.algorithms.low_traffic.ferret import Ferret
+from fedloom.messages.types import Payload, Update
+from fedloom.recipe.recipe import AdapterConfig
 
 SIZE = 2 * BLOCK + 300
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_rounds import client, drawn, gap_after, models, server, trained
 
-from fedloom.types import Payload
+from fedloom.messages.types import Payload
 
 
 def size(payload: Payload) -> int:

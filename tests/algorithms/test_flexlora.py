@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_rounds import ALPHA, RANK, drawn, learned, result, server
 
-from fedloom.algorithms.flexlora import split
+from fedloom.algorithms.lora.flexlora import split
 from fedloom.models.lowrank import LowRank, relative_gap
 
 SCALE = ALPHA / RANK

@@ -6,9 +6,9 @@ import pytest
 import torch
 from lora_rounds import CLIENTS, client, drawn, models, server, trained
 
-from fedloom.algorithms.hetlora import RANK
-from fedloom.checkpoint import from_bytes, to_bytes
-from fedloom.types import Payload
+from fedloom.algorithms.lora.hetlora import RANK
+from fedloom.messages.at_rest import from_bytes, to_bytes
+from fedloom.messages.types import Payload
 
 
 def test_equal_ranks_and_norms_equal_fedit():

@@ -6,13 +6,13 @@ import pytest
 import torch
 from lora_rounds import client, drawn, local_run, models, server, trained
 
-from fedloom.algorithms.base_delta import BaseDelta
-from fedloom.algorithms.fedrot_lora import aligned
-from fedloom.algorithms.lora import at_rank, of_rank, padded
-from fedloom.algorithms.lora_fair import refined
-from fedloom.errors import UserError
+from fedloom.algorithms.lora.base import at_rank, of_rank, padded
+from fedloom.algorithms.lora.base_delta import BaseDelta
+from fedloom.algorithms.lora.fedrot_lora import aligned
+from fedloom.algorithms.lora.lora_fair import refined
+from fedloom.common.errors import UserError
+from fedloom.messages.types import Payload
 from fedloom.models.lowrank import LowRank, leading
-from fedloom.types import Payload
 
 MIXED = ("flora", "flexlora", "hetlora")
 DOUBLE = torch.float64

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_rounds import drawn, gap_after, server
 
-from fedloom.algorithms.lora_fair import refined
+from fedloom.algorithms.lora.lora_fair import refined
 
 
 def test_a_large_lambda_is_fedit_bit_for_bit():

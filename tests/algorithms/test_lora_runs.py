@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedloom import registry
-from fedloom.checkpoint import Checkpoints
-from fedloom.errors import UserError
-from fedloom.evaluate import evaluate
-from fedloom.experiment import run
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.experiment.evaluate import evaluate
+from fedloom.experiment.run import run
+from fedloom.federation.record.checkpoints import Checkpoints
 
 UNIFORM = {
     "fedit": {}, "ffa_lora": {}, "flora": {}, "flexlora": {}, "hetlora": {}, "fedsa_lora": {}, "rolora": {},

@@ -7,10 +7,10 @@ import torch
 from federation import Federation
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.pfedme import PFedMe
+from fedloom.algorithms.personal.pfedme import PFedMe
+from fedloom.messages.types import Payload, Update
 from fedloom.models.forward import token_losses
 from fedloom.training import precision
-from fedloom.types import Payload, Update
 
 SGD = {"train.optimizer": "sgd", "train.lr": 0.1, "train.clip": None, "train.schedule": "constant"}
 

@@ -12,13 +12,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedloom import registry
-from fedloom.algorithms import accounting, clipping, fedavg, private
-from fedloom.algorithms.private import CLIP, OWN, WITHIN, Private
-from fedloom.checkpoint import from_bytes, to_bytes
-from fedloom.choices import make_algorithm
-from fedloom.errors import UserError
-from fedloom.types import Payload, Update
+from fedloom.algorithms.averaging import fedavg
+from fedloom.algorithms.privacy import accounting, clipping, private
+from fedloom.algorithms.privacy.private import CLIP, OWN, WITHIN, Private
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.federation.checks import make_algorithm
+from fedloom.messages.at_rest import from_bytes, to_bytes
+from fedloom.messages.types import Payload, Update
 
 SUMS = [
     name

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from fedloom import registry
-from fedloom.experiment import Watch, run
-from fedloom.tracking import read_events
+from fedloom.common import registry
+from fedloom.experiment.run import run
+from fedloom.federation.record.events import read_events
+from fedloom.federation.watch import Watch
 
 PERSONAL = ("pfedme", "ditto", "fedper", "fedrep", "feddpa")
 LOW_TRAFFIC = ("fedkseed", "fedmezo", "decomfl", "ferret")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from averaging_rounds import drawn, flat, server, update
 
-from fedloom.algorithms import robust
+from fedloom.algorithms.robust import coordinatewise as robust
 
 RULES = ("median", "trimmed_mean", "krum", "geometric_median", "norm_bound")
 

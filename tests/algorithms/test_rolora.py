@@ -6,7 +6,7 @@ import pytest
 import torch
 from lora_rounds import client, drawn, gap_after, models, server, trained
 
-from fedloom.checkpoint import from_bytes, to_bytes
+from fedloom.messages.at_rest import from_bytes, to_bytes
 
 
 @pytest.mark.parametrize("round", [1, 2, 3])

@@ -8,9 +8,9 @@ import pytest
 import torch
 from averaging_rounds import Federation, adapted, drawn, flat, local_run, made, saved, sequences, server, update
 
-from fedloom.algorithms.scaffold import Scaffold
-from fedloom.config import TrainConfig
-from fedloom.types import Payload
+from fedloom.algorithms.averaging.scaffold import Scaffold
+from fedloom.messages.types import Payload
+from fedloom.recipe.recipe import TrainConfig
 
 SGD = TrainConfig(steps=3, batch_size=4, lr=0.05, optimizer="sgd", schedule="constant", clip=None)
 DATA = {"x": sequences(1), "y": sequences(2), "z": sequences(3)}

@@ -6,9 +6,9 @@ import pytest
 import torch
 from lora_rounds import ALPHA, RANK, client, drawn, local_run, models, result, server, trained
 
-from fedloom.algorithms.slora import SPARSE
-from fedloom.checkpoint import from_bytes, to_bytes
-from fedloom.types import Payload, Update
+from fedloom.algorithms.lora.slora import SPARSE
+from fedloom.messages.at_rest import from_bytes, to_bytes
+from fedloom.messages.types import Payload, Update
 
 
 def test_both_sides_draw_one_mask_with_lora_s_budget():

@@ -11,16 +11,17 @@ import tiny
 import torch
 from federation import Federation
 
-from fedloom.algorithms.directions import Direction, Directions
-from fedloom.algorithms.zeroth import descend, two_point
-from fedloom.config import AdapterConfig, TrainConfig
+from fedloom.algorithms.low_traffic.directions import Direction, Directions
+from fedloom.algorithms.low_traffic.zeroth import descend, two_point
+from fedloom.common.errors import ClientFailed
+from fedloom.common.randomness import forked_torch
 from fedloom.data.batching import Batch
-from fedloom.errors import ClientFailed
 from fedloom.models import forward
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
-from fedloom.randomness import forked_torch
+from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training.flops import Flops
 from fedloom.training.trainer import LocalRun
 

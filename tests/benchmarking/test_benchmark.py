@@ -17,21 +17,21 @@ import pytest
 import yaml
 
 import fedloom
-from fedloom import registry
-from fedloom.benchmarking import runner
-from fedloom.benchmarking.columns import COLUMNS, MEASURED
-from fedloom.benchmarking.compare import leaderboard
-from fedloom.benchmarking.declaration import Benchmark, builtin_benchmarks
-from fedloom.benchmarking.page import write_benchmark
-from fedloom.benchmarking.ratios import lines, ratios
-from fedloom.benchmarking.runner import run_benchmark
-from fedloom.benchmarking.table import Row, alike, best, bests, rows, to_csv, to_latex
-from fedloom.choices import make_algorithm
-from fedloom.environment import forget_peak_memory, peak_memory_bytes
-from fedloom.errors import RunFailed, UserError
-from fedloom.methods import METHODS
-from fedloom.report.scatter import Point, Scatter, draw
-from fedloom.tracking import Events
+from fedloom.common import registry
+from fedloom.common.environment import forget_peak_memory, peak_memory_bytes
+from fedloom.common.errors import RunFailed, UserError
+from fedloom.experiment.benchmark import runner
+from fedloom.experiment.benchmark.columns import COLUMNS, MEASURED
+from fedloom.experiment.benchmark.compare import leaderboard
+from fedloom.experiment.benchmark.declaration import Benchmark, builtin_benchmarks
+from fedloom.experiment.benchmark.page import write_benchmark
+from fedloom.experiment.benchmark.ratios import lines, ratios
+from fedloom.experiment.benchmark.runner import run_benchmark
+from fedloom.experiment.benchmark.table import Row, alike, best, bests, rows, to_csv, to_latex
+from fedloom.federation.checks import make_algorithm
+from fedloom.federation.record.events import Events
+from fedloom.recipe.adapter import METHODS
+from fedloom.reporting.scatter import Point, Scatter, draw
 
 pytestmark = pytest.mark.usefixtures("loading_once")
 

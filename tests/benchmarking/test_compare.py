@@ -15,13 +15,13 @@ import yaml
 from typer.testing import CliRunner
 
 import fedloom
-from fedloom.benchmarking.columns import NAMED, measured
-from fedloom.benchmarking.compare import Leaderboard, leaderboard
-from fedloom.cli import app
-from fedloom.errors import UserError
-from fedloom.overrides import set_dotted
-from fedloom.report import settings
-from fedloom.tables import Tables
+from fedloom.cli.app import app
+from fedloom.common.errors import UserError
+from fedloom.experiment.benchmark.columns import NAMED, measured
+from fedloom.experiment.benchmark.compare import Leaderboard, leaderboard
+from fedloom.federation.record.client_table import Tables
+from fedloom.recipe.overrides import set_dotted
+from fedloom.reporting import differences as settings
 
 Edit = Callable[..., Path]
 

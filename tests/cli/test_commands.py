@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import Recipe, __version__
-from fedloom.cli import show_checks
-from fedloom.config import builtin_recipes
-from fedloom.doctor import Check
+from fedloom.cli.app import show_checks
+from fedloom.recipe.library import builtin_recipes
+from fedloom.runtimes.doctor import Check
 
 SCORED = {"evaluation.suite": "right-length", "evaluation.limit": 6, "evaluation.answers": 2, "train.lr": 3e-2}
 # A suite that a random model gets right now and then, so that scores are not all zero.
 SUITE = """
-from fedloom import registry
+from fedloom.common import registry
 from fedloom.evaluation.suites import Suite
 right = lambda example, answer: len(answer) % 3 == len(example.output) % 3
 registry.suites.register("right-length", Suite("right-length", "generate", 8, right, "for a test"))
@@ -240,5 +240,5 @@ def test_help_needs_no_torch(tmp_path):
     import subprocess
     import sys
 
-    check = "import sys, fedloom.cli; sys.exit('torch' in sys.modules)"
+    check = "import sys, fedloom.cli.runs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", check], check=False, cwd=Path(tmp_path)).returncode == 0

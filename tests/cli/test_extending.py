@@ -17,10 +17,10 @@ import torch
 import yaml
 
 import fedloom
-from fedloom import registry
-from fedloom.checkpoint import ClientStore
-from fedloom.config import Recipe
-from fedloom.types import Payload, Update
+from fedloom.common import registry
+from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.messages.types import Payload, Update
+from fedloom.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
@@ -115,7 +115,8 @@ def test_the_page_runs_and_each_part_does_its_work(page, tiny_model, tmp_path):
 
 def test_the_algorithms_two_halves_agree(page, tiny_recipe, tmp_path):
     """What clients say and what they keep add up to what they learned; the server moves by the mean of what they say."""
-    from fedloom.experiment import Watch, prepare
+    from fedloom.experiment.prepare import prepare
+    from fedloom.federation.watch import Watch
 
     setting = prepare(tiny_recipe({"algorithm": "sign_mean"}), Watch())
     server, model = setting.algorithm, setting.model
@@ -143,9 +144,9 @@ def test_the_algorithms_two_halves_agree(page, tiny_recipe, tmp_path):
 
 
 def test_the_operator_gives_back_what_it_packed_and_refuses_the_rest(page):
-    from fedloom.operators.base import CannotEncode
-    from fedloom.operators.chain import Chain
-    from fedloom.operators.flat import BadPayload
+    from fedloom.messages.operators.base import CannotEncode
+    from fedloom.messages.operators.chain import Chain
+    from fedloom.messages.operators.flat import BadPayload
 
     chain = Chain.parse(["fives"])
     every = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * 5).flatten()
@@ -314,7 +315,7 @@ def test_a_near_miss_of_a_packages_name_is_suggested(cli, installed):
 
 def test_a_class_that_leaves_the_aggregation_out_is_refused(monkeypatch):
     from fedloom.algorithms.base import Algorithm
-    from fedloom.errors import UserError
+    from fedloom.common.errors import UserError
 
     class Unfinished(Algorithm):
         pass

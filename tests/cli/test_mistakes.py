@@ -147,7 +147,7 @@ def test_two_runs_at_once_in_one_folder(cli, recipe_file, tmp_path):
     recipe = recipe_file()
     setup = f"""
 import subprocess, sys
-from fedloom.tracking import Events
+from fedloom.federation.record.events import Events
 write = Events.write
 def slow(self, event, **fields):
     write(self, event, **fields)

@@ -11,8 +11,9 @@ from typing import ClassVar
 
 import torch
 
-from fedloom.algorithms import base, fedavg
-from fedloom.types import Payload, Update
+from fedloom.algorithms import base
+from fedloom.algorithms.averaging import fedavg
+from fedloom.messages.types import Payload, Update
 
 PREFIX, DELTA = "base_model.model.", "delta/"
 
@@ -93,7 +94,7 @@ class Keeping(fedavg.FedAvg):
 
 
 def base_mean(layout, updates: Iterator[Update]) -> dict[str, torch.Tensor]:
-    from fedloom.models.state import WeightedMean
+    from fedloom.models.layout import WeightedMean
 
     mean = WeightedMean(layout)
     for update in updates:

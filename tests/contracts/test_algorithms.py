@@ -18,21 +18,25 @@ import pytest
 import torch
 
 import fedloom
-import fedloom.client
-from fedloom import registry
+import fedloom.federation.client
 from fedloom.algorithms.base import Algorithm
-from fedloom.checkpoint import Checkpoints, ClientStore, folder_name, from_bytes, load_tensors, to_bytes
-from fedloom.config import Recipe
+from fedloom.common import registry
+from fedloom.common.errors import ClientFailed, RunFailed
+from fedloom.common.files import folder_name
 from fedloom.data.batching import Plan, collate, round_indices
-from fedloom.errors import ClientFailed, RunFailed
+from fedloom.data.corpus import Partition
 from fedloom.evaluation.loss import loss_sums
-from fedloom.experiment import Setting, Watch, prepare
-from fedloom.models.results import load_adapted
-from fedloom.rounds import Schedule
-from fedloom.runtimes import wire
+from fedloom.experiment.prepare import Setting, prepare
+from fedloom.federation.record.checkpoints import Checkpoints, ClientStore
+from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.at_rest import from_bytes, load_tensors, to_bytes
+from fedloom.messages.types import Payload, Update
+from fedloom.models.saved import load_adapted
+from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.simulator import Simulator
 from fedloom.training.trainer import LocalRun, fit
-from fedloom.types import Partition, Payload, Update
 
 #: Trained without an optimiser of torch's.
 ZEROTH_ORDER = {"fedkseed", "fedmezo", "decomfl"}
@@ -154,14 +158,14 @@ def test_one_seed_gives_the_same_bits_and_another_seed_others(name, whole, tmp_p
 @pytest.mark.parametrize("name", those(lambda p: p.order_independent))
 def test_the_order_of_the_clients_changes_nothing(name, whole, tmp_path, monkeypatch):
     recipe, expected = whole.recipe, whole.result
-    split = fedloom.experiment.partition
+    split = fedloom.experiment.run.partition
 
     def reversed_clients(*args: Any) -> Partition:
         made = split(*args)
         return replace(made, shards=dict(reversed(made.shards.items())))
 
     with monkeypatch.context() as patch:
-        patch.setattr(fedloom.experiment, "partition", reversed_clients)
+        patch.setattr(fedloom.experiment.run, "partition", reversed_clients)
         backwards = run(recipe, tmp_path / "b")
     assert backwards["sha256"] == expected["sha256"]
     assert backwards["tensors"] == expected["tensors"]
@@ -256,7 +260,7 @@ class Faults:
     plan: dict[tuple[str, int], str]
 
     def install(self, monkeypatch, algorithm: type[Algorithm]) -> None:
-        train, local_training = fedloom.client.Client._train, algorithm.local_training
+        train, local_training = fedloom.federation.client.Client._train, algorithm.local_training
 
         def failing(client, assignment):
             update = train(client, assignment)
@@ -270,7 +274,7 @@ class Faults:
                 raise ClientFailed(self.plan[learner.client, learner.round], "made to fail")
             return trained
 
-        monkeypatch.setattr(fedloom.client.Client, "_train", failing)
+        monkeypatch.setattr(fedloom.federation.client.Client, "_train", failing)
         monkeypatch.setattr(algorithm, "local_training", failing_training)
 
 

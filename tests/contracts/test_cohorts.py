@@ -10,16 +10,17 @@ import merging
 import pytest
 import torch
 
-from fedloom import registry
-from fedloom.checkpoint import ClientStore
-from fedloom.choices import make_algorithm
-from fedloom.client import Client
-from fedloom.cohorts import check_cohort
-from fedloom.config import Recipe
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.checks import make_algorithm
+from fedloom.federation.client import Client
+from fedloom.federation.cohorts import check_cohort
+from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.federation.watch import Watch
+from fedloom.messages.types import Assignment, Outcome, Update
+from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.simulator import Simulator
-from fedloom.types import Assignment, Outcome, Update
 
 OWN = {"test-merging": merging.Merging, "test-keeping": merging.Keeping}
 ALL = {n: registry.algorithms.get(n) for n in registry.algorithms.names()} | OWN

@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import fedloom
-from fedloom import choices, registry
-from fedloom.checkpoint import ClientStore
-from fedloom.client import Client
-from fedloom.config import Recipe
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.methods import METHODS
-from fedloom.types import Assignment, Update
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation import checks as choices
+from fedloom.federation.client import Client
+from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.federation.watch import Watch
+from fedloom.messages.types import Assignment, Update
+from fedloom.recipe.adapter import METHODS
+from fedloom.recipe.recipe import Recipe
 
 NAMES = registry.algorithms.names()
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.choices import for_objective
-from fedloom.config import DataConfig
-from fedloom.data.sources import load_corpus
+from fedloom.data.loading import for_objective, load_corpus
+from fedloom.recipe.recipe import DataConfig
 
 ASKED = {"role": "user", "content": "How many?"}
 TWO, THREE = {"role": "assistant", "content": "Two."}, {"role": "assistant", "content": "Three."}

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-from fedloom.config import DataConfig, SplitConfig
-from fedloom.corpora.codesearchnet import matched
-from fedloom.data.sources import load_corpus
+from fedloom.data.corpora.codesearchnet import matched
+from fedloom.data.corpus import Corpus, Example
+from fedloom.data.loading import load_corpus
 from fedloom.data.splitters import partition, split_table
-from fedloom.types import Corpus, Example
+from fedloom.recipe.recipe import DataConfig, SplitConfig
 
 
 def functions(language, count):

@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from fedloom.config import AdapterConfig
+from fedloom.common.errors import UserError
+from fedloom.data.corpus import Corpus, Example
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import tokenise
-from fedloom.errors import UserError
 from fedloom.evaluation import score as scoring
 from fedloom.evaluation.score import choose, generate
-from fedloom.models import attention
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
+from fedloom.models.attention import packed as attention
 from fedloom.models.loading import Base
-from fedloom.types import Corpus, Example
+from fedloom.recipe.recipe import AdapterConfig
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"

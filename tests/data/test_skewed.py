@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 
-from fedloom.config import SplitConfig
+from fedloom.common.errors import UserError
 from fedloom.data.clusters import clustered
+from fedloom.data.corpus import Corpus, Example
 from fedloom.data.heterogeneity import difference, gini, heterogeneity, jensen_shannon
 from fedloom.data.splitters import partition
-from fedloom.errors import UserError
-from fedloom.types import Corpus, Example
+from fedloom.recipe.recipe import SplitConfig
 
 OWNERS = st.lists(st.sampled_from(["anna", "bert", "carl", "others", "", "ü"]), min_size=1, max_size=100)
 

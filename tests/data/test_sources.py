@@ -16,20 +16,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom import carriers, reach
-from fedloom.config import DataConfig, SplitConfig
-from fedloom.corpora import codealpaca, medmcqa, skills
+from fedloom.common import pypi as carriers
+from fedloom.common.errors import UserError
+from fedloom.common.registry import corpora, suites
 from fedloom.data import hub
-from fedloom.data.declaration import Source
+from fedloom.data import hub as reach
+from fedloom.data.corpora import codealpaca, medmcqa, skills
+from fedloom.data.corpus import Example
 from fedloom.data.examples import limited
 from fedloom.data.files import read_rows
 from fedloom.data.hub import HubRef, HubUnavailable
-from fedloom.data.sources import load_corpus, resolve_split, source_of
+from fedloom.data.loading import load_corpus, resolve_split, source_of
+from fedloom.data.source import Source
 from fedloom.data.splitters import partition, select_questions
-from fedloom.errors import UserError
 from fedloom.evaluation.suites import choice_texts, final_number
-from fedloom.registry import corpora, suites
-from fedloom.types import Example
+from fedloom.recipe.recipe import DataConfig, SplitConfig
 
 ROWS = [
     {"instruction": "Add.", "input": "1, 2", "output": "3", "category": "sum"},
@@ -513,8 +514,8 @@ def test_skills_questions_are_chosen_evenly(skill_corpus):
 
 
 DIGESTS_SCRIPT = """
-from fedloom.config import DataConfig
-from fedloom.data.sources import load_corpus
+from fedloom.recipe.recipe import DataConfig
+from fedloom.data.loading import load_corpus
 for name, seed in (("fed-skills", 42), ("fed-skills", 43), ("fed-gsm-symbolic", 42)):
     print(load_corpus(DataConfig(corpus=name), by="category", seed=seed, say=print).digest())
 """

@@ -14,12 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.config import SplitConfig
+from fedloom.common.errors import UserError
 from fedloom.data import splitters
+from fedloom.data.corpus import Corpus, Example
 from fedloom.data.heterogeneity import heterogeneity
 from fedloom.data.splitters import partition, select_questions, select_test_set, split_table
-from fedloom.errors import UserError
-from fedloom.types import Corpus, Example
+from fedloom.recipe.recipe import SplitConfig
 
 CATEGORIES = st.lists(st.sampled_from(["python", "c++", "sql", "a/b", "", "ü"]), min_size=1, max_size=120)
 FRACTIONS = st.sampled_from([(0.0, 0.0), (0.05, 0.1), (0.3, 0.3), (0.0, 0.5), (0.45, 0.5)])
@@ -160,9 +160,9 @@ def test_a_client_s_division_depends_on_nobody_else():
 
 
 HASH_SEED_SCRIPT = """
-from fedloom.config import SplitConfig
+from fedloom.recipe.recipe import SplitConfig
 from fedloom.data.splitters import partition, select_questions
-from fedloom.types import Corpus, Example
+from fedloom.data.corpus import Corpus, Example
 words = ["python", "java", "sql", "go", "c"]
 corpus = Corpus("x", tuple(Example(str(i), "", "a", words[i % 5]) for i in range(90)), "CC0-1.0", "a test")
 for split in (SplitConfig(splitter="dirichlet", num_clients=4, alpha=0.3), SplitConfig(splitter="meta", num_clients=2)):

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from fedloom.errors import UserError
+from fedloom.common.errors import UserError
+from fedloom.common.registry import suites as table
+from fedloom.data.corpus import Example
 from fedloom.evaluation import suites
 from fedloom.evaluation.suites import GSM, MULTIPLE_CHOICE, SKILLS, Suite, choice_texts, final_number
-from fedloom.registry import suites as table
-from fedloom.types import Example
 
 
 def example(output: str, **values) -> Example:

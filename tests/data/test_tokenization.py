@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.data import tokenization
+from fedloom.data.corpus import Corpus, Example
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import MIN_ANSWER, encode, fit, fit_prompt, tokenise, tokenizer_digest
-from fedloom.types import Corpus, Example
 
 PLAIN = Template(tiny.tokenizer(), "plain")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.errors import UserError
-from fedloom.evaluation import code_execution
-from fedloom.evaluation.bubblewrap import Bubblewrap
-from fedloom.evaluation.code_execution import Container, Unsafe, find_cage, run_all
-from fedloom.evaluation.programs import PYTHON, Limits, Program, folder
+from fedloom.common.errors import UserError
+from fedloom.evaluation.sandbox import execution as code_execution
+from fedloom.evaluation.sandbox.bubblewrap import Bubblewrap
+from fedloom.evaluation.sandbox.execution import Container, Unsafe, find_cage, run_all
+from fedloom.evaluation.sandbox.programs import PYTHON, Limits, Program, folder
 
 SMALL = Limits(seconds=8.0, memory=256 << 20, processes=32, scratch=32 << 20, output=4096)
 

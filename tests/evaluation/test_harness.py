@@ -18,17 +18,18 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fe
 
 from lm_eval.api.instance import Instance
 
-from fedloom.config import ModelConfig
+from fedloom.common.errors import UserError
+from fedloom.data.corpus import Example
 from fedloom.data.prompts import Template
-from fedloom.errors import UserError
-from fedloom.evaluation import harness
 from fedloom.evaluation import score as scoring
-from fedloom.evaluation.bubblewrap import Bubblewrap
-from fedloom.evaluation.task_suites import TASKS, Measured, TaskSuite
-from fedloom.methods import AdapterConfig
-from fedloom.models.adapters import AdaptedModel, Models
-from fedloom.models.results import export_merged
-from fedloom.types import Example
+from fedloom.evaluation.public import harness
+from fedloom.evaluation.public.suites import TASKS, Measured, TaskSuite
+from fedloom.evaluation.sandbox.bubblewrap import Bubblewrap
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import Models
+from fedloom.models.saved import export_merged
+from fedloom.recipe.adapter import AdapterConfig
+from fedloom.recipe.recipe import ModelConfig
 
 WORDS = ("red", "green", "blue", "white")
 CHAT = (
@@ -288,7 +289,7 @@ def test_lm_eval_reads_prompts_as_the_tokens_that_training_saw(base_folder, styl
 
 
 def test_limit_shots_and_what_is_not_there(base_folder, benchmark_data, monkeypatch):
-    from fedloom import registry
+    from fedloom.common import registry
 
     model = adapted(base_folder, trained=False)
     few = TaskSuite("few", "a test's", {"openbookqa": Measured("acc"), "hellaswag": Measured("acc_norm")}, partial=True)
@@ -321,7 +322,7 @@ def test_the_live_model_is_as_it_was(base_folder, suite, benchmark_data, monkeyp
 def test_the_command_prints_a_table_and_writes_its_numbers(base_folder, benchmark_data, tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
-    from fedloom.cli import app
+    from fedloom.cli.app import app
 
     monkeypatch.setenv("FEDLOOM_DATA", str(benchmark_data))
     place = tmp_path / "numbers.json"
@@ -347,6 +348,6 @@ def test_the_command_prints_a_table_and_writes_its_numbers(base_folder, benchmar
 
 def test_without_lm_eval_one_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", None)
-    monkeypatch.delitem(sys.modules, "fedloom.evaluation.harness")
+    monkeypatch.delitem(sys.modules, "fedloom.evaluation.public.harness")
     with pytest.raises(UserError, match=r'lm-eval: pip install "fedloom\[evaluation\]"'):
-        import_module("fedloom.evaluation.harness")
+        import_module("fedloom.evaluation.public.harness")

@@ -7,9 +7,11 @@ from itertools import combinations
 
 import pytest
 
-from fedloom.evaluation import asked, benchmarks, readers
-from fedloom.evaluation.languages import completed
-from fedloom.evaluation.marking import exact_match, f1, last_number, pass_at_k, rouge, stated_number
+from fedloom.evaluation.public import datasets as benchmarks
+from fedloom.evaluation.public import documents as asked
+from fedloom.evaluation.public import readers
+from fedloom.evaluation.public.marking import exact_match, f1, last_number, pass_at_k, rouge, stated_number
+from fedloom.evaluation.sandbox.languages import completed
 
 
 def test_pass_at_k_is_the_mean_over_all_draws():

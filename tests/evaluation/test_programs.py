@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from fedloom.errors import UserError
-from fedloom.evaluation import asked
-from fedloom.evaluation.bubblewrap import Bubblewrap
-from fedloom.evaluation.languages import LANGUAGES, check_runs
-from fedloom.evaluation.programs import Ran
+from fedloom.common.errors import UserError
+from fedloom.evaluation.public import documents as asked
+from fedloom.evaluation.sandbox.bubblewrap import Bubblewrap
+from fedloom.evaluation.sandbox.languages import LANGUAGES, check_runs
+from fedloom.evaluation.sandbox.programs import Ran
 
 trouble = Bubblewrap().trouble()
 caged = pytest.mark.skipif(bool(trouble), reason=trouble)

@@ -6,15 +6,15 @@ import json
 
 import pytest
 
-from fedloom.tracking import read_events
+from fedloom.federation.record.events import read_events
 
 # Python that a run executes first: an algorithm that misbehaves at one client in one round.
 FAULTY = """
 import torch
-from fedloom import registry
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.errors import ClientFailed
-from fedloom.types import Payload
+from fedloom.common import registry
+from fedloom.algorithms.averaging.fedavg import FedAvg
+from fedloom.common.errors import ClientFailed
+from fedloom.messages.types import Payload
 
 class Faulty(FedAvg):
     calls = 0
@@ -89,8 +89,8 @@ def test_below_quorum_the_run_ends_and_finished_rounds_are_kept(cli, recipe_file
 def test_a_loss_that_is_not_finite(cli, recipe_file, tmp_path, behaviour):
     """One client's loss becomes NaN at its first step; the rest of the run does not notice."""
     setup = """
-from fedloom import registry
-from fedloom.algorithms.fedavg import FedAvg
+from fedloom.common import registry
+from fedloom.algorithms.averaging.fedavg import FedAvg
 class Spiky(FedAvg):
     seen = set()
     def local_loss(self, model, batch, step_tokens):

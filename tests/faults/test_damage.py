@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.tracking import read_events
+from fedloom.federation.record.events import read_events
 
 RECIPE = {"federation.rounds": 3, "train.optimizer_state": "keep"}
 DIE_AFTER_ROUND_2 = """
 import os, signal
-from fedloom.tracking import Events
+from fedloom.federation.record.events import Events
 write = Events.write
 def dying(self, event, **fields):
     if event == "round_started" and fields["round"] == 3: os.kill(os.getpid(), signal.SIGKILL)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.checkpoint import Checkpoints
-from fedloom.tracking import read_events
+from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.events import read_events
 
 RECIPE = {"federation.rounds": 3, "train.optimizer_state": "keep", "evaluation.answers": 1, "adapter.rank": 8}
 

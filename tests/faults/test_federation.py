@@ -22,10 +22,10 @@ import psutil
 import pytest
 import tiny
 
-from fedloom.config import Recipe
-from fedloom.experiment import run
-from fedloom.project import Project
-from fedloom.tracking import read_events
+from fedloom.experiment.run import run
+from fedloom.federation.record.events import read_events
+from fedloom.recipe.recipe import Recipe
+from fedloom.runtimes.sites.project import Project
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("federation")]
@@ -188,10 +188,10 @@ def recipe(tiny_model: Path, tiny_data: Path) -> Callable[[Mapping[str, Any]], R
 def federation(
     tmp_path_factory: pytest.TempPathFactory, recipe: Callable[[Mapping[str, Any]], Recipe]
 ) -> Iterator[Federation]:
-    from fedloom.choices import load_data
+    from fedloom.data.loading import load_data
     from fedloom.data.splitters import partition
-    from fedloom.federation import deal, free_port
-    from fedloom.runtimes.flare.kits import provision
+    from fedloom.experiment.local_sites import deal, free_port
+    from fedloom.runtimes.sites.flare.kits import provision
 
     folder = tmp_path_factory.mktemp("federation")
     project = {
@@ -243,9 +243,9 @@ def test_a_trainer_that_is_killed_or_hangs_costs_its_update_and_is_back(federati
     """SIGKILL in round 2: crashed. SIGSTOP in round 5, past the deadline: late, and the site ends it."""
     served = federation.serve({"federation.rounds": 9, "federation.round_deadline": 20.0, "train.steps": 150})
     served.in_round(2)
-    federation.site("site-a", "fedloom.site").kill()
+    federation.site("site-a", "fedloom.runtimes.sites.trainer").kill()
     served.in_round(5)
-    hung = federation.site("site-b", "fedloom.site")
+    hung = federation.site("site-b", "fedloom.runtimes.sites.trainer")
     hung.send_signal(signal.SIGSTOP)
     served.ended()
     assert [reason for _, reason in served.failures("copy")] == ["crashed"]
@@ -283,9 +283,9 @@ def test_below_quorum_the_run_waits_until_its_deadline_and_keeps_its_rounds(fede
     """A trainer that was killed is asked again and saves its round; one that hangs does not, and the run ends with 1."""
     served = federation.serve({"federation.min_clients": 3, "federation.rounds": 9, "federation.round_deadline": 30.0})
     served.in_round(2)
-    federation.site("site-a", "fedloom.site").kill()
+    federation.site("site-a", "fedloom.runtimes.sites.trainer").kill()
     served.in_round(5)
-    federation.site("site-b", "fedloom.site").send_signal(signal.SIGSTOP)
+    federation.site("site-b", "fedloom.runtimes.sites.trainer").send_signal(signal.SIGSTOP)
     served.ended(1)
     last = served.events("round_started")[-1]
     lost = next(e for e in served.events("client_failed") if e["client"] == "last")
@@ -302,11 +302,11 @@ def test_below_quorum_the_run_waits_until_its_deadline_and_keeps_its_rounds(fede
 
 def test_without_our_certificate_nobody_gets_an_answer(federation, tmp_path):
     """A kit of another authority for the same address, and a connection without a certificate, while a round goes on."""
-    from fedloom.runtimes.flare.kits import provision
+    from fedloom.runtimes.sites.flare.kits import provision
 
     served = federation.serve({"federation.rounds": 4})
     served.in_round(1)
-    held = federation.site("site-a", "fedloom.site")
+    held = federation.site("site-a", "fedloom.runtimes.sites.trainer")
     held.send_signal(signal.SIGSTOP)  # the round lasts until we have looked
     try:
         port = Project.load(_project(federation.folder / "kits" / "server", tmp_path)).server.port
@@ -333,14 +333,14 @@ def test_without_our_certificate_nobody_gets_an_answer(federation, tmp_path):
 
 def test_a_revoked_site_stays_out_and_the_others_go_on(federation):
     """Its certificate is as good as before; the project says that it is no longer let in, and then that it is again."""
-    from fedloom.runtimes.flare.kits import provision
+    from fedloom.runtimes.sites.flare.kits import provision
 
     kits = federation.folder / "kits"
     before = Project.load(_project(kits / "server", federation.folder))
     provision(before.model_copy(update={"revoked": ["site-b"]}), kits)
     served = federation.serve({"federation.rounds": 3, "train.steps": 200})
     served.in_round(1)
-    held = federation.site("site-a", "fedloom.site")
+    held = federation.site("site-a", "fedloom.runtimes.sites.trainer")
     held.send_signal(signal.SIGSTOP)  # the round lasts until the site was refused
     own = federation.folder / "site-b.log"
     try:
@@ -363,7 +363,7 @@ def test_a_revoked_site_stays_out_and_the_others_go_on(federation):
 
 
 def _project(kit: Path, folder: Path) -> Path:
-    from fedloom.overrides import dump_yaml, load_yaml
+    from fedloom.common.yaml import dump_yaml, load_yaml
 
     path = folder / "project.yaml"
     path.write_text(dump_yaml(load_yaml((kit / "kit.yaml").read_text())["project"]))

@@ -16,10 +16,10 @@ import pytest
 import torch
 from sites import between_sites
 
-from fedloom.runtimes import wire
-from fedloom.runtimes.distributed import SPARE_BYTES
-from fedloom.tracking import read_events
-from fedloom.types import Payload, Update
+from fedloom.federation.record.events import read_events
+from fedloom.messages import wire
+from fedloom.messages.types import Payload, Update
+from fedloom.runtimes.sites.runtime import SPARE_BYTES
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("loading_once", "no_waiting", "no_reports")]

@@ -11,9 +11,10 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from fedloom.experiment import Watch, prepare
-from fedloom.runtimes.ranked import Ranked
-from fedloom.types import Assignment, Failure, Update
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.messages.types import Assignment, Failure, Update
+from fedloom.runtimes.ranks.pool import Ranked
 
 pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("ranks")]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from fedloom.checkpoint import Checkpoints
-from fedloom.errors import RunFailed
-from fedloom.experiment import run
+from fedloom.common.errors import RunFailed
+from fedloom.experiment.run import run
+from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.events import read_events
+from fedloom.messages.types import Failure
 from fedloom.runtimes.simulator import Simulator
-from fedloom.tracking import read_events
-from fedloom.types import Failure
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("loading_once", "no_waiting", "no_reports")]
 
@@ -56,8 +56,8 @@ def losing(monkeypatch):
                     yield from play(self, [assignment])
 
         monkeypatch.setattr(Simulator, "virtual", False)
-        monkeypatch.setattr("fedloom.gathering.PAUSE", PAUSE)
-        monkeypatch.setattr("fedloom.gathering.time", clock)
+        monkeypatch.setattr("fedloom.federation.rounds.synchronous.PAUSE", PAUSE)
+        monkeypatch.setattr("fedloom.federation.rounds.synchronous.time", clock)
         monkeypatch.setattr(Simulator, "run", run_with_losses)
         return asked
 

@@ -14,10 +14,10 @@ import torch
 from sites import BRISK, Sites, between_sites
 from test_disk import mount, remount
 
-from fedloom.runtimes import wire
-from fedloom.runtimes.distributed import Distributed
-from fedloom.tracking import read_events
-from fedloom.types import Assignment, Failure, Payload, Update
+from fedloom.federation.record.events import read_events
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Failure, Payload, Update
+from fedloom.runtimes.sites.runtime import Distributed
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_waiting", "no_reports")]
@@ -61,7 +61,7 @@ def test_a_site_that_cannot_write_its_audit_log_says_nothing():
     from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
     from nvflare.fuel.f3.message import Message
 
-    from fedloom.runtimes.flare.link import handler, start
+    from fedloom.runtimes.sites.flare.link import handler, start
 
     def answer(header, data):
         raise OSError(errno.ENOSPC, "No space left on device", "/data/patients/audit.jsonl")

@@ -10,16 +10,17 @@ import pytest
 import torch
 
 import fedloom
-from fedloom import registry
-from fedloom.checkpoint import Checkpoints, ClientStore
-from fedloom.config import Recipe
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.hooks.attached import for_clients
-from fedloom.hooks.base import CLIENT_POINTS, SERVER_POINTS, Hook, HookOptions
-from fedloom.policy import Policy, Refused
-from fedloom.tracking import read_events
-from fedloom.types import Payload
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.hooks.base import CLIENT_POINTS, SERVER_POINTS, Hook, HookOptions
+from fedloom.federation.hooks.calls import for_clients
+from fedloom.federation.record.checkpoints import Checkpoints, ClientStore
+from fedloom.federation.record.events import read_events
+from fedloom.federation.watch import Watch
+from fedloom.messages.types import Payload
+from fedloom.recipe.recipe import Recipe
+from fedloom.runtimes.sites.policy import Policy, Refused
 
 CALLS: list[tuple[str, str, int]] = []
 
@@ -121,8 +122,8 @@ def test_watching_changes_no_bit_and_nothing_is_called_without_hooks(tiny_recipe
     def never(*args):
         raise AssertionError("a point was reached without hooks")
 
-    monkeypatch.setattr("fedloom.hooks.attached.FitHooks.__init__", never)
-    monkeypatch.setattr("fedloom.hooks.attached.Hooks.numbers", lambda self: {} if not self else never())
+    monkeypatch.setattr("fedloom.federation.hooks.calls.FitHooks.__init__", never)
+    monkeypatch.setattr("fedloom.federation.hooks.calls.Hooks.numbers", lambda self: {} if not self else never())
     assert run(tiny_recipe(), tmp_path / "again")["adapter_sha256"] == plain["adapter_sha256"]
 
 

@@ -8,20 +8,22 @@ import tiny
 import torch
 
 import fedloom
-from fedloom import registry
-from fedloom.checkpoint import Checkpoints, load_tensors
-from fedloom.config import AdapterConfig, HookConfig, TrainConfig
+from fedloom.common import registry
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.evaluation.loss import loss_sums
-from fedloom.experiment import Watch, prepare
-from fedloom.hooks.attached import Hooks, parse_hook
-from fedloom.hooks.base import ServerRound
-from fedloom.hooks.gradient_noise import two_terms
-from fedloom.models.adapters import attach
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.hooks.base import ServerRound
+from fedloom.federation.hooks.calls import Hooks, parse_hook
+from fedloom.federation.hooks.gradient_noise import two_terms
+from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.events import read_events
+from fedloom.federation.watch import Watch
+from fedloom.messages.at_rest import load_tensors
+from fedloom.models.attach import attach
+from fedloom.models.layout import Adapter, Layout
 from fedloom.models.loading import Base
-from fedloom.models.state import Adapter, Layout
-from fedloom.tracking import read_events
+from fedloom.recipe.recipe import AdapterConfig, HookConfig, TrainConfig
 from fedloom.training.trainer import fit
 
 # ------------------------------------------------------------------ early stopping

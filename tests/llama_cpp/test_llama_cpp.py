@@ -23,9 +23,9 @@ from gguf_models import as_llama_3, model_of, saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run
-from fedloom.config import Recipe
-from fedloom.export import export_run
-from fedloom.models import gguf_model
+from fedloom.models.gguf import model as gguf_model
+from fedloom.recipe.recipe import Recipe
+from fedloom.reporting.export import export_run
 
 pytestmark = pytest.mark.gguf
 
@@ -223,7 +223,7 @@ def test_these_tests_see_what_is_wrong(broken, recipe, tmp_path, monkeypatch):
         monkeypatch.setattr(gguf_model.gguf.GGUFWriter, "add_rope_freq_base", lambda writer, value: None)
         monkeypatch.setattr(gguf_model, "_rotation_factors", lambda model: torch.full((4,), 1.05))
     else:
-        monkeypatch.setattr("fedloom.models.gguf_vocabulary.CUTS", {("digits", "words"): ("qwen2", False)})
+        monkeypatch.setattr("fedloom.models.gguf.vocabulary.CUTS", {("digits", "words"): ("qwen2", False)})
     with exported(tmp_path / "run", tmp_path) as (there, model, tokenizer):
         if broken == "cut":
             assert any(there.ids(text) != tokenizer(text)["input_ids"] for text in TEXTS)

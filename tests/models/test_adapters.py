@@ -11,15 +11,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from fedloom.config import AdapterConfig, ModelConfig
-from fedloom.errors import UserError
-from fedloom.models.adapters import (
-    AdaptedModel,
-    Models,
-    attach,
-)
+from fedloom.common.errors import UserError
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import Models, attach
 from fedloom.models.loading import Base, load_base, pick_device
-from fedloom.models.results import export_merged, load_adapted, load_base_delta, save_base_delta
+from fedloom.models.saved import export_merged, load_adapted, load_base_delta, save_base_delta
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 Q = "model.layers.0.self_attn.q_proj.weight"

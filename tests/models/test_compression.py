@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedloom.errors import UserError
-from fedloom.models.compression import (
+from fedloom.common.errors import UserError
+from fedloom.models.emulator.compression import (
     BLOCK,
     Factored,
     Quantised,

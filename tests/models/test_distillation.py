@@ -9,14 +9,14 @@ import pytest
 import tiny
 import torch
 
-from fedloom.config import AdapterConfig
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import attach
-from fedloom.models.compression import make_compression
-from fedloom.models.distillation import Distillation, align, emulator_loss
-from fedloom.models.emulator import cut_model, emulating
+from fedloom.models.attach import attach
+from fedloom.models.emulator.compression import make_compression
+from fedloom.models.emulator.cut import cut_model, emulating
+from fedloom.models.emulator.distillation import Distillation, align, emulator_loss
 from fedloom.models.loading import Base
+from fedloom.recipe.recipe import AdapterConfig
 
 SETTINGS = Distillation(lr=3e-3)
 

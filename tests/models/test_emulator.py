@@ -10,9 +10,10 @@ import tiny
 import torch
 from decoders import ARCHITECTURES, decoder, some_ids
 
-from fedloom.errors import UserError
-from fedloom.models import shipping
-from fedloom.models.emulator import Cut, cut_model, emulating, find_layers, targets_within, thin, thinned_middle
+from fedloom.common.errors import UserError
+from fedloom.models.emulator import shipping
+from fedloom.models.emulator.cut import Cut, cut_model, emulating, thin, thinned_middle
+from fedloom.models.layers import find_layers, targets_within
 
 EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
 

@@ -15,16 +15,17 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from fedloom.config import AdapterConfig
+from fedloom.common.randomness import derived_seed
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenisedCorpus, TokenSequence
 from fedloom.evaluation.loss import loss_sums
-from fedloom.models import attention
-from fedloom.models.adapters import AdaptedModel, attach
-from fedloom.models.attention import packed_attention
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
+from fedloom.models.attention import packed as attention
+from fedloom.models.attention.packed import packed_attention
 from fedloom.models.forward import batches_by_length, plain_attention, supports_packing, token_losses
 from fedloom.models.loading import Base
-from fedloom.randomness import derived_seed
+from fedloom.recipe.recipe import AdapterConfig
 
 SMALL = {
     "vocab_size": 300,

@@ -24,15 +24,15 @@ from transformers import (
 )
 
 from fedloom import run
-from fedloom.config import ModelConfig, Recipe
-from fedloom.errors import UserError
-from fedloom.export import export_run
-from fedloom.methods import AdapterConfig
-from fedloom.models.adapters import attach
-from fedloom.models.gguf_model import architecture, write_gguf
-from fedloom.models.gguf_vocabulary import Vocabulary
+from fedloom.common.errors import UserError
+from fedloom.models.attach import attach
+from fedloom.models.gguf.model import architecture, write_gguf
+from fedloom.models.gguf.vocabulary import Vocabulary
 from fedloom.models.loading import Base, quiet_transformers
-from fedloom.models.results import export_gguf, export_merged
+from fedloom.models.saved import export_gguf, export_merged
+from fedloom.recipe.adapter import AdapterConfig
+from fedloom.recipe.recipe import ModelConfig, Recipe
+from fedloom.reporting.export import export_run
 
 TEXTS = ["copy: ant bee 12345", "def f(x):\n    return x + 1  # äöü ☃ 🐍\n", "  two  spaces\t7 77", "<s>owl</s>", ""]
 
@@ -304,7 +304,7 @@ def test_a_full_disk_is_told_before_tensors_are_converted(finished, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    monkeypatch.setattr("fedloom.models.gguf_model._as_kind", None)
+    monkeypatch.setattr("fedloom.models.gguf.model._as_kind", None)
     with pytest.raises(OSError, match="No space left"):
         export_run(finished, "gguf", tmp_path / "out", None, quietly)
     assert list(tmp_path.iterdir()) == []

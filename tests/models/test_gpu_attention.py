@@ -6,18 +6,19 @@ import pytest
 import tiny
 import torch
 
-from fedloom.config import AdapterConfig, ModelConfig
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.models import gpu_attention
-from fedloom.models.adapters import Models, attach
-from fedloom.models.attention import packed_attention
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.record.run_folder import continued
+from fedloom.federation.watch import Watch
+from fedloom.models.attach import Models, attach
+from fedloom.models.attention import gpu as gpu_attention
+from fedloom.models.attention.gpu import PACKED, choose_attention, packed_flash, packed_flex
+from fedloom.models.attention.packed import packed_attention
 from fedloom.models.forward import supports_packing
-from fedloom.models.gpu_attention import PACKED, choose_attention, packed_flash, packed_flex
 from fedloom.models.loading import Base, load_base
-from fedloom.models.results import export_merged, load_adapted
-from fedloom.runfolder import continued
-from fedloom.training.kernels import settle_attention
+from fedloom.models.saved import export_merged, load_adapted
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig
+from fedloom.training.probes import settle_attention
 
 HALF, WHOLE = torch.bfloat16, torch.float32
 

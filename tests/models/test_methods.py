@@ -24,16 +24,17 @@ from peft_by_hand import (
 )
 
 from fedloom import run
-from fedloom.config import AdapterConfig, ModelConfig, Recipe
 from fedloom.data.batching import collate
+from fedloom.data.corpus import Example
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import TokenSequence
 from fedloom.evaluation.score import generate
-from fedloom.experiment import Watch
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.federation.watch import Watch
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import plain_attention, supports_packing, token_losses
 from fedloom.models.loading import Base, load_base
-from fedloom.types import Example
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, Recipe
 
 # ------------------------------------------------------------------ forward and backward
 

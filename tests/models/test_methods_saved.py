@@ -21,14 +21,15 @@ from peft_by_hand import (
 )
 
 from fedloom import run
-from fedloom.config import AdapterConfig, ModelConfig, Recipe
-from fedloom.errors import UserError
-from fedloom.evaluate import evaluate
-from fedloom.export import export_run
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.common.errors import UserError
+from fedloom.experiment.evaluate import evaluate
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import plain_attention, token_losses
 from fedloom.models.loading import Base, load_base
-from fedloom.models.results import export_merged, load_adapted
+from fedloom.models.saved import export_merged, load_adapted
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, Recipe
+from fedloom.reporting.export import export_run
 
 # ------------------------------------------------------------------ on disk
 

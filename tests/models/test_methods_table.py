@@ -21,14 +21,15 @@ from peft_by_hand import (
     together,
 )
 
-from fedloom.choices import make_algorithm
-from fedloom.config import AdapterConfig, Recipe
+from fedloom.common.errors import UserError
 from fedloom.data.batching import Batch, collate
-from fedloom.errors import UserError
-from fedloom.methods import METHODS
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.federation.checks import make_algorithm
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
+from fedloom.recipe.adapter import METHODS
+from fedloom.recipe.recipe import AdapterConfig, Recipe
 from fedloom.training.flops import Flops
 from fedloom.training.trainer import FitResult, _accumulate
 
@@ -106,8 +107,8 @@ def test_a_16_bit_base_takes_an_fp32_adapter(variant):
 
 @pytest.mark.parametrize("option", [{"dora": True}, {"bias": "all"}], ids=str)
 def test_algorithms_on_factors_refuse_what_is_not_in_the_factors(option, monkeypatch):
+    from fedloom.algorithms.averaging.fedavg import FedAvg
     from fedloom.algorithms.base import Properties
-    from fedloom.algorithms.fedavg import FedAvg
 
     recipe = Recipe.parse({"adapter": option})
     make_algorithm(recipe)

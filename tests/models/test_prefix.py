@@ -14,19 +14,21 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import fedloom
-from fedloom import carriers
-from fedloom.config import AdapterConfig, Recipe
+from fedloom.common import cache_folder
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import forked_torch
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import supports_prefix, token_losses
 from fedloom.models.layers import first_trained
 from fedloom.models.loading import Base
-from fedloom.models.memory import sparing
-from fedloom.models.prefix import MEGABYTE, PrefixCache, no_prefix, prefix_digest
-from fedloom.randomness import forked_torch
+from fedloom.models.prefix_cache import MEGABYTE, PrefixCache, no_prefix, prefix_digest
+from fedloom.models.recompute import sparing
+from fedloom.recipe.recipe import AdapterConfig, Recipe
 from fedloom.training.flops import Flops
 
 DRAW = np.random.default_rng(0)
@@ -264,7 +266,7 @@ def test_a_run_has_the_same_result_in_less_work(tiny_recipe, deep_model, tmp_pat
     assert len({c["adapter_sha256"] for c in cached}) == 1  # whatever the cache held
     assert cached[0]["cost"]["train_tokens"] == plain["cost"]["train_tokens"]
     assert cached[1]["cost"]["train_flops"] < cached[0]["cost"]["train_flops"] < 0.75 * plain["cost"]["train_flops"]
-    assert list((carriers.home() / "prefix").rglob("*.safetensors"))
+    assert list((cache_folder.home() / "prefix").rglob("*.safetensors"))
 
 
 def test_an_algorithm_that_adds_to_base_weights_has_the_same_result(tiny_recipe, deep_model, tmp_path):
@@ -304,7 +306,7 @@ def test_operations_are_those_that_are_done(tmp_path):
 
 
 def test_the_cache_is_cleared_by_name(tmp_path, monkeypatch):
-    from fedloom.fetching import clear_cache
+    from fedloom.common.cache_folder import clear_cache
 
     monkeypatch.setenv("FEDLOOM_HOME", str(tmp_path))
     folder = Path(tmp_path / "prefix")

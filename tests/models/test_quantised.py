@@ -13,19 +13,21 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import fedloom
-from fedloom import registry
-from fedloom.config import AdapterConfig, ModelConfig, Recipe
+from fedloom.common import registry
+from fedloom.common.errors import UserError
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.export import export_run
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
 from fedloom.models import loading, quantised
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base, load_base
 from fedloom.models.quantised import BLOCK, NF4, QuantisedLinear, dequantise, dequantise_model, quantise
-from fedloom.models.results import load_adapted
+from fedloom.models.saved import load_adapted
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, Recipe
+from fedloom.reporting.export import export_run
 from fedloom.training.flops import Flops
 
 DRAW = np.random.default_rng(0)

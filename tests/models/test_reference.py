@@ -10,12 +10,12 @@ import tiny
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from fedloom.config import AdapterConfig
 from fedloom.data.batching import collate
-from fedloom.models.adapters import attach
+from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
 from fedloom.models.reference import reference
+from fedloom.recipe.recipe import AdapterConfig
 
 METHODS = {
     "lora": {"dropout": 0.5},

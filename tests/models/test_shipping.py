@@ -7,9 +7,9 @@ import tiny
 import torch
 from decoders import decoder, some_ids
 
-from fedloom.errors import UserError
-from fedloom.models import shipping
-from fedloom.models.emulator import cut_model
+from fedloom.common.errors import UserError
+from fedloom.models.emulator import shipping
+from fedloom.models.emulator.cut import cut_model
 
 
 @pytest.fixture

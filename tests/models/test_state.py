@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedloom.models.state import ADD_BLOCK, SUM_BLOCK, Adapter, Layout, WeightedMean, block_sum, check_names, one_window
+from fedloom.models.layout import (
+    ADD_BLOCK,
+    SUM_BLOCK,
+    Adapter,
+    Layout,
+    WeightedMean,
+    block_sum,
+    check_names,
+    one_window,
+)
 
 SHAPES = {"b.weight": (2, 3), "a.weight": (4,), "c": ()}
 

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from fedloom import registry
-from fedloom.operators.chain import Chain
-from fedloom.types import Payload
+from fedloom.common import registry
+from fedloom.messages.operators.chain import Chain
+from fedloom.messages.types import Payload
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OTHERS = [
@@ -96,7 +96,7 @@ def chain_of(*described: Any) -> Chain:
 @st.composite
 def chains(draw: st.DrawFn, steps: list[Any] = LOSSLESS + LOSSY) -> Chain:
     """A random chain in an order that a recipe may name."""
-    from fedloom.errors import UserError
+    from fedloom.common.errors import UserError
 
     described: list[Any] = []
     for step in draw(st.lists(st.sampled_from(steps), max_size=5)):

@@ -8,11 +8,11 @@ import pytest
 import torch
 from payloads import bits, chain_of, of, same
 
-from fedloom.config import Recipe
-from fedloom.errors import UserError
-from fedloom.operators.chain import Chain
-from fedloom.operators.channel import Chains
-from fedloom.types import Payload
+from fedloom.common.errors import UserError
+from fedloom.messages.operators.chain import Chain
+from fedloom.messages.operators.channel import Chains
+from fedloom.messages.types import Payload
+from fedloom.recipe.recipe import Recipe
 
 FEEDBACK = {"error_feedback": True}
 
@@ -68,8 +68,8 @@ def test_a_missing_library_names_the_extra(monkeypatch):
 
 
 def test_a_registered_operator_is_found_and_works(monkeypatch):
-    from fedloom import registry
-    from fedloom.operators.base import Operator
+    from fedloom.common import registry
+    from fedloom.messages.operators.base import Operator
 
     class Reversed(Operator):
         def layout(self, spec, exact=False):

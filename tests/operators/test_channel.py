@@ -12,14 +12,15 @@ from payloads import same
 
 from fedloom import run
 from fedloom.algorithms.base import Algorithm
-from fedloom.arrival import in_order
-from fedloom.client import Client
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.operators.channel import Chains, ClientChannel, ServerChannel
-from fedloom.runtimes import wire
-from fedloom.tracking import Events, read_events
-from fedloom.types import Assignment, Failure, Payload, Update
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.client import Client
+from fedloom.federation.record.events import Events, read_events
+from fedloom.federation.rounds.collection import in_order
+from fedloom.federation.watch import Watch
+from fedloom.messages import wire
+from fedloom.messages.operators.channel import Chains, ClientChannel, ServerChannel
+from fedloom.messages.types import Assignment, Failure, Payload, Update
 
 INT8 = {"name": "quantize", "bits": 8}
 INT4 = {"name": "quantize", "bits": 4, "error_feedback": True, "rounding": "stochastic"}
@@ -400,7 +401,7 @@ def test_a_residual_never_leaves_the_client(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(Client, "handle", watched)
     run(tiny_recipe({"operators.up": [INT4]}), tmp_path / "run")
     assert {frozenset(u.payload.tensors) for u in sent} == {frozenset({"F32.codes", "F32.scales"})}
-    from fedloom.checkpoint import ClientStore
+    from fedloom.federation.record.checkpoints import ClientStore
 
     kept = ClientStore(tmp_path / "run" / "clients").load("copy", 2)["operators"].tensors
     assert kept and all(t.dtype == torch.float32 for t in kept.values())

@@ -15,9 +15,9 @@ import pytest
 import torch
 from payloads import LOSSLESS, LOSSY, chain_of, name_of, of
 
-from fedloom import limits
-from fedloom.operators.flat import BadPayload
-from fedloom.types import Payload
+from fedloom.messages import limits
+from fedloom.messages.operators.flat import BadPayload
+from fedloom.messages.types import Payload
 
 TENSORS = {"w": of(torch.float32, (40, 30)), "n": of(torch.int64, (5,))}
 

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from payloads import FLOATS, LOSSLESS, LOSSY, bits, chain_of, chains, name_of, of, payloads, registered, same
 
-from fedloom.operators.base import CannotEncode
-from fedloom.operators.chain import Chain
-from fedloom.runtimes import wire
-from fedloom.types import Payload, Update
+from fedloom.messages import wire
+from fedloom.messages.operators.base import CannotEncode
+from fedloom.messages.operators.chain import Chain
+from fedloom.messages.types import Payload, Update
 
 EVERY = LOSSLESS + LOSSY
 few = settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))

@@ -9,9 +9,9 @@ import pytest
 import torch
 from payloads import bits, chain_of, of
 
-from fedloom.operators.chain import Chain
-from fedloom.runtimes import wire
-from fedloom.types import Payload, Update
+from fedloom.messages import wire
+from fedloom.messages.operators.chain import Chain
+from fedloom.messages.types import Payload, Update
 
 
 def coded(values: torch.Tensor, seed: int = 0, **options) -> tuple[Payload, torch.Tensor]:
@@ -67,7 +67,7 @@ def test_scales_and_levels_are_what_the_docstring_says(kind, count):
 
 @pytest.mark.parametrize("value", [1.0, 1.0 + 2**-7, 1.0 + 2**-23, 3.14159, 1e-45, 1e-39, 3e38, 0.0])
 def test_a_scale_is_rounded_away_from_zero(value):
-    from fedloom.operators.quantize import _round_up
+    from fedloom.messages.operators.quantize import _round_up
 
     values = torch.tensor([value, -value])
     assert _round_up(values).tolist() == [bf16_up(value), -bf16_up(value)]

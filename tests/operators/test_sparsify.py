@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from payloads import chain_of, of
 
-from fedloom.operators.sparsify import from_bits, from_gaps, largest, to_bits, to_gaps
-from fedloom.types import Payload
+from fedloom.messages.operators.sparsify import from_bits, from_gaps, largest, to_bits, to_gaps
+from fedloom.messages.types import Payload
 
 
 def through(values: torch.Tensor, seed: int = 0, **options) -> tuple[Payload, torch.Tensor]:

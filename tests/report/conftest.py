@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from fedloom.config import Recipe
-from fedloom.tables import MANY, Tables
-from fedloom.tracking import Events
+from fedloom.federation.record.client_table import MANY, Tables
+from fedloom.federation.record.events import Events
+from fedloom.recipe.recipe import Recipe
 
 SKILLS = [
     "basic_arithmetic", "chain_sum", "letter_counting", "number_sorting", "spell_backward", "caesar_cipher", "gcd",

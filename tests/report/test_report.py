@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from fedloom.errors import UserError
-from fedloom.report import charts, formats, matrix, report_many, split_picture, svg, write_report
-from fedloom.tracking import SCHEMA, read_events
+from fedloom.common.errors import UserError
+from fedloom.federation.record.events import SCHEMA, read_events
+from fedloom.reporting import charts, formats, matrix, report_many, split_picture, svg, write_report
 
 Make = Callable[..., Path]
 DOCS = Path(__file__).parents[2] / "docs" / "run-folder.md"

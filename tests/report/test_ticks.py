@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedloom.report.svg import nice_ticks, tick_labels
+from fedloom.reporting.svg import nice_ticks, tick_labels
 
 
 @pytest.mark.parametrize("value", [0.0, 3.725526798654, -2.0, 1e-3, 1e9])

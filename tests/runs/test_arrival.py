@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 
-from fedloom import registry, run
-from fedloom.arrival import in_order
+from fedloom import run
+from fedloom.common import registry
+from fedloom.federation.rounds.collection import in_order
+from fedloom.messages.types import Failure, Payload, Update
 from fedloom.runtimes.simulator import Simulator
-from fedloom.types import Failure, Payload, Update
 
 CLIENTS = tuple(f"client-{k}" for k in range(7))
 DTYPES = (torch.float32, torch.bfloat16, torch.int8, torch.float64)

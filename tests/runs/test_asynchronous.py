@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.asynchronous import InFlight
-from fedloom.clock import Speeds, Timed
-from fedloom.config import FederationConfig
-from fedloom.rounds import Schedule
-from fedloom.types import Assignment, Cost, Failure, Payload, Update
+from fedloom.federation.rounds.asynchronous import InFlight
+from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.rounds.virtual_time import Speeds, Timed
+from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
+from fedloom.recipe.recipe import FederationConfig
 
 
 class Durations:

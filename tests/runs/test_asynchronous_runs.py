@@ -11,13 +11,13 @@ from typing import Any, ClassVar
 import pytest
 
 import fedloom
-from fedloom import registry
-from fedloom.checkpoint import load_tensors
-from fedloom.errors import RunFailed
-from fedloom.experiment import Watch
+from fedloom.common import registry
+from fedloom.common.errors import RunFailed
+from fedloom.federation.record.events import read_events
+from fedloom.federation.watch import Watch
+from fedloom.messages.at_rest import load_tensors
+from fedloom.messages.types import Failure, Outcome
 from fedloom.runtimes.simulator import Simulator
-from fedloom.tracking import read_events
-from fedloom.types import Failure, Outcome
 
 
 class InThisOrder(Simulator):
@@ -103,7 +103,7 @@ def test_a_run_has_stale_updates_and_says_so(undisturbed):
 
 KILL_AT_THE_THIRD_UPDATE = """
 import os, signal
-from fedloom.tracking import Events
+from fedloom.federation.record.events import Events
 write, seen = Events.write, []
 def dying(self, event, **fields):
     write(self, event, **fields)
@@ -187,14 +187,14 @@ def test_a_stale_update_that_is_refused_is_told_of_in_the_round_that_it_is_missi
 
 
 def test_the_run_ends_when_too_few_can_come(tiny_recipe, tmp_path, monkeypatch):
-    handle = fedloom.client.Client.handle
+    handle = fedloom.federation.client.Client.handle
 
     def failing(client, assignment):
         if assignment.kind == "train" and assignment.round == 2 and assignment.client != "copy":
             return Failure(assignment.client, 2, "test", "as asked")
         return handle(client, assignment)
 
-    monkeypatch.setattr(fedloom.client.Client, "handle", failing)
+    monkeypatch.setattr(fedloom.federation.client.Client, "handle", failing)
     values = {"algorithm": {"name": "fedbuff", "buffer": 3}, "evaluation.every": 0}
     done = fedloom.run(tiny_recipe(values), out=tmp_path / "one")
     assert [len([u for u in counted(done.folder) if u[0] == r]) for r in (1, 2)] == [3, 1]

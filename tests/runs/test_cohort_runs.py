@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fedloom
-from fedloom import cohorts
-from fedloom.checkpoint import load_tensors
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation import cohorts
+from fedloom.federation.watch import Watch
+from fedloom.messages.at_rest import load_tensors
 from fedloom.training.cohort import Cohort
 
 #: At this ε rounding stays rounding.

@@ -13,21 +13,23 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom import arrival, run
-from fedloom.checkpoint import to_bytes
-from fedloom.clock import Timed
-from fedloom.config import DevicesConfig, FederationConfig, Recipe
-from fedloom.devices import Fleet
-from fedloom.errors import RunFailed, UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.gathering import AtOnce
-from fedloom.randomness import numpy_generator
-from fedloom.report import charts
-from fedloom.report.formats import duration
-from fedloom.rounds import Schedule
-from fedloom.sending import Sender
-from fedloom.tracking import read_events
-from fedloom.types import Assignment, Cost, Failure, Payload, Update
+from fedloom import run
+from fedloom.common.errors import RunFailed, UserError
+from fedloom.common.randomness import numpy_generator
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.record.events import read_events
+from fedloom.federation.rounds import collection as arrival
+from fedloom.federation.rounds.devices import Fleet
+from fedloom.federation.rounds.dispatcher import Sender
+from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.rounds.synchronous import AtOnce
+from fedloom.federation.rounds.virtual_time import Timed
+from fedloom.federation.watch import Watch
+from fedloom.messages.at_rest import to_bytes
+from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
+from fedloom.recipe.recipe import DevicesConfig, FederationConfig, Recipe
+from fedloom.reporting import charts
+from fedloom.reporting.formats import duration
 
 CLIENTS = tuple(f"client-{k}" for k in range(1, 9))
 TWO = {"split.splitter": "uniform", "split.num_clients": 2, "federation.rounds": 3}
@@ -358,7 +360,7 @@ def test_ranks_follow_the_devices_class(tiny_recipe, tmp_path):
 
 KILL_AT_THE_FOURTH_UPDATE = """
 import os, signal
-from fedloom.tracking import Events
+from fedloom.federation.record.events import Events
 write, seen = Events.write, []
 def dying(self, event, **fields):
     write(self, event, **fields)
@@ -401,7 +403,7 @@ def test_a_killed_run_has_the_same_times_and_bits(name, deadline, cli, recipe_fi
 
 def test_a_run_of_an_older_checkpoint_format_is_refused_in_one_sentence(cli, recipe_file, tmp_path):
     """Version 1 had no virtual time of synchronous rounds: going on from it would begin the clock anew."""
-    older = "import fedloom.checkpoint\nfedloom.checkpoint.VERSION = 1\n"
+    older = "import fedloom.federation.record.checkpoints\nfedloom.federation.record.checkpoints.VERSION = 1\n"
     assert cli("run", recipe_file({**TWO, "federation.rounds": 1}), "--out", "run", setup=older).code == 0
     before = {p: p.read_bytes() for p in sorted((tmp_path / "run").rglob("*")) if p.is_file()}
     said = cli("run", "run", "--resume", "federation.rounds=2")

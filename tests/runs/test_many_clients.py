@@ -10,10 +10,11 @@ import pytest
 import tiny
 
 from fedloom import run
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.tables import MANY, Tables, quantile, spread
-from fedloom.tracking import read_events
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.record.client_table import MANY, Tables, quantile, spread
+from fedloom.federation.record.events import read_events
+from fedloom.federation.watch import Watch
 
 CROWD = {
     "split.splitter": "uniform", "split.num_clients": 2000, "split.test": 0.4, "split.validation": 0.0,

@@ -13,14 +13,15 @@ import pytest
 from rich.console import Console
 
 from fedloom import run
-from fedloom.algorithms import accounting
-from fedloom.checkpoint import Checkpoints
-from fedloom.config import FederationConfig
-from fedloom.console import Display
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.rounds import Schedule
-from fedloom.tracking import read_events
+from fedloom.algorithms.privacy import accounting
+from fedloom.cli.console import Display
+from fedloom.common.errors import UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.events import read_events
+from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.watch import Watch
+from fedloom.recipe.recipe import FederationConfig
 
 #: Of its three rounds the second has no client.
 SAMPLED = {
@@ -219,7 +220,7 @@ def test_more_rounds_than_the_target_was_for_are_refused(tiny_recipe, tmp_path):
 
 
 def test_the_default_delta_falls_with_the_number_of_clients(tiny_recipe):
-    from fedloom.algorithms.making import settled
+    from fedloom.algorithms.privacy.plan import settled
 
     recipe = tiny_recipe({"privacy.noise": 1.0})
     assert settled(recipe, 3).privacy.delta == 1e-5

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.runfolder import continued, recipe_and_folder
-from fedloom.tracking import SCHEMA, read_events
+from fedloom.federation.record.events import SCHEMA, read_events
+from fedloom.federation.record.run_folder import continued, recipe_and_folder
 
 #: Four clients' state matters here: moments kept between rounds, dropout, sampling, a falling rate.
 RECIPE = {
@@ -106,7 +106,7 @@ def test_killed_at_random_moments(cli, undisturbed, tmp_path, moments):
 #: Moments that chance would rarely hit: right after an event was written.
 KILL_AT_EVENT = """
 import os, signal
-from fedloom.tracking import Events
+from fedloom.federation.record.events import Events
 write = Events.write
 def dying(self, event, **fields):
     write(self, event, **fields)

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fedloom import Recipe, run
-from fedloom.checkpoint import Checkpoints
-from fedloom.models.state import Adapter
-from fedloom.runtimes import wire
-from fedloom.tracking import SCHEMA, read_events
+from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.events import SCHEMA, read_events
+from fedloom.messages import wire
+from fedloom.models.layout import Adapter
 
 # Issue 2's own list of what summary.json has at least.
 SUMMARY_KEYS = [

@@ -11,12 +11,13 @@ import pytest
 import torch
 from sites import BRISK, Sites, killed
 
-from fedloom.policy import Policy
-from fedloom.runtimes import versions, wire
-from fedloom.runtimes.distributed import SPARE_BYTES, Distributed, StartAgain
-from fedloom.runtimes.link import PIECE, Answer
-from fedloom.runtimes.worker import Stopped, WorkerLate
-from fedloom.types import Assignment, Failure, Payload, Update
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Failure, Payload, Update
+from fedloom.runtimes import versions
+from fedloom.runtimes.ranks.worker import Stopped, WorkerLate
+from fedloom.runtimes.sites.link import PIECE, Answer
+from fedloom.runtimes.sites.policy import Policy
+from fedloom.runtimes.sites.runtime import SPARE_BYTES, Distributed, StartAgain
 
 RECIPE = {
     "algorithm": {"name": "fedavg"}, "adapter": {"method": "lora"}, "federation": {"rounds": 3}, "model": {"name": "m"},

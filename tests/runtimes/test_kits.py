@@ -12,18 +12,19 @@ from types import SimpleNamespace
 import pytest
 import tiny
 
-from fedloom.errors import UserError
-from fedloom.overrides import dump_yaml, load_yaml
-from fedloom.project import Project
+from fedloom.common.errors import UserError
+from fedloom.common.yaml import dump_yaml, load_yaml
+from fedloom.runtimes.sites.project import Project
 
 pytest.importorskip("nvflare")
 
-from fedloom.joining import Joined, settle
-from fedloom.preflight import checks
-from fedloom.runtimes.flare.kits import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS, provision
-from fedloom.runtimes.flare.services import CONNECTED, FOREIGN, REVOKED, SILENT, standing, write_job
-from fedloom.serving import heard_again, kit_file
-from fedloom.supervision import Server
+from fedloom.experiment.sites import heard_again
+from fedloom.runtimes.sites.checks import checks
+from fedloom.runtimes.sites.flare.kits import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS, provision
+from fedloom.runtimes.sites.flare.services import CONNECTED, FOREIGN, REVOKED, SILENT, standing, write_job
+from fedloom.runtimes.sites.join import Joined, settle
+from fedloom.runtimes.sites.order import kit_file
+from fedloom.runtimes.sites.supervisor import Server
 
 
 def project(port=8002, **more):
@@ -113,7 +114,7 @@ def test_the_engines_server_refuses_whom_the_kit_names_and_nobody_of_before(tmp_
     from nvflare.private.fed.server import fed_server
     from nvflare.private.fed.server.client_manager import ClientManager
 
-    from fedloom.runtimes.flare import services
+    from fedloom.runtimes.sites.flare import services
 
     assert f'"{services.REFUSED}"' in Path(fed_server.__file__).read_text(encoding="utf-8")
     monkeypatch.setattr(services, "Service", lambda *_: None)
@@ -130,8 +131,8 @@ def test_a_sites_job_answers_its_own_runs_server_and_nobody_else():
     from nvflare.fuel.f3.cellnet.fqcn import FQCN
     from nvflare.fuel.f3.message import Message
 
-    from fedloom.runtimes.flare.link import attend, start
-    from fedloom.runtimes.link import Answer
+    from fedloom.runtimes.sites.flare.link import attend, start
+    from fedloom.runtimes.sites.link import Answer
 
     class Engine:
         def get_cell(self):
@@ -318,9 +319,10 @@ def test_a_site_says_how_it_stands_when_that_has_changed(kits, tmp_path, monkeyp
     """Not in the middle of an attempt, and nothing twice."""
     found: list[str | None] = []
     monkeypatch.setattr(
-        "fedloom.joining.site_service", lambda *_: SimpleNamespace(pid=7, log=None, alive=True, close=lambda: None)
+        "fedloom.runtimes.sites.join.site_service",
+        lambda *_: SimpleNamespace(pid=7, log=None, alive=True, close=lambda: None),
     )
-    monkeypatch.setattr("fedloom.joining.standing", lambda log, pid: found.pop(0))
+    monkeypatch.setattr("fedloom.runtimes.sites.join.standing", lambda log, pid: found.pop(0))
     said: list[str] = []
     joined = Joined(kits / "b", said.append)
     found += [None, SILENT, CONNECTED, SILENT, SILENT, SILENT, CONNECTED, CONNECTED, None, CONNECTED, CONNECTED]
@@ -328,7 +330,7 @@ def test_a_site_says_how_it_stands_when_that_has_changed(kits, tmp_path, monkeyp
         joined.look()
     assert said == [SILENT, CONNECTED]
     found = [REVOKED, None, REVOKED, None, CONNECTED, None]
-    monkeypatch.setattr("fedloom.joining.standing", lambda log, pid: found.pop(0))
+    monkeypatch.setattr("fedloom.runtimes.sites.join.standing", lambda log, pid: found.pop(0))
     while found:
         joined._began, joined._service.alive = -1e9, False  # it ran for long, and ended
         joined.look()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from sites import between_sites
 
-from fedloom.experiment import run
+from fedloom.experiment.run import run
+from fedloom.messages import wire
 from fedloom.models.loading import load_base
-from fedloom.runtimes import wire
 
 pytest.importorskip("nvflare")
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_reports")
@@ -30,7 +30,7 @@ def test_sites_without_the_model_make_the_simulators_plug_in(tiny_recipe, dealt,
     def nowhere(*_: object) -> None:
         raise AssertionError("a site looks for the model")
 
-    monkeypatch.setattr("fedloom.site.load_tokenizer", nowhere)
+    monkeypatch.setattr("fedloom.runtimes.sites.trainer.load_tokenizer", nowhere)
     loads: list[str] = []
     monkeypatch.setattr(
         "fedloom.models.adapters.load_base", lambda config, *a: loads.append("") or load_base(config, *a)
@@ -60,7 +60,7 @@ def _layer(name: str) -> int | None:
 
 
 def test_what_is_sent_before_the_first_round_is_the_recipe_and_the_tokenizer(tiny_recipe, dealt, tmp_path, monkeypatch):
-    from fedloom.site import Room
+    from fedloom.runtimes.sites.trainer import Room
 
     orders: list[dict[str, object]] = []
     prepare = Room._prepare

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedloom.runtimes import outgoing, wire
-from fedloom.runtimes.link import PIECE
-from fedloom.runtimes.outgoing import Message, Outgoing
-from fedloom.types import Assignment, Payload
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Payload
+from fedloom.runtimes.sites import outbox as outgoing
+from fedloom.runtimes.sites.link import PIECE
+from fedloom.runtimes.sites.outbox import Message, Outgoing
 
 
 def assignment(numel: int = 1000) -> Assignment:

@@ -17,12 +17,13 @@ import torch
 from preferences import write_pairs
 from safetensors.torch import load_file
 
-from fedloom import experiment
-from fedloom.choices import check_devices
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, run
-from fedloom.runtimes.ranked import Ranked, RankFailed
-from fedloom.runtimes.worker import ERROR, NO_MEMORY, Worker, WorkerLost
+from fedloom.common.errors import UserError
+from fedloom.experiment import run as experiment
+from fedloom.experiment.run import run
+from fedloom.federation.checks import check_devices
+from fedloom.federation.watch import Watch
+from fedloom.runtimes.ranks.pool import Ranked, RankFailed
+from fedloom.runtimes.ranks.worker import ERROR, NO_MEMORY, Worker, WorkerLost
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -36,7 +37,7 @@ def _quick(loading_once, no_waiting, no_reports):
 def processes(tmp_path_factory):
     """Two processes that are kept from run to run."""
     log = tmp_path_factory.mktemp("ranks") / "log"
-    worker = Worker([sys.executable, "-m", "fedloom.cluster"], log, 1 << 40, 2)
+    worker = Worker([sys.executable, "-m", "fedloom.runtimes.ranks.main"], log, 1 << 40, 2)
     yield worker
     pids = worker.pids
     worker.close()
@@ -219,7 +220,7 @@ def test_ranks_end_when_whoever_asks_is_gone(three):
 
 
 def test_an_error_of_the_trainers_own_is_an_error_here(tiny_recipe, tmp_path, three, monkeypatch):
-    from fedloom.types import Assignment, Payload
+    from fedloom.messages.types import Assignment, Payload
 
     ranked = Ranked(tiny_recipe(DDP), tmp_path)
     ranked._worker = three

@@ -14,11 +14,11 @@ import pytest
 from safetensors.torch import load_file
 from sites import between_sites
 
-from fedloom.experiment import run
-from fedloom.overrides import dump_yaml
-from fedloom.project import SiteConfig
-from fedloom.runtimes.worker import Worker
-from fedloom.tracking import read_events
+from fedloom.common.yaml import dump_yaml
+from fedloom.experiment.run import run
+from fedloom.federation.record.events import read_events
+from fedloom.runtimes.ranks.worker import Worker
+from fedloom.runtimes.sites.project import SiteConfig
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("loading_once", "no_waiting", "no_reports")]
@@ -46,7 +46,7 @@ def test_a_site_of_two_ranks_makes_the_simulators_adapter(tiny_recipe, dealt, tm
         client="last", home=str(home), policy="none", data=str(files["last"]), threads=2, ranks=2, parallel=parallel
     )
     (home / "site.yaml").write_text(dump_yaml(own.model_dump(mode="json")))
-    command = ["env", f"FEDLOOM_SITE={home / 'site.yaml'}", sys.executable, "-m", "fedloom.site"]
+    command = ["env", f"FEDLOOM_SITE={home / 'site.yaml'}", sys.executable, "-m", "fedloom.runtimes.sites.trainer"]
     started: list[Worker] = []
 
     def start(given):

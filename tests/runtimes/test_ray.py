@@ -14,20 +14,20 @@ import pytest
 from safetensors.torch import load_file
 
 import fedloom
-from fedloom import registry
-from fedloom.errors import UserError
-from fedloom.experiment import Watch
-from fedloom.operators.flat import raw_bytes
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.federation.record.events import read_events
+from fedloom.federation.watch import Watch
+from fedloom.messages.operators.flat import raw_bytes
+from fedloom.messages.types import Failure
 from fedloom.runtimes.simulator import Simulator
-from fedloom.tracking import read_events
-from fedloom.types import Failure
 
 psutil = pytest.importorskip("psutil")
 ray = pytest.importorskip("ray")
 
 from ray_host import Faulty  # noqa: E402
 
-from fedloom.config import RayConfig  # noqa: E402
+from fedloom.recipe.recipe import RayConfig  # noqa: E402
 from fedloom.runtimes import ray as runtime  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from fedloom.client import held_seconds
-from fedloom.runtimes import wire
+from fedloom.federation.client import held_seconds
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
 from fedloom.runtimes.simulator import Simulator, _shared
-from fedloom.types import Assignment, Cost, Failure, Payload, Update
 
 
 class Echo:

@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedloom import limits
-from fedloom.models.state import Adapter, Layout
-from fedloom.operators.chain import Chain
-from fedloom.runtimes import wire
-from fedloom.types import Assignment, Payload, Update
+from fedloom.messages import limits, wire
+from fedloom.messages.operators.chain import Chain
+from fedloom.messages.types import Assignment, Payload, Update
+from fedloom.models.layout import Adapter, Layout
 
 
 def adapter() -> Adapter:

@@ -15,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from fedloom import limits
-from fedloom.runtimes import wire
-from fedloom.types import Assignment, Cost, Failure, Payload, Update
+from fedloom.messages import limits, wire
+from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64,

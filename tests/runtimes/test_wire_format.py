@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedloom import limits, run
-from fedloom.operators.chain import Chain
-from fedloom.runtimes import wire
-from fedloom.types import Assignment, Cost, Payload, Update
+from fedloom import run
+from fedloom.messages import limits, wire
+from fedloom.messages.operators.chain import Chain
+from fedloom.messages.types import Assignment, Cost, Payload, Update
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "wire-format.md"
 
@@ -110,7 +110,7 @@ def test_a_sparse_message_is_read_with_json_and_struct():
 
 
 def test_the_page_names_every_field_every_limit_and_every_operator():
-    from fedloom import registry
+    from fedloom.common import registry
 
     page = PAGE.read_text(encoding="utf-8")
     header, _ = read(wire.encode_outcome(Update("a", 1, Payload())))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.runtimes.worker import MAX_HEADER, Stopped, Worker, WorkerLate, WorkerLost, command, receive, send
+from fedloom.runtimes.ranks.worker import MAX_HEADER, Stopped, Worker, WorkerLate, WorkerLost, command, receive, send
 
 # A trainer without torch: echoes, sleeps, kills itself or sends too much, as it is asked.
 SCRIPT = """

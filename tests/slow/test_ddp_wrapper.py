@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from fedloom.config import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import Models
+from fedloom.models.attach import Models
 from fedloom.models.loading import Base
+from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.objectives import unit_losses
 from fedloom.training.parallel import deal, joined
 from fedloom.training.trainer import fit

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.tracking import read_events
+from fedloom.federation.record.events import read_events
 
 pytestmark = [pytest.mark.slow, pytest.mark.network]
 

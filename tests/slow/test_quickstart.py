@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fedloom.tracking import read_events
+from fedloom.federation.record.events import read_events
 
 pytest.importorskip("reasoning_gym")
 pytestmark = [pytest.mark.slow, pytest.mark.network]

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedloom import registry
-from fedloom.benchmarking.columns import MEASURED
-from fedloom.benchmarking.declaration import Benchmark
+from fedloom.common import registry
+from fedloom.experiment.benchmark.columns import MEASURED
+from fedloom.experiment.benchmark.declaration import Benchmark
 
 pytestmark = [pytest.mark.slow]
 

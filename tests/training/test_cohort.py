@@ -11,18 +11,18 @@ import tiny
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedloom.config import AdapterConfig, TrainConfig
+from fedloom.common.errors import ClientFailed
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import ClientFailed
-from fedloom.models.adapters import attach
+from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
 from fedloom.models.quantised import quantise_model
 from fedloom.models.reference import reference
-from fedloom.training.baton import Runner, Stopped
+from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training.cohort import Cohort
-from fedloom.training.probing import refusal, speedups
+from fedloom.training.cohort_probe import refusal, speedups
+from fedloom.training.lockstep import Runner, Stopped
 from fedloom.training.trainer import fit
 
 

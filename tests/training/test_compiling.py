@@ -19,15 +19,17 @@ from torch._dynamo.utils import counters
 
 import fedloom
 from fedloom.algorithms.base import Algorithm
-from fedloom.choices import make_algorithm
-from fedloom.cohorts import check_cohort
-from fedloom.config import AdapterConfig, TrainConfig
+from fedloom.common.errors import UserError
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import UserError
-from fedloom.experiment import Watch, prepare
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.checks import make_algorithm
+from fedloom.federation.cohorts import check_cohort
+from fedloom.federation.watch import Watch
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.loading import Base
+from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training import compiling
 from fedloom.training.compiling import compiled, trouble
 

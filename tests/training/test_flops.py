@@ -13,13 +13,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from fedloom.config import AdapterConfig
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
 from fedloom.models.reference import reference
+from fedloom.recipe.recipe import AdapterConfig
 from fedloom.training.flops import Flops
 
 #: (length, prompt) of each sequence.

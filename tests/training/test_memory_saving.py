@@ -10,15 +10,16 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import fedloom
 from fedloom.algorithms.base import Algorithm
-from fedloom.config import AdapterConfig
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import forked_torch
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import UserError
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.forward import supports_chunks, token_losses
 from fedloom.models.loading import Base
-from fedloom.models.memory import can_recompute, sparing
-from fedloom.randomness import forked_torch
+from fedloom.models.recompute import can_recompute, sparing
+from fedloom.recipe.recipe import AdapterConfig
 
 DRAW = np.random.default_rng(0)
 SEQUENCES = [TokenSequence(DRAW.integers(3, 259, n).astype(np.int32), 2) for n in (30, 17, 25, 9)]

@@ -11,16 +11,16 @@ from peft_by_hand import VARIANTS, attached, base_model, moved, plain_peft
 from torch.nn.functional import logsigmoid
 
 from fedloom import run
-from fedloom.choices import for_objective
-from fedloom.config import Recipe, TrainConfig
+from fedloom.common.errors import UserError
+from fedloom.data.corpus import Corpus, Example
+from fedloom.data.loading import for_objective
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import MIN_ANSWER, TokenisedCorpus, TokenSequence, encode
-from fedloom.errors import UserError
-from fedloom.evaluate import evaluate
+from fedloom.experiment.evaluate import evaluate
 from fedloom.models.adapters import AdaptedModel
+from fedloom.recipe.recipe import Recipe, TrainConfig
 from fedloom.training import objectives
 from fedloom.training.objectives import Dpo, unit_losses
-from fedloom.types import Corpus, Example
 
 BETA = 0.3
 EXAMPLES = [

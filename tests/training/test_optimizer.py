@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import fedloom
-from fedloom import carriers
-from fedloom.config import Recipe, TrainConfig
-from fedloom.errors import RunFailed, UserError
-from fedloom.experiment import Watch, prepare
+from fedloom.common import cache_folder
+from fedloom.common.errors import RunFailed, UserError
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.recipe.recipe import Recipe, TrainConfig
 from fedloom.training import optimizer as module
 from fedloom.training.optimizer import FlatOptimizer
 
@@ -89,7 +90,7 @@ def test_on_disk_the_moments_need_no_memory():
 
 def test_nothing_is_left_behind_and_a_full_disk_is_an_error(monkeypatch):
     stepped("disk", "adamw", range(1), FLAT)
-    assert list((carriers.home() / "offload").iterdir()) == []
+    assert list((cache_folder.home() / "offload").iterdir()) == []
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -97,7 +98,7 @@ def test_nothing_is_left_behind_and_a_full_disk_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"):
         stepped("disk", "adamw", range(1), FLAT)
-    assert list((carriers.home() / "offload").iterdir()) == []
+    assert list((cache_folder.home() / "offload").iterdir()) == []
 
 
 def test_a_full_disk_ends_a_run_in_a_sentence(tiny_recipe, tmp_path, monkeypatch):

@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from together import Meeting, together
 
-from fedloom import registry
+from fedloom.algorithms.averaging.fedavg import FedAvg
 from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.algorithms.making import make
-from fedloom.checkpoint import ClientStore
-from fedloom.choices import make_algorithm
-from fedloom.client import Client
-from fedloom.errors import UserError
-from fedloom.models.adapters import Models
-from fedloom.models.state import Layout
+from fedloom.algorithms.build import make
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.federation.checks import make_algorithm
+from fedloom.federation.client import Client
+from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.messages.types import Update
+from fedloom.models.attach import Models
+from fedloom.models.layout import Layout
 from fedloom.training.parallel import Ranks, bystander, deal
-from fedloom.types import Update
 
 #: Eight examples in steps of seven: the ranks' parts are uneven, and in the second step one rank has nothing.
 UNEVEN = {"train.epochs": 1, "train.batch_size": 7, "train.lr": 5e-3, "train.eps": 1e-4, "adapter.rank": 2}

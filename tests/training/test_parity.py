@@ -18,12 +18,13 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
 import fedloom
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.checkpoint import load_tensors
+from fedloom.algorithms.averaging.fedavg import FedAvg
+from fedloom.common.randomness import derived_seed
 from fedloom.data.batching import Plan, round_indices
-from fedloom.experiment import Watch, prepare
-from fedloom.models.state import Adapter
-from fedloom.randomness import derived_seed
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.messages.at_rest import load_tensors
+from fedloom.models.layout import Adapter
 
 ONE_CLIENT = {"split.splitter": "uniform", "split.num_clients": 1, "federation.rounds": 1}
 

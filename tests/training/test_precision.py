@@ -10,15 +10,17 @@ import tiny
 import torch
 
 import fedloom
-import fedloom.tracking
-from fedloom import registry
-from fedloom.config import AdapterConfig, TrainConfig
+import fedloom.federation.record.events
+from fedloom.common import registry
+from fedloom.common.errors import ClientFailed
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import ClientFailed
-from fedloom.experiment import Watch, prepare
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.experiment.prepare import prepare
+from fedloom.federation.watch import Watch
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.loading import Base
+from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training import precision
 from fedloom.training.trainer import Stepper, fit
 
@@ -147,7 +149,7 @@ def test_hooks_see_the_gradient_without_the_scale(tiny_recipe, tmp_path):
     noise = []
     for kind in ("fp32", "fp16"):
         fedloom.run(tiny_recipe({**more, "train.precision": kind}), out=tmp_path / kind)
-        events = fedloom.tracking.read_events(tmp_path / kind / "events.jsonl")
+        events = fedloom.federation.record.events.read_events(tmp_path / kind / "events.jsonl")
         noise += [e["metrics"]["gradient_noise/noise"] for e in events if e["event"] == "round_finished"]
     assert noise[1] == pytest.approx(noise[0], rel=0.05)
 

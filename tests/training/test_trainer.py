@@ -12,17 +12,18 @@ import torch
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
 import fedloom
-from fedloom import registry
-from fedloom.algorithms.fedavg import FedAvg
-from fedloom.checkpoint import from_bytes, to_bytes
-from fedloom.config import AdapterConfig, TrainConfig
+from fedloom.algorithms.averaging.fedavg import FedAvg
+from fedloom.common import registry
+from fedloom.common.errors import ClientFailed
 from fedloom.data.batching import Plan, collate, round_indices
 from fedloom.data.tokenization import TokenSequence
-from fedloom.errors import ClientFailed
-from fedloom.models.adapters import AdaptedModel, attach
+from fedloom.messages.at_rest import from_bytes, to_bytes
+from fedloom.messages.types import Payload
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import attach
 from fedloom.models.loading import Base
+from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training.trainer import FitResult, fit, learning_rate
-from fedloom.types import Payload
 
 
 def adapted() -> AdaptedModel:

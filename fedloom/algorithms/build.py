@@ -1,0 +1,42 @@
+"""A recipe's algorithm, made in the same way on both sides: the one behind its name, wrapped where privacy is asked for.
+
+Whatever cannot be private is refused here, before any work. This file makes halves; it does not run them.
+"""
+
+from __future__ import annotations
+
+from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.algorithms.privacy import accounting
+from fedloom.algorithms.privacy.private import Private
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.recipe.recipe import Recipe
+
+
+def make(recipe: Recipe) -> Algorithm:
+    """A half of the recipe's algorithm. Raises UserError for an unknown name or option, or one that cannot be private."""
+    name = recipe.algorithm.name
+    cls = registry.algorithms.get(name)
+    inner: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed, recipe.adapter)
+    privacy = recipe.privacy
+    if privacy is None:
+        return inner
+    check_private(name)
+    # Before the split is known there is no expected number: what is made then is only looked at.
+    return Private(inner, privacy, recipe.federation.sampled(privacy.population or 1))
+
+
+def check_private(name: str) -> None:
+    """Raises UserError where the algorithm is no plain sum over clients, or nothing could count what is spent."""
+    accounting.library()
+    if not _can_be_private(name):
+        able = ", ".join(n for n in registry.algorithms.names() if _can_be_private(n))
+        raise UserError(
+            f"privacy needs an algorithm that is a plain sum over clients, which {name} is not: use one of {able}, or set "
+            "privacy=null"
+        )
+
+
+def _can_be_private(name: str) -> bool:
+    properties = registry.algorithms.get(name).properties
+    return bool(properties.linear_sum and not properties.pooled)

@@ -1,0 +1,71 @@
+"""RoLoRA: odd rounds train and average B under a common A, even rounds A under a common B. Every round is exact.
+
+Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", arXiv 2502.01755:
+
+    odd    Σ p_k s·B_k·A = s·(Σ p_k B_k)·A
+    even   Σ p_k s·B·A_k = s·B·(Σ p_k A_k)
+
+B comes first: it starts as zero, and under B = 0 A has no gradient. Up travels the factor that was trained, down travel
+both, since a client may not have been there the round before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from fedloom.algorithms import base
+from fedloom.algorithms.about import About
+from fedloom.algorithms.freezing import Frozen
+from fedloom.algorithms.lora.base import METHODS, LoRAAlgorithm, fill, part_of
+from fedloom.messages.types import Payload, Update
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.layout import Layout, WeightedMean
+
+
+class RoLoRA(LoRAAlgorithm):
+    """Attributes: finished: server half: rounds aggregated."""
+
+    properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
+    about: ClassVar = About(
+        "lora", "A or B; both down", "Chen et al. 2025, arXiv 2502.01755", up=lambda s: s.b if s.round % 2 else s.a
+    )
+
+    finished = 0
+
+    def trained(self, round: int) -> Layout:
+        """The factor that `round` trains."""
+        return part_of(self.model.adapter.layout, (p.b if round % 2 else p.a for p in self.pairs))
+
+    def layout_for(self, client: str) -> Layout:
+        return self.trained(self.finished + 1)
+
+    def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
+        part = self.trained(self.finished + 1)
+        mean = WeightedMean(part)
+        for update in updates:
+            mean.add(update.payload.tensors, self.options.weight(update))
+        fill(self.shared, part, part.views(mean.result()))
+        self.finished += 1
+        return {}
+
+    def server_state(self) -> Payload:
+        return Payload(super().server_state().tensors, {"finished": self.finished})
+
+    def load_server_state(self, state: Payload) -> None:
+        super().load_server_state(state)
+        self.finished = int(state.meta["finished"])
+
+    def receive(self, payload: Payload) -> None:
+        super().receive(payload)
+        trained = self.trained(self.round).shapes
+        self.frozen = Frozen(self.model, (n for n in self.model.adapter.layout.names if n not in trained))
+
+    def before_step(self, model: AdaptedModel) -> None:
+        self.frozen.before_step()
+
+    def after_step(self, model: AdaptedModel) -> None:
+        self.frozen.after_step()
+
+    def shared_state(self) -> Payload:
+        return Payload({n: self.model.adapter.views[n] for n in self.trained(self.round).names})

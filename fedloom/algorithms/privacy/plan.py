@@ -1,0 +1,78 @@
+"""The numbers of a private run, worked out before its first round."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.build import make
+from fedloom.algorithms.privacy import accounting, clipping
+from fedloom.common.errors import UserError
+from fedloom.common.say import Say
+from fedloom.recipe.recipe import Recipe
+
+if TYPE_CHECKING:
+    from fedloom.federation.rounds.schedule import Schedule
+
+
+def settled(recipe: Recipe, population: int) -> Recipe:
+    """The recipe with its privacy's open values filled in: δ, the noise for a wanted ε, the count's noise, n.
+
+    Args:
+        population: clients that can be sampled.
+
+    Raises UserError where the numbers promise nothing or cannot be kept.
+    """
+    privacy = recipe.privacy
+    if privacy is None:
+        return recipe
+    expected = recipe.federation.sampled(population)
+    delta = privacy.delta or min(1e-5, population**-1.1)
+    if delta >= 1 / population:
+        raise UserError(
+            f"privacy.delta={delta:g} is no promise to {population} clients: publishing all that one of them has would "
+            f"keep it; ask for less than {1 / population:.2g}, such as 1e-5"
+        )
+    values: dict[str, Any] = {"privacy.delta": delta, "privacy.population": population}
+    at_clients = privacy.where == "client"
+    rounds, rate = recipe.federation.rounds, 1.0 if at_clients else min(1.0, expected / population)
+    factor = 2.0 if at_clients else 1.0  # against the server a client's change has the sensitivity 2C
+    noise = privacy.noise
+    if noise is None:
+        assert privacy.epsilon is not None
+        noise = factor * accounting.noise_for(privacy.epsilon, delta, rounds, rate)
+    elif privacy.epsilon is not None:
+        spends = accounting.spent(noise / factor, rounds, rate, delta)
+        if spends > privacy.epsilon:
+            raise UserError(
+                f"privacy.noise={noise:g} over {rounds} rounds spends ε={spends:.3g}, more than "
+                f"privacy.epsilon={privacy.epsilon:g}: leave privacy.noise out, ask for fewer rounds, or raise the epsilon"
+            )
+    values["privacy.noise"] = noise
+    if privacy.adaptive is not None:
+        values["privacy.adaptive.noise"] = clipping.count_noise(privacy.adaptive, noise, expected)
+    recipe = recipe.with_values(values)
+    assert recipe.privacy is not None
+    clipping.deviations(recipe.privacy, expected)
+    return recipe
+
+
+def settle_privacy(recipe: Recipe, algorithm: Algorithm, schedule: Schedule, say: Say) -> tuple[Recipe, Algorithm]:
+    """The recipe with its privacy's numbers filled in, and the algorithm that keeps to them. Both as they are without."""
+    if recipe.privacy is None:
+        return recipe, algorithm
+    recipe = settled(recipe, len(schedule.training))
+    privacy = recipe.privacy
+    assert privacy is not None
+    alike = f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}"
+    if not privacy.noise:
+        say(f"{alike}, and no noise is added: nothing is promised")
+        return recipe, make(recipe)
+    target = f", to keep to ε={privacy.epsilon:g}" if privacy.epsilon else ""
+    say(
+        f"{alike}, and noise of {privacy.noise:g} times the clip is added at the {privacy.where}{target} "
+        f"(δ={privacy.delta:g})"
+    )
+    if privacy.seeded:
+        say("privacy: the noise follows from the recipe's seed, so this holds only against those who do not know it")
+    return recipe, make(recipe)

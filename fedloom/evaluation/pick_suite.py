@@ -1,0 +1,27 @@
+"""Which paired evaluation a recipe means."""
+
+from __future__ import annotations
+
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.data.corpus import Corpus
+from fedloom.data.loading import source_of
+from fedloom.evaluation.suites import Suite
+from fedloom.recipe.recipe import Recipe
+
+
+def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:
+    """The paired evaluation, or None and why there is none."""
+    wanted = recipe.evaluation.suite
+    if wanted is None:
+        return None, "the recipe asks for no score (evaluation.suite=null)"
+    if wanted in registry.task_suites and wanted not in registry.suites:
+        raise UserError(
+            f"evaluation.suite={wanted} is measured once, after the run: `fedloom evaluate RUN --suite {wanted}`; a run can "
+            f"measure {', '.join(registry.suites.names())} every round"
+        )
+    if wanted != "auto":
+        return registry.suites.get(wanted), ""
+    if corpus.suite is None:
+        return None, source_of(recipe.data).suite_note or f"{corpus.name} has no paired evaluation that runs here"
+    return registry.suites.get(corpus.suite), ""

@@ -1,0 +1,180 @@
+"""What our lm-eval task files call: questions with their whole prompts, and the marks of answers.
+
+lm-eval hands a task what the model's arguments and `--metadata` say, so a task can know the tokenizer, and its prompts are
+those of data/prompts.py, as in training (docs/adr/0007-evaluation-harness.md). A document is what lm-eval shows to
+templates: `prompt`, `target`, `choices`, `gold`, and for code the `record`. This file does not import lm-eval.
+
+The metadata that is understood:
+
+    tokenizer, pretrained   the folder or hub id whose tokenizer writes the prompts; the first that is there
+    template, system        as in a recipe's `data`; auto without
+    shots                   how many answered examples stand in front; the task's own number without
+    allow_unsafe            run programs without a cage where none works
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any, overload
+
+from fedloom.common import environment
+from fedloom.common.errors import UserError
+from fedloom.data.corpus import Example
+from fedloom.data.prompts import Template
+from fedloom.evaluation.public import datasets as benchmarks
+from fedloom.evaluation.public import marking
+from fedloom.evaluation.public.datasets import Questions
+from fedloom.evaluation.sandbox.execution import find_cage, run_all
+from fedloom.evaluation.sandbox.languages import check_runs, completed, language, of_task
+from fedloom.evaluation.sandbox.programs import Cage
+from fedloom.models.loading import load_tokenizer
+from fedloom.recipe.recipe import ModelConfig
+
+Doc = dict[str, Any]
+
+
+#: The columns of a document, as lm-eval asks for them.
+COLUMNS = ("prompt", "target", "choices", "gold", "category", "answers", "record", "allow_unsafe")
+
+
+class Docs(Sequence[Doc]):
+    """A benchmark's documents, each made when it is asked for: a limit of 50 costs 50 prompts.
+
+    Attributes:
+        source: where the questions came from.
+        shots: how many answered examples stand in front of each, at most.
+    """
+
+    features = dict.fromkeys(COLUMNS)
+
+    def __init__(self, questions: Questions, template: Template, shots: int, allow_unsafe: bool) -> None:
+        self._questions = questions
+        self._template = template
+        self._allow_unsafe = allow_unsafe
+        self.source = questions.source
+        self.shots = min(shots, len(questions.shots(questions.asked[0], shots)))
+
+    def __len__(self) -> int:
+        return len(self._questions.asked)
+
+    @overload
+    def __getitem__(self, at: int) -> Doc: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Doc]: ...
+    def __getitem__(self, at: int | slice) -> Doc | list[Doc]:
+        if isinstance(at, slice):
+            return [self._doc(question) for question in self._questions.asked[at]]
+        return self._doc(self._questions.asked[at])
+
+    def __iter__(self) -> Iterator[Doc]:
+        return map(self._doc, self._questions.asked)
+
+    def _doc(self, question: Example) -> Doc:
+        reference = question.reference or {}
+        record = reference.get("record")
+        prompt = self._template.prompt_text(question, self._questions.shots(question, self.shots))
+        return {
+            "prompt": prompt + (record["prompt"] if record else ""),
+            "target": question.output,
+            "choices": list(question.choices),
+            "gold": question.choices.index(question.output) if question.choices else -1,
+            "category": question.category,
+            "answers": reference.get("answers", [question.output]),
+            "record": record,
+            "allow_unsafe": self._allow_unsafe,
+        }
+
+
+def load(
+    benchmark: str,
+    shots_by_default: int = 0,
+    *,
+    pretrained: str | None = None,
+    tokenizer: str | None = None,
+    template: str = "auto",
+    system: str | None = None,
+    shots: int | None = None,
+    allow_unsafe: bool = False,
+    **others: object,
+) -> dict[str, Docs]:
+    """lm-eval's `custom_dataset`: one split, `test`. Whatever else lm-eval's metadata holds is passed over.
+
+    Raises:
+        UserError: no source of the questions, no tokenizer, or for code no cage or no toolchain.
+    """
+    where = tokenizer or pretrained
+    if where is None:
+        raise UserError("our tasks write prompts with the model's tokenizer: give --model_args pretrained=FOLDER")
+    questions = benchmarks.find(benchmark, _say)
+    records = [r for r in ((q.reference or {}).get("record") for q in questions.asked[:3]) if r]
+    if records:  # before a model has worked for hours
+        language(of_task(records[0]["task_id"]))
+        check_runs(_cage(allow_unsafe), records)
+    chosen = Template.choose(_tokenizer(where), template, system)
+    count = shots_by_default if shots is None else shots
+    return {"test": Docs(questions, chosen, count, allow_unsafe)}
+
+
+@cache
+def _tokenizer(name: str) -> Any:
+    return load_tokenizer(ModelConfig(name=name))
+
+
+@cache
+def _cage(allow_unsafe: bool) -> Cage:
+    return find_cage(allow_unsafe=allow_unsafe)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# ------------------------------------------------------------------ marks: a document and what the model said → numbers
+
+
+def mark_gsm8k(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """Strict: the number behind the first ``####``. Flexible: the last number, wherever it is."""
+    right = marking.stated_number(doc["target"])
+    return {
+        "strict": float(marking.stated_number(results[0]) == right),
+        "flexible": float(marking.last_number(results[0]) == right),
+    }
+
+
+def mark_short_answer(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    answer = results[0].strip()
+    return {"em": marking.exact_match(answer, doc["answers"]), "f1": marking.f1(answer, doc["answers"])}
+
+
+def mark_summary(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    return {f"rouge{n}": marking.rouge(results[0], doc["target"], n) for n in (1, 2)}
+
+
+# ------------------------------------------------------------------ programs
+
+
+def run_programs(answers: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[bool]]:
+    """lm-eval's filter for code: every answer to every question, run in a cage; whether each passed its tests."""
+    answers, docs = [list(each) for each in answers], list(docs)
+    made = [
+        language(of_task(doc["record"]["task_id"])).program(doc["record"], completed(doc["record"], answer))
+        for doc, said in zip(docs, answers, strict=True)
+        for answer in said
+    ]
+    ran = run_all(_cage(bool(docs[0]["allow_unsafe"])), [program for program, _ in made], _workers())
+    passed = iter([judge(each) for (_, judge), each in zip(made, ran, strict=True)])
+    return [[next(passed) for _ in said] for said in answers]
+
+
+def _workers() -> int:
+    return int(os.environ.get("FEDLOOM_EVALUATION_WORKERS") or environment.available_cores())
+
+
+def mark_programs(doc: Mapping[str, Any], results: Sequence[Sequence[bool]]) -> dict[str, float]:
+    """pass@1, and pass@10 where so many answers were drawn."""
+    passed = results[0]
+    sizes = [k for k in (1, 10) if k <= len(passed)]
+    return {f"pass@{k}": marking.pass_at_k(len(passed), sum(passed), k) for k in sizes}

@@ -1,0 +1,101 @@
+"""A few test questions and the model's answers before and after: what a reader of a report looks at first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.data.corpus import Example
+from fedloom.data.federated import FederatedData
+from fedloom.data.prompts import Template
+from fedloom.evaluation.score import generate
+from fedloom.evaluation.suites import Suite
+from fedloom.models.adapters import AdaptedModel
+
+#: The longest answer where no suite says so.
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question; `client` holds it, or is empty where it comes from the corpus's own test set."""
+
+    client: str
+    example: Example
+
+
+def pick(data: FederatedData, count: int) -> list[Sample]:
+    """`count` questions: one of each client in turn, or of the corpus's own test set where it has one."""
+    if data.server_questions:
+        return [Sample("", e) for e in data.server_questions[:count]]
+    if not count:
+        return []
+    queues = []
+    for client in data.measured:
+        own = data.client(client)
+        queues.append([Sample(client, e) for e in own.questions or [data.corpus.examples[i] for i in own.test]])
+    picked: list[Sample] = []
+    turn = 0
+    while len(picked) < count and any(turn < len(q) for q in queues):
+        picked += [q[turn] for q in queues if turn < len(q)]
+        turn += 1
+    return picked[:count]
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Asks the samples' questions; the limits are those of the paired evaluation."""
+
+    template: Template
+    suite: Suite | None
+    batch_size: int
+    max_length: int
+    max_new_tokens: int | None
+
+    def before(self, samples: list[Sample], model: AdaptedModel) -> dict[str, Any]:
+        """answers.json with the untrained answers."""
+        texts = self._ask(samples, model)
+        return {
+            "suite": self.suite.name if self.suite else None,
+            "answers": [
+                {
+                    "client": s.client,
+                    "category": s.example.category,
+                    "prompt": "\n\n".join(part for part in (s.example.instruction, s.example.input) if part),
+                    "expected": s.example.output,
+                    "before": text,
+                    "after": None,
+                    "right_before": self._right(s.example, text),
+                    "right_after": None,
+                }
+                for s, text in zip(samples, texts, strict=True)
+            ],
+        }
+
+    def after(
+        self, stored: dict[str, Any], samples: list[Sample], model: AdaptedModel, load: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """answers.json completed. `load` puts a client's result into the live model before it is asked."""
+        answers = []
+        for sample, answer in zip(samples, stored["answers"], strict=False):
+            load(sample.client)
+            text = self._ask([sample], model)[0]
+            answers.append({**answer, "after": text, "right_after": self._right(sample.example, text)})
+        return {**stored, "answers": answers}
+
+    def _ask(self, samples: list[Sample], model: AdaptedModel) -> list[str]:
+        if not samples:
+            return []
+        own = self.suite.max_new_tokens if self.suite and self.suite.kind == "generate" else MAX_NEW_TOKENS
+        return generate(
+            model,
+            self.template,
+            [s.example for s in samples],
+            batch_size=self.batch_size,
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens or own,
+        )
+
+    def _right(self, example: Example, text: str) -> bool | None:
+        return self.suite.right(example, text) if self.suite and self.suite.right else None

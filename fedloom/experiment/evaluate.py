@@ -1,0 +1,214 @@
+"""`fedloom evaluate`: a run's result, an adapter's folder or a plain model, measured on a recipe's held-out data, or by a
+suite of lm-eval tasks on public benchmarks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom.common import cache_folder, environment, registry
+from fedloom.common.errors import UserError, suggest
+from fedloom.data.federated import ClientData, federated_data
+from fedloom.data.loading import load_data
+from fedloom.data.prompts import Template
+from fedloom.data.splitters import partition
+from fedloom.evaluation.loss import loss_sums
+from fedloom.evaluation.means import pooled_mean
+from fedloom.evaluation.means import preference as measured_preference
+from fedloom.evaluation.pick_suite import pick_suite
+from fedloom.evaluation.score import score
+from fedloom.evaluation.suites import Suite
+from fedloom.federation.record.run_folder import RunFolder
+from fedloom.models.adapters import AdaptedModel
+from fedloom.models.attach import Models
+from fedloom.models.forward import supports_packing
+from fedloom.models.loading import pick_device
+from fedloom.models.saved import load_adapted
+from fedloom.recipe.recipe import AdapterConfig, Recipe
+from fedloom.reporting.export import result_folder
+from fedloom.training.objectives import OBJECTIVES
+
+
+def evaluate(
+    target: str,
+    recipe: str | None,
+    values: Mapping[str, Any],
+    client: str | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Held-out loss and score, for all and for each client.
+
+    Args:
+        target: a run's folder, a folder with an adapter in peft's format, or a model's name or folder.
+        recipe: whose corpus, split and evaluation to use; a run brings its own, `quickstart` serves otherwise.
+        values: dotted recipe keys to change. A plain model's settings, and another base for an adapter than its
+            configuration names, are `model.…` here: a recipe's own are for that recipe's model.
+        client: after a personal algorithm, whose result.
+
+    Returns:
+        {"target", "loss", "score", "questions", "preference", "suite", "note",
+        "clients": {client: {loss, score, questions}}}
+    """
+    chosen, model = _loaded(target, recipe, values, client, say)
+    corpus, chosen = load_data(chosen, say)
+    clients = partition(corpus, chosen.split, chosen.seed)
+    template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
+    suite, note = pick_suite(chosen, corpus)
+    data = federated_data(chosen, corpus, clients, template, suite, cache_folder.home() / "tokenised", say)
+    measured = _measure(chosen, model, template, suite, say)
+    say(f"measuring {target} on {corpus.name}, {len(data.measured)} clients")
+    sums = {name: measured(data.client(name)) for name in data.measured}
+    everything = list(sums.values())
+    if data.server_questions:
+        everything.append(measured(ClientData(data.sequences, (), (), (), data.server_questions)))
+    return {
+        "target": target,
+        **_means(everything),
+        "preference": measured_preference(sums),
+        "suite": suite.name if suite else None,
+        "note": note,
+        "clients": {name: _means([s]) for name, s in sums.items()},
+    }
+
+
+def _measure(
+    recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None, say: Callable[[str], None]
+) -> Callable[[ClientData], dict[str, float]]:
+    """What measures the live model on one client's data: sums of losses, right answers and preferences."""
+    size, packed = recipe.evaluation.batch_size, supports_packing(model)
+    objective = OBJECTIVES[recipe.train.objective](recipe.train)
+    if recipe.train.objective == "dpo" and (model.full or recipe.adapter.trains_base):
+        say(
+            "no preferences: this result has weights of the base in it, so the base that they would be held against is gone"
+        )
+        objective = OBJECTIVES["sft"](recipe.train)
+
+    def measured(part: ClientData) -> dict[str, float]:
+        loss, tokens = loss_sums(model, part.sequences, part.test, batch_size=size, packed=packed)
+        right = (
+            score(
+                model,
+                template,
+                suite,
+                part.questions,
+                batch_size=size,
+                max_length=recipe.data.max_length,
+                max_new_tokens=recipe.evaluation.max_new_tokens,
+                packed=packed,
+            )
+            if suite and part.questions
+            else []
+        )
+        preferred = objective.sums(model, part.sequences, part.test, batch_size=size, packed=packed)
+        return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right), **preferred}
+
+    return measured
+
+
+def measured_by_tasks(suite: str | None) -> bool:
+    """Whether a suite's name means lm-eval tasks (`evaluate_suite`) and not a recipe's own measure. Raises UserError."""
+    if suite is None or suite in registry.suites or suite == "auto":
+        return False
+    if suite not in registry.task_suites:
+        names = {*registry.suites.names(), *registry.task_suites.names()}
+        raise UserError(f"unknown suite {suite!r}: {suggest(suite, names)}")
+    return True
+
+
+def evaluate_suite(
+    target: str,
+    suite: str,
+    recipe: str | None,
+    values: Mapping[str, Any],
+    client: str | None,
+    say: Callable[[str], None],
+    *,
+    limit: int | None = None,
+    shots: int | None = None,
+    allow_unsafe: bool = False,
+) -> dict[str, Any]:
+    """Public benchmarks, scored by lm-eval with the live model. Prompts are written as the recipe writes them.
+
+    Args:
+        target, recipe, values, client: as in `evaluate`; of the recipe the template, batch size and device matter.
+        limit: the first so many questions of each task.
+        shots: answered examples in front of each question; the suite's own number without.
+        allow_unsafe: run programs as the user, where no cage works.
+
+    Returns:
+        {"target", "suite", "note", "template", "limit", "command"} and what `harness.score` returns.
+    """
+    chosen_suite = registry.task_suites.get(suite)
+    from fedloom.evaluation.public import harness
+
+    chosen, model = _loaded(target, recipe, values, client, say)
+    template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
+    batch_size = chosen.evaluation.batch_size
+    measured = harness.score(
+        model,
+        chosen_suite,
+        template,
+        batch_size=batch_size,
+        limit=limit,
+        shots=shots,
+        allow_unsafe=allow_unsafe,
+        say=say,
+    )
+    return {
+        "target": target,
+        "suite": suite,
+        "note": chosen_suite.note,
+        "template": template.style,
+        "limit": limit,
+        "command": harness.command("MODEL_FOLDER", chosen_suite, template, batch_size, limit, shots),
+        **measured,
+    }
+
+
+def _loaded(
+    target: str, recipe: str | None, values: Mapping[str, Any], client: str | None, say: Callable[[str], None]
+) -> tuple[Recipe, AdaptedModel]:
+    """The recipe that says how to measure, and the model, live."""
+    run = RunFolder(Path(target))
+    if run.holds_a_run:
+        chosen = (Recipe.load(recipe) if recipe else run.stored_recipe()).with_values(values)
+    else:
+        chosen = Recipe.load(recipe or "quickstart").with_values(values)
+    torch.set_num_threads(chosen.runtime.threads or environment.available_cores())
+    device = pick_device(chosen.runtime.device)
+    if run.holds_a_run:
+        return chosen, load_adapted(run.stored_recipe().model, result_folder(run.path, client), device, say)
+    named = {key: value for key, value in values.items() if key == "model" or key.startswith("model.")}
+    adapter = Path(target) / "adapter_config.json"
+    if adapter.is_file():
+        base = Recipe.parse({"model": {"name": _base_of(adapter) or chosen.model.name}}, named).model
+        say(f"loading {base.name}, the base of {target}")
+        return chosen, load_adapted(base, Path(target), device, say)
+    # A fresh LoRA changes nothing: a plain model is measured by the same code.
+    lora = chosen.adapter if chosen.adapter.method == "lora" else AdapterConfig()
+    plain = Recipe.parse({}, {**named, "model.name": target}).model
+    return chosen, Models(plain, lora, chosen.seed, device, say).adapted()
+
+
+def _base_of(adapter: Path) -> str | None:
+    """The base model that an adapter's configuration names. Raises UserError where it cannot be read."""
+    try:
+        name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise UserError(
+            f"{adapter} cannot be read ({error}): name a folder as `fedloom run` and peft write it"
+        ) from None
+    return str(name) if name else None
+
+
+def _means(sums: list[dict[str, float]]) -> dict[str, Any]:
+    return {
+        "loss": pooled_mean([(s["loss_sum"], s["tokens"]) for s in sums]),
+        "score": pooled_mean([(s["right"], s["questions"]) for s in sums]),
+        "questions": int(sum(s["questions"] for s in sums)),
+    }

@@ -1,0 +1,253 @@
+"""READ THIS FIRST: one run, from a recipe to a report, in the order in which data flows.
+
+    recipe → corpus → partition → model → algorithm → runtime → rounds and evaluation → adapter, summary, report
+
+`prepare` goes as far as the model and refuses whatever cannot be, before anything is written; `assemble` connects the
+coordinator to its clients; `run` drives both and keeps the results. No arithmetic and no loop over rounds stands here.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from fedloom.common import registry
+from fedloom.common.errors import RunFailed, UserError, disk_trouble
+from fedloom.evaluation.samples import Asker, Sample, pick
+from fedloom.experiment.prepare import Remote, Setting, prepare
+from fedloom.federation.client import Client
+from fedloom.federation.coordinator import Coordinator
+from fedloom.federation.hooks.calls import Hooks, for_clients
+from fedloom.federation.record.checkpoints import Checkpoints, ClientStore
+from fedloom.federation.record.events import Events, open_trackers
+from fedloom.federation.record.run_folder import RunFolder, continued, opened
+from fedloom.federation.results import result_loader, save_result, server_measure
+from fedloom.federation.runtime import Runtime
+from fedloom.federation.watch import Watch
+from fedloom.messages.operators.channel import Chains, ServerChannel
+from fedloom.models.forward import release
+from fedloom.recipe.recipe import Recipe
+from fedloom.reporting.card import write_cards
+from fedloom.reporting.html import write_report
+from fedloom.reporting.summary import cost, summarise
+from fedloom.runtimes.ranks.pool import Ranked
+
+
+@dataclass
+class Result:
+    """A finished run.
+
+    Attributes:
+        summary: what summary.json holds.
+        folder: the run's folder.
+        report: its report.html.
+        model: peft's model with the result in it, ready for `model.generate(...)`; after an algorithm whose clients end
+            with models of their own, the one that all started from.
+        tokenizer: the model's.
+    """
+
+    summary: dict[str, Any]
+    folder: Path
+    report: Path
+    model: Any
+    tokenizer: Any
+
+
+def run(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+    remote: Remote | None = None,
+) -> Result:
+    """Run a recipe to its end.
+
+    Args:
+        out: the run's folder; `runs/<name>` where it is None.
+        resume: go on from the newest whole checkpoint in `out`. The recipe that is stored there counts; of `recipe`
+            only what may change is taken (runfolder.continued), such as more rounds.
+        overwrite: replace the run that lies in `out`.
+        remote: clients that are elsewhere already (sites.py); by default the recipe's runtime says where they run.
+
+    Raises:
+        UserError: the recipe asks for what cannot be. Nothing was written or deleted.
+        RunFailed: the work failed; finished rounds are kept and `resume` goes on from them.
+    """
+    path = Path(out) if out is not None else Path("runs") / (recipe.name or "run")
+    watch = watch or Watch()
+    if remote is None and recipe.runtime.name in registry.drivers:
+        driven: Result = registry.drivers.get(recipe.runtime.name)(recipe, path, resume, overwrite, watch)
+        return driven
+    try:
+        with opened(path, resume=resume, overwrite=overwrite) as folder:
+            if resume:
+                recipe = continued(folder.stored_recipe(), recipe)
+            setting = prepare(recipe, watch) if remote is None else remote.prepare(recipe, watch, folder)
+            if overwrite:
+                folder.clear()
+            return _run(setting, folder, resume, watch, remote.runtime if remote else None)
+    except (OSError, SafetensorError) as error:
+        trouble = disk_trouble(error, path)
+        if trouble is None:
+            raise
+        finished = Checkpoints(path / "checkpoints").rounds() if path.is_dir() else []
+        kept = f"{finished[0]} finished rounds are kept in {path}" if finished else "no round was finished"
+        raise RunFailed(f"{trouble}: {kept}; make room or name another --out, then --resume") from error
+
+
+def assemble(
+    setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None
+) -> Coordinator:
+    """The runtime with its clients, and the coordinator in front of it, at the round where it has to begin."""
+    recipe = setting.recipe
+    checkpoints = Checkpoints(folder / "checkpoints", recipe.tracking.keep_checkpoints)
+    state, damages = checkpoints.newest() if resume else (None, [])
+    for damage in damages:
+        watch.say(damage)
+    if state is not None and state.round > recipe.federation.rounds:
+        raise UserError(
+            f"federation.rounds={recipe.federation.rounds} but {state.round} rounds are finished: ask for more, not fewer"
+        )
+    folder.write_recipe(recipe)
+    folder.write("split.json", setting.split, rows="clients")
+    trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
+    events = Events(folder / "events.jsonl", watch.event, trackers)
+    if runtime is None and recipe.runtime.name in registry.openers:
+        runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
+    if runtime is None:
+        store = ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1)
+        client = Ranked(recipe, folder.path) if recipe.runtime.ranks > 1 else Client(
+            setting.models, setting.data, setting.template, store, folder / "adapters", setting.suite
+        )  # fmt: skip
+        runtime = registry.runtimes.get(recipe.runtime.name)(client, setting.data.partition.clients)
+    measure = server_measure(
+        recipe, setting.model, setting.template, setting.suite, setting.data,
+        offsite=setting.algorithm.properties.offsite,
+    )  # fmt: skip
+    coordinator = Coordinator(
+        setting.algorithm,
+        runtime,
+        setting.schedule,
+        checkpoints,
+        events,
+        for_clients(recipe),
+        channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
+        score=setting.suite is not None,
+        server_measure=None if setting.elsewhere else measure,
+        tick=watch.tick,
+        pace=setting.pace,
+        hooks=Hooks.of_server(recipe.hooks),
+        validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
+    )
+    if state is None:
+        events.write("run_started", **_headline(setting))
+    else:
+        coordinator.resume(state, lost=max(checkpoints.rounds()) - state.round)
+        events.write("run_resumed", round=state.round, rounds=recipe.federation.rounds, note="; ".join(damages))
+    return coordinator
+
+
+def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
+    """Rounds, then results."""
+    coordinator = assemble(setting, folder, resume, watch, runtime)
+    gc.freeze()  # libraries, data and model live as long as the run: looking through them over and over finds nothing
+    try:
+        return _results(setting, folder, coordinator, watch)
+    finally:
+        gc.unfreeze()
+        coordinator.runtime.close()  # processes too, where clients have some
+
+
+def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch) -> Result:
+    recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
+    settings = recipe.evaluation
+    asker = Asker(
+        setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
+    )  # fmt: skip
+    samples: list[Sample] = pick(setting.data, settings.answers)
+    answers = folder.read("answers.json")
+    if answers is None:
+        if samples:
+            watch.say(f"asking {len(samples)} test questions before training")
+        answers = asker.before(samples, model)  # the adapter is as the seed made it
+        folder.write("answers.json", answers)
+
+    progress = coordinator.run()
+
+    digest = save_result(algorithm, model, recipe.model.name, folder, coordinator)
+    if samples:
+        watch.say("asking the same questions after training")
+    load = result_loader(algorithm, model, folder)
+    folder.write("answers.json", asker.after(answers, samples, model, load))
+    coordinator.runtime.close()
+    spent = cost(progress)
+    reference = None if setting.elsewhere else _reference(setting, folder, watch)
+    load("")
+    summary = summarise(
+        recipe,
+        setting.data,
+        setting.clients,
+        progress,
+        coordinator.tables,
+        adapter=algorithm.deployed().adapter,
+        adapter_sha256=digest,
+        suite=setting.suite.name if setting.suite else None,
+        score_note=setting.score_note,
+        privacy=algorithm.guarantee(),
+        left_server=algorithm.left_server(),
+        reference=reference,
+        spent=spent,
+    )
+    folder.write("summary.json", summary)
+    write_cards(folder, recipe, summary, setting.clients.clients)
+    seconds = summary["cost"]["wall_seconds"]
+    coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
+    coordinator.events.close()
+    return Result(summary, folder.path, write_report(folder.path), release(model), model.tokenizer)
+
+
+def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, Any] | None:
+    """The summary of the ordinary run that the algorithm wants to stand beside this one, in `reference/`; None: none.
+
+    It uses the base model that is loaded already. A run that was killed in it, or has more rounds now, carries it on.
+    """
+    section = setting.algorithm.compared_with()
+    if section is None:
+        return None
+    recipe = setting.recipe.with_values(
+        {
+            "name": f"{setting.recipe.name}-reference",
+            "description": f"what {setting.recipe.name} is compared with: the same federation on the full model",
+            "algorithm": dict(section),
+            "evaluation.every": 0,
+            "evaluation.answers": 0,
+            "tracking.trackers": [],
+        }
+    )
+    path = folder / "reference"
+    resume = RunFolder(path).holds_a_run
+    watch.say("tuning the same layers of the full model, to compare with (algorithm.reference=false leaves this out)")
+    quiet = Watch(say=lambda text: watch.say(f"reference: {text}"), tick=watch.tick)
+    with opened(path, resume=resume, overwrite=False) as inner:
+        if resume:
+            recipe = continued(inner.stored_recipe(), recipe)
+        return _run(prepare(recipe, quiet, setting.models), inner, resume, quiet).summary
+
+
+def _headline(setting: Setting) -> dict[str, Any]:
+    recipe = setting.recipe
+    return {
+        "name": recipe.name,
+        "algorithm": recipe.algorithm.name,
+        "model": recipe.model.name,
+        "corpus": setting.corpus.name,
+        "clients": len(setting.clients.clients),
+        "rounds": recipe.federation.rounds,
+        "parameters": setting.model.adapter.layout.numel,
+    }

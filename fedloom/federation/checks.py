@@ -1,0 +1,154 @@
+"""What a recipe leaves open, decided: the algorithm behind its name, the corpus's default split, who trains when, what is
+scored. Each returns a value or refuses with a sentence; nothing is run here. What the model itself has to tell:
+training/probes.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.algorithms.build import make
+from fedloom.common import registry
+from fedloom.common.errors import UserError, suggest
+from fedloom.data.corpus import Partition
+from fedloom.federation.hooks.base import CLIENT_POINTS
+from fedloom.models.loading import pick_device
+from fedloom.recipe.recipe import Recipe, RuntimeConfig
+
+
+def make_algorithm(recipe: Recipe) -> Algorithm:
+    """The server's half of the recipe's algorithm. Raises UserError for an unknown name, option or PEFT method."""
+    name = recipe.algorithm.name
+    cls = registry.algorithms.get(name)
+    methods = cls.properties.methods
+    if methods is not None and recipe.adapter.method not in methods:
+        raise UserError(
+            f"algorithm {name} does not take adapter.method={recipe.adapter.method}: it takes {', '.join(sorted(methods))}"
+        )
+    if methods is not None and "lora" in methods and (recipe.adapter.dora or recipe.adapter.bias != "none"):
+        option = "dora=true" if recipe.adapter.dora else f"bias={recipe.adapter.bias}"
+        raise UserError(
+            f"algorithm {name} works on LoRA's two factors alone, so it does not take adapter.{option}: leave it out, or "
+            "use an algorithm that takes every PEFT method, such as fedavg"
+        )
+    if recipe.adapter.ranks and not cls.properties.mixed_ranks:
+        raise UserError(
+            f"adapter.ranks is set but algorithm {name} needs one rank for all clients: leave it out, or use "
+            f"an algorithm that takes mixed ranks ({', '.join(_taking_mixed_ranks())})"
+        )
+    if cls.properties.offsite and recipe.train.objective == "dpo":
+        raise UserError(
+            f"train.objective=dpo compares with the base model, which clients of {name} do not hold: use "
+            "train.objective=sft, or an algorithm whose clients do, such as fedavg_outer"
+        )
+    if cls.properties.weights and recipe.model.quantization:
+        raise UserError(
+            f"algorithm {name} works on weights of the base, which model.quantization={recipe.model.quantization} keeps in "
+            "a few bits: set model.quantization=null, or use an algorithm that leaves the base as it is, such as fedavg"
+        )
+    if recipe.train.compile and cls.properties.weights:
+        raise UserError(
+            f"algorithm {name} changes the base under its layers, and code that was compiled of them would not hear of it: "
+            "set train.compile=false, or use an algorithm that leaves the base as it is, such as fedavg"
+        )
+    check_parallel(recipe)
+    options = parse_options(cls, name, recipe.algorithm.options)
+    cls.check(options, recipe.adapter, recipe.train, recipe.model)
+    return make(recipe)
+
+
+def check_parallel(recipe: Recipe) -> None:
+    """Refuse ranks that could not train this recipe's clients together. Raises UserError."""
+    runtime, adapter, name = recipe.runtime, recipe.adapter, recipe.algorithm.name
+    if runtime.ranks == 1:
+        return
+    asked, strategy = f"runtime.ranks={runtime.ranks}", runtime.parallel or "ddp"
+    inside = [h.name for h in recipe.hooks if registry.hooks.get(h.name).points(CLIENT_POINTS)]
+    if inside:
+        raise UserError(
+            f"{asked} cannot be had with the hook {inside[0]}, which would see one rank's part of each step: leave one of "
+            "them out"
+        )
+    if recipe.train.cache_prefix:
+        raise UserError(f"{asked} cannot be had with train.cache_prefix, which is one process's: leave one of them out")
+    if strategy == "fsdp" and recipe.train.compile:
+        raise UserError(
+            "train.compile=true cannot be had with runtime.parallel=fsdp, which puts a layer's weights in place as it is "
+            "called: leave it out, or use runtime.parallel=ddp"
+        )
+    spared = "checkpointing=true" if recipe.train.checkpointing else f"loss_chunk={recipe.train.loss_chunk}"
+    if strategy == "fsdp" and (recipe.train.checkpointing or recipe.train.loss_chunk):
+        raise UserError(
+            f"train.{spared} cannot be had with runtime.parallel=fsdp, whose shards would be gathered again: leave it out, "
+            "or use runtime.parallel=ddp"
+        )
+    if strategy == "fsdp" and recipe.model.quantization:
+        raise UserError(
+            f"model.quantization={recipe.model.quantization} cannot be had with runtime.parallel=fsdp, which shards plain "
+            "weights: use runtime.parallel=ddp"
+        )
+    cls = registry.algorithms.get(name)
+    if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
+        raise UserError(f"{asked} cannot be had with runtime.name={runtime.name}, whose clients are single processes")
+    if cls.properties.offsite:
+        raise UserError(
+            f"{asked} cannot be had with {name}: its clients are sent an emulator once, which a cluster that was started "
+            "again would not have; leave runtime.ranks out"
+        )
+    able = cls.strategies()
+    if not able:
+        raise UserError(
+            f"algorithm {name} has a training loop of its own that does not say how ranks share it, so {asked} cannot be "
+            "had with it: leave runtime.ranks out, or use another algorithm, such as fedavg"
+        )
+    if strategy not in able:
+        raise UserError(
+            f"algorithm {name} adds to base weights, which runtime.parallel={strategy} would shard: use "
+            f"runtime.parallel={' or '.join(sorted(able))}"
+        )
+    if strategy == "fsdp" and adapter.trains_base:
+        raise UserError(
+            f"runtime.parallel=fsdp shards a frozen base, but adapter.{adapter.trains_base} trains weights of it, which lie "
+            "in one buffer: use runtime.parallel=ddp"
+        )
+
+
+def check_devices(runtime: RuntimeConfig) -> None:
+    """One GPU of this machine for each rank, or none for any. Raises UserError."""
+    device = pick_device(runtime.device)
+    if runtime.ranks == 1 or not device.startswith("cuda"):
+        return
+    if device != "cuda":
+        raise UserError(
+            f"runtime.device={device} is one GPU, but runtime.ranks={runtime.ranks} takes the first {runtime.ranks}: set "
+            "runtime.device=cuda, and choose among GPUs with CUDA_VISIBLE_DEVICES"
+        )
+    if torch.cuda.device_count() < runtime.ranks:
+        raise UserError(
+            f"runtime.ranks={runtime.ranks} but torch sees {torch.cuda.device_count()} GPUs, and each rank needs one: lower "
+            "runtime.ranks, or set runtime.device=cpu"
+        )
+
+
+def check_runtime(recipe: Recipe, algorithm: Algorithm) -> None:
+    """Refuse a runtime that is not there, or that an algorithm's clients cannot work in, or that this machine cannot be."""
+    runtime = registry.runtimes.get(recipe.runtime.name)
+    if algorithm.properties.offsite and not getattr(runtime, "offsite", True):
+        raise UserError(
+            f"algorithm {recipe.algorithm.name} sends an emulator once, which a client's process has to keep, and "
+            f"runtime.name={recipe.runtime.name} moves clients between processes: use runtime.name=simulator"
+        )
+    check_devices(recipe.runtime)
+
+
+def _taking_mixed_ranks() -> list[str]:
+    return [n for n in registry.algorithms.names() if registry.algorithms.get(n).properties.mixed_ranks] or ["none yet"]
+
+
+def check_ranks(recipe: Recipe, clients: Partition) -> None:
+    """Refuse a rank of its own for a client that there is not: it would silently have everybody's."""
+    assert not isinstance(recipe.adapter.ranks, str), "settled by settle_fleet"
+    for client in recipe.adapter.ranks or {}:
+        if client not in clients.clients:
+            raise UserError(f"adapter.ranks names {client}, which is no client: {suggest(client, clients.clients)}")

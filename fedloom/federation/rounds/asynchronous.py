@@ -1,0 +1,231 @@
+"""Rounds without a barrier: work is kept in flight, and a round is over when enough updates have arrived.
+
+    a slot is free → ask an idle client, from the model as it is now
+    an outcome arrives → hand it on, its slot is free
+    `buffer` usable updates → the coordinator aggregates them, and the model is one version newer
+
+Version v is the model after v rounds. An assignment of round r starts from version r − 1, and its outcome says r again:
+so an update that arrives in round r' is r' − r versions old, and nobody else has to remember where it started.
+
+A client is in flight at most once, and starts from a version at most once. (A client that came back waits for the next
+version rather than train on the same model twice; where clients are many, the next idle one takes its slot.) So client
+and round name a piece of work: a client's state, data and schedule are keyed as in synchronous rounds. When nobody is
+in flight and nobody may be asked, the round has what it has.
+
+In virtual time (virtual_time.py) work is done as soon as it is sent, and its outcome waits on disk until its virtual
+time of arrival; what waits is part of the checkpoint. In real time outcomes are taken as the runtime hands them over,
+and what was in flight when the server died is asked anew. This file knows no algorithm and no message.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fedloom.common.files import folder_name, link, write_bytes
+from fedloom.federation.rounds.collection import Accept, by_client
+from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule
+from fedloom.federation.rounds.virtual_time import Timed
+from fedloom.messages.at_rest import from_bytes, to_bytes
+from fedloom.messages.types import VANISHED, Assignment, Cost, Failure, Outcome, Payload, Update
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """An outcome that is there and has not arrived yet; an update's payload lies in `file`."""
+
+    arrives: float
+    outcome: Outcome
+    file: str | None
+
+
+class InFlight:
+    """Who works on what, and what came of it.
+
+    Args:
+        run: the runtime's; it is called once, and goes on from round to round.
+        assign: (client, round) → an assignment that starts from the model as it is now.
+        buffer: how many usable updates make a round.
+        timed: the runtime, where time is virtual; None where it hands outcomes over as they really arrive.
+        tick: called with (usable updates of the round so far, `buffer`).
+        folder: where outcomes wait; emptied here and at the end.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Iterable[Assignment | None]], Iterator[Outcome]],
+        assign: Callable[[str, int], Assignment],
+        schedule: Schedule,
+        buffer: int,
+        timed: Timed | None,
+        tick: Callable[[int, int], None],
+        folder: Path,
+    ) -> None:
+        self.buffer = buffer
+        self.now = None if timed is None else 0.0
+        self._run, self._assign, self._schedule = run, assign, schedule
+        self._timed, self._tick, self._folder = timed, tick, folder
+        self._round = 0
+        self._queue: deque[str] = deque()  # who may still be asked to start from this version, in the order of asking
+        self._position = {client: i for i, client in enumerate(schedule.training)}
+        self._working: dict[str, int] = {}  # client → round of what was sent and is not back
+        self._waiting: dict[str, Waiting] = {}
+        self._stream: Iterator[Outcome] | None = None
+        shutil.rmtree(folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------ a round
+
+    def begin(self, round: int) -> list[str]:
+        """A new version is there, and everybody may start from it. Returns those in flight once free slots are given."""
+        self._round = round
+        busy = self._busy()
+        fewest = self._schedule.federation.min_clients
+        self._queue = deque(self._schedule.queue(round, max(0, fewest - len(busy))))
+        idle = (client for client in self._queue if client not in busy)
+        asked = islice(idle, max(0, self._schedule.sampled() - len(busy)))
+        return sorted({*busy, *asked}, key=self._position.__getitem__)
+
+    def gather(self, accepted: Accept) -> Iterator[Update]:
+        """The round's updates in client order: the first `buffer` of those that `accepted` lets through."""
+
+        def counted() -> Iterator[Update]:
+            self._tick(0, self.buffer)
+            for done, update in enumerate(islice(accepted(self._arrivals()), self.buffer), 1):
+                self._tick(done, self.buffer)
+                yield update
+
+        return by_client(counted(), self._schedule.training, self._folder)
+
+    def about(self, outcome: Outcome) -> dict[str, Any]:
+        """What an event says of the outcome that arrived last."""
+        arrived = None if self.now is None else round(self.now, 3)
+        return {"staleness": self._round - outcome.round, "arrived": arrived}
+
+    def close(self) -> None:
+        """The run is over. Work in flight is given up; the last checkpoint has what waited."""
+        stream, self._stream = self._stream, None
+        if stream is not None and hasattr(stream, "close"):
+            stream.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    # ------------------------------------------------------------------ sending and receiving
+
+    def _busy(self) -> set[str]:
+        return self._working.keys() | self._waiting.keys()
+
+    def _free(self) -> str | None:
+        """Who is asked next; None where every slot is taken or nobody idle is left."""
+        busy = self._busy()
+        if len(busy) >= self._schedule.sampled():
+            return None
+        return next((client for client in self._queue if client not in busy), None)
+
+    def _assignments(self) -> Iterator[Assignment | None]:
+        """What the runtime pulls while it is waited for: work for each free slot, then None."""
+        while True:
+            client = self._free()
+            if client is None:
+                yield None
+                continue
+            self._queue.remove(client)
+            self._working[client] = self._round
+            yield self._assign(client, self._round)
+
+    def _arrivals(self) -> Iterator[Outcome]:
+        """Outcomes as they arrive, for as long as any can. Below quorum, those whose devices vanished are asked again."""
+        fewest, usable = self._schedule.federation.min_clients, 0
+        gone: list[Failure] = []
+        for attempt in range(ATTEMPTS):
+            while self._busy() or self._free():
+                outcome = self._received() if self._timed is None else self._arrived(self._timed)
+                of_now = outcome.round == self._round
+                if isinstance(outcome, Failure) and outcome.reason in VANISHED and of_now and usable < fewest:
+                    gone.append(outcome)
+                    continue
+                usable += isinstance(outcome, Update)
+                if usable >= fewest:  # nobody is asked again
+                    yield from gone
+                    gone = []
+                yield outcome
+                del outcome
+            if not gone:
+                return
+            if attempt + 1 < ATTEMPTS:
+                self._queue, gone = deque(f.client for f in gone), []
+        yield from gone
+
+    def _received(self) -> Outcome:
+        """The next outcome that the runtime hands over."""
+        self._stream = self._stream or self._run(self._assignments())
+        outcome = next(self._stream, None)
+        if outcome is None:
+            raise RuntimeError(f"the runtime ended without an outcome for {sorted(self._working)}")
+        client, round = outcome.client, outcome.round
+        asked = self._working.pop(client, None)
+        if asked is None:
+            return Failure(client, round, "unexpected", "nothing was asked of this client", outcome.cost)
+        if round != asked:
+            detail = f"the client answers round {round} where {asked} was asked"
+            return Failure(client, asked, "bad_payload", detail, outcome.cost)
+        return outcome
+
+    def _arrived(self, timed: Timed) -> Outcome:
+        """The next outcome in virtual time: all that is sent is done first, then the earliest is taken."""
+        while self._working or self._free():
+            outcome = self._received()
+            arrives = (self.now or 0.0) + timed.took(outcome.client)
+            self._waiting[outcome.client] = self._kept(outcome, arrives)
+        first = min(self._waiting.values(), key=lambda w: (w.arrives, w.outcome.round, w.outcome.client))
+        del self._waiting[first.outcome.client]
+        self.now = first.arrives
+        if first.file is None or isinstance(first.outcome, Failure):
+            return first.outcome
+        path = self._folder / first.file
+        outcome = replace(first.outcome, payload=from_bytes(path.read_bytes()))
+        path.unlink()
+        return outcome
+
+    def _kept(self, outcome: Outcome, arrives: float) -> Waiting:
+        if isinstance(outcome, Failure):
+            return Waiting(arrives, outcome, None)
+        name = f"{outcome.round:04d}-{folder_name(outcome.client)}.safetensors"
+        write_bytes(self._folder / name, to_bytes(outcome.payload))
+        return Waiting(arrives, replace(outcome, payload=Payload()), name)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def notes(self) -> dict[str, Any]:
+        """The clock and what waits, as JSON."""
+        return {"now": self.now, "waiting": [_described(w) for w in self._waiting.values()]}
+
+    def files(self) -> dict[str, Path]:
+        """The payloads that wait."""
+        return {w.file: self._folder / w.file for w in self._waiting.values() if w.file}
+
+    def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
+        """Go on from `notes` and `files` of a checkpoint. Where time is real, who was in flight is asked anew."""
+        if self._timed is None:
+            return
+        self.now = notes["now"]
+        for name, path in files.items():
+            link(path, self._folder / name)
+        waiting = [_restored(values) for values in notes["waiting"]]
+        self._waiting = {w.outcome.client: w for w in waiting}
+
+
+def _described(waiting: Waiting) -> dict[str, Any]:
+    values = asdict(waiting)
+    values["outcome"].pop("payload", None)
+    return values
+
+
+def _restored(values: Mapping[str, Any]) -> Waiting:
+    outcome = {**values["outcome"], "cost": Cost(**values["outcome"]["cost"])}
+    failed = "reason" in outcome
+    made: Outcome = Failure(**outcome) if failed else Update(**outcome, payload=Payload())
+    return Waiting(values["arrives"], made, values["file"])

@@ -1,0 +1,235 @@
+"""Clients on devices of their own: how fast, how well connected, how much memory, and when they are there. Virtual time.
+
+    seconds = bytes down / download  +  operations / speed  +  bytes up / upload
+
+Operations are the closed form of training/flops.py, bytes those of the tensors as operators encoded them. Nothing
+here was measured with a watch: the same recipe gives the same times on every machine, and a resumed run hears them
+again. (Headers are left out: a resumed run sends the recipe anew.) Evaluation takes no time: what a curve over time
+shows is training.
+
+What decides is drawn once for a client (its device), or once for a round (who is there, who vanishes). No number that is
+trained comes from here; whose update counts does. This file knows no algorithm and no message.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.build import make
+from fedloom.common import registry
+from fedloom.common.errors import UserError
+from fedloom.common.randomness import numpy_generator
+from fedloom.common.say import Say
+from fedloom.data.corpus import Partition
+from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.rounds.virtual_time import Pace, Speeds
+from fedloom.messages.types import Cost
+from fedloom.models.adapters import AdaptedModel
+from fedloom.recipe.devices import DevicesConfig, Spread
+from fedloom.recipe.recipe import Recipe
+
+#: fp32 numbers for each trained one: itself, its gradient, and what the optimiser keeps of it.
+KEPT = {"adamw": 2, "sgd": 0}
+
+
+def settle_fleet(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> tuple[Fleet | None, Recipe, Algorithm]:
+    """The clients' devices, and recipe and algorithm with the ranks that follow from them. Raises UserError."""
+    by_device = recipe.adapter.ranks == "by device"
+    if recipe.devices is None:
+        if by_device:
+            raise UserError(
+                'adapter.ranks="by device" needs devices: add a devices section, or give each client its rank'
+            )
+        return None, recipe, algorithm
+    name, properties = recipe.algorithm.name, algorithm.properties
+    if not getattr(registry.runtimes.get(recipe.runtime.name), "virtual", False):
+        raise UserError(
+            f"devices are simulated, and time is real with runtime.name={recipe.runtime.name}: use runtime.name=simulator"
+        )
+    if recipe.privacy is not None:
+        raise UserError(
+            "devices cannot be had with privacy, whose accountant does not know who is there or late: leave one of them out"
+        )
+    if properties.pooled or properties.offsite:
+        why = (
+            "trains on everybody's data in one place" if properties.pooled else "sends an emulator anew after a restart"
+        )
+        raise UserError(f"devices cannot be had with algorithm {name}, which {why}: leave devices out")
+    if properties.asynchronous and recipe.devices.deadline is not None:
+        raise UserError(
+            f"devices.deadline={recipe.devices.deadline:g} but algorithm {name} waits for nobody: leave devices.deadline out"
+        )
+    fleet = Fleet(recipe.devices, clients.training_clients, recipe.seed)
+    if by_device:
+        recipe = recipe.with_values({"adapter.ranks": fleet.ranks(recipe.adapter.rank)})
+        algorithm = make(recipe)
+    return fleet, recipe, algorithm
+
+
+def pace_of(recipe: Recipe, algorithm: Algorithm, fleet: Fleet | None) -> Pace | None:
+    """How long clients' work takes: as their devices say; else, where the order of arrival counts, by a speed each."""
+    if fleet is None and algorithm.properties.asynchronous:
+        return Speeds(recipe.seed, recipe.runtime.speed_spread)
+    return fleet
+
+
+def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: AdaptedModel, say: Say) -> Schedule:
+    """The schedule without clients whose memory does not hold the model. Raises UserError where too few are left.
+
+    Counted are the weights as they are in memory, and of each trained number its gradient and the optimiser's moments.
+    Activations are not: they follow the batch.
+    """
+    if fleet is None:
+        return schedule
+    base = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    needed = base + 4 * model.adapter.layout.numel * (1 + KEPT[recipe.train.optimizer])
+    small = frozenset(fleet.without_room(needed))
+    training = tuple(c for c in schedule.training if c not in small)
+    if small:
+        say(
+            f"{len(small)} of {len(schedule.training)} clients have no room for the model ({needed:,} bytes) "
+            "and are never sampled"
+        )
+    fewest = max(1, schedule.federation.min_clients)
+    if len(training) < fewest:
+        raise UserError(
+            f"only {len(training)} clients have the {needed:,} bytes that this model takes and {fewest} are needed: "
+            "raise devices.memory.median, or take a smaller model"
+        )
+    coming = sum(fleet.comes_back(c) for c in training)
+    if coming < fewest:
+        raise UserError(
+            f"only {coming} of {len(training)} clients can ever be there and end their work, and {fewest} are needed: raise "
+            "available above 0 and lower dropout below 1, in devices or in devices.trace"
+        )
+    share = schedule.federation.clients_per_round
+    if isinstance(share, int) and share > len(training):
+        raise UserError(
+            f"federation.clients_per_round={share} but only {len(training)} clients have room for the model: ask for fewer"
+        )
+    return replace(schedule, training=training, there=fleet.there)
+
+
+#: What is drawn from a distribution, each with its own stream of numbers; a trace may name these and the two below.
+DRAWN = ("speed", "download", "upload", "memory")
+
+
+CHANCES = ("available", "dropout")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What one client runs on: operations and bytes a second, bytes of memory, and two probabilities."""
+
+    speed: float
+    download: float
+    upload: float
+    memory: float
+    available: float
+    dropout: float
+
+    def seconds(self, flops: int, down: int, up: int) -> float:
+        return down / self.download + flops / self.speed + up / self.upload
+
+
+class Fleet:
+    """All clients' devices, as a `Pace` (virtual_time.py): how long work takes, who is lost; and who is there, who has room.
+
+    Args:
+        clients: in their fixed order.
+    """
+
+    def __init__(self, config: DevicesConfig, clients: Sequence[str], seed: int) -> None:
+        self.deadline = config.deadline
+        self.clients = tuple(clients)
+        self._seed = seed
+        traced = read_trace(Path(config.trace), self.clients) if config.trace else {}
+        self.devices = {c: _drawn(config, c, seed, traced.get(c, {})) for c in self.clients}
+        self._available = np.array([self.devices[c].available for c in self.clients])
+
+    def seconds(self, client: str, cost: Cost, down: int, up: int) -> float:
+        """Of a piece of work, from when it is sent to when its update arrives."""
+        return self.devices[client].seconds(cost.train_flops, down, up)
+
+    def there(self, round: int, attempt: int = 0) -> frozenset[str]:
+        """Who can be reached as a round begins; where those are too few, at the server's next attempt to begin it."""
+        numbers = numpy_generator(self._seed, "available", round, _numbered("", attempt)).random(len(self.clients))
+        return frozenset(c for c, u, p in zip(self.clients, numbers, self._available, strict=True) if u < p)
+
+    def vanishes(self, client: str, round: int, attempt: int = 0) -> bool:
+        """Whether this client is lost in the middle of this round's work, the first time or when it is asked again."""
+        chance, key = self.devices[client].dropout, _numbered(client, attempt)
+        return chance > 0 and float(numpy_generator(self._seed, "vanishing", round, key).random()) < chance
+
+    def comes_back(self, client: str) -> bool:
+        """Whether this client's work can ever arrive."""
+        return self.devices[client].available > 0 and self.devices[client].dropout < 1
+
+    def without_room(self, needed: int) -> tuple[str, ...]:
+        """The clients whose memory does not hold so many bytes."""
+        return tuple(c for c in self.clients if self.devices[c].memory < needed)
+
+    def ranks(self, highest: int) -> dict[str, int]:
+        """Each client's rank by its device's class: `highest` at the largest memory, halved as often as the memory is.
+
+        Where memory is not limited the class is the speed's. Clients without room get a rank too, and are not asked.
+        """
+        limited = all(math.isfinite(d.memory) for d in self.devices.values())
+        size = {c: d.memory if limited else d.speed for c, d in self.devices.items()}
+        largest = max(size.values())
+        return {c: max(1, highest >> max(0, round(math.log2(largest / own)))) for c, own in size.items()}
+
+
+def _numbered(client: str, attempt: int) -> str:
+    return f"{client}/{attempt}" if attempt else client
+
+
+def _drawn(config: DevicesConfig, client: str, seed: int, said: Mapping[str, float]) -> Device:
+    numbers = numpy_generator(seed, "device", 0, client).standard_normal(len(DRAWN))
+    values = {}
+    for name, z in zip(DRAWN, numbers, strict=True):
+        spread: Spread | None = getattr(config, name)
+        values[name] = spread.median * math.exp(spread.spread * float(z)) if spread else math.inf
+    return Device(**{**values, "available": config.available, "dropout": config.dropout, **said})
+
+
+def read_trace(path: Path, clients: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Client → what the file says of its device. Raises UserError for what cannot be meant."""
+    known, found = frozenset(clients), {}
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file, restkey="(a cell too many)"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"devices.trace={path} cannot be read ({type(error).__name__}): name a .csv file") from None
+    columns = dict.fromkeys(c for row in rows for c in row)
+    strange = columns.keys() - {"client", *DRAWN, *CHANCES}
+    if "client" not in columns or strange:
+        raise UserError(
+            f"devices.trace={path} has the columns {', '.join(map(str, columns)) or 'of no row'}: it takes client and "
+            f"any of {', '.join((*DRAWN, *CHANCES))}"
+        )
+    for row in rows:
+        client = row["client"]
+        if client not in known or client in found:
+            what = "twice" if client in found else "which is no client of this split"
+            raise UserError(f"devices.trace={path} names {client!r}, {what}: mend that line")
+        found[client] = {k: _value(path, client, k, v) for k, v in row.items() if k != "client" and v}
+    return found
+
+
+def _value(path: Path, client: str, key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    fits, wanted = (0 <= value <= 1, "from 0 to 1") if key in CHANCES else (0 < value < math.inf, "above 0")
+    if not fits:
+        raise UserError(f"devices.trace={path} has {key}={text!r} for {client}: it takes a number {wanted}")
+    return value

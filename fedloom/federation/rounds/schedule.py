@@ -1,0 +1,156 @@
+"""When clients train and when they are measured (`Schedule`), and how far a run has come (`Progress`).
+
+Both are plain data with a little arithmetic: they do not send, train or measure anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedloom.algorithms.base import Algorithm
+from fedloom.common.errors import RunFailed, UserError
+from fedloom.common.randomness import numpy_generator, secret_uniform
+from fedloom.data.corpus import Partition
+from fedloom.data.federated import measured_clients
+from fedloom.recipe.privacy import PrivacyConfig
+from fedloom.recipe.recipe import FederationConfig, Recipe
+
+
+def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
+    """Who trains when, and who is measured. Under a pooled baseline one client takes everybody's steps."""
+    federation = recipe.federation
+    training = clients.training_clients
+    schedule = Schedule(
+        training, clients.testing_clients, federation, recipe.train.steps, recipe.evaluation.every, recipe.seed,
+        measured=measured_clients(recipe, clients),
+    )  # fmt: skip
+    if schedule.sampled() > len(training):
+        raise UserError(
+            f"federation.clients_per_round={federation.clients_per_round} but only {len(training)} clients hold training "
+            "data: ask for fewer, or split among more (split.num_clients)"
+        )
+    counted, unit = schedule.sampled(), "clients"
+    if algorithm.properties.asynchronous:
+        counted, unit = algorithm.buffer(schedule.sampled()), "updates"
+        if counted > schedule.sampled():
+            raise UserError(
+                f"algorithm.buffer={counted} but only {schedule.sampled()} clients are in flight: lower it, or raise "
+                "federation.clients_per_round"
+            )
+    if federation.min_clients > counted:
+        raise UserError(
+            f"federation.min_clients={federation.min_clients} but a round has {counted} {unit}: "
+            "no round could succeed, lower it"
+        )
+    if recipe.privacy is not None:
+        return _private_schedule(schedule, recipe.privacy)
+    if not algorithm.properties.pooled:
+        return schedule
+    alone = federation.model_copy(update={"clients_per_round": None, "min_clients": 1})
+    steps = recipe.train.steps * schedule.sampled() if recipe.train.steps else None
+    return replace(schedule, training=clients.pooled().training_clients, federation=alone, steps=steps)
+
+
+def _private_schedule(schedule: Schedule, privacy: PrivacyConfig) -> Schedule:
+    """Sampling as the accountant counts it: independently, where a trusted server hides who was sampled.
+
+    A round without any client is a round, of noise alone: ending the run there would tell who was not in it.
+    """
+    schedule = replace(schedule, secret=not privacy.seeded)
+    if privacy.where == "client" or schedule.sampled() == len(schedule.training):
+        return schedule
+    federation = schedule.federation
+    if federation.min_clients > 1:
+        raise UserError(
+            f"federation.min_clients={federation.min_clients} cannot be had with privacy and clients_per_round="
+            f"{federation.clients_per_round}: each client is sampled independently, so a round may have fewer; leave it out"
+        )
+    return replace(schedule, independent=True, federation=federation.model_copy(update={"min_clients": 0}))
+
+
+#: How often a simulated server looks whether clients are there, or asks those again that vanished, before it gives up.
+ATTEMPTS = 1000
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When and with whom.
+
+    Attributes:
+        training: clients that can be sampled, in order.
+        testing: clients that hold test data, in order.
+        steps: optimiser steps of an assignment, None where clients count epochs.
+        every: evaluate after every k rounds; 0 only before and after.
+        independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
+            sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
+        secret: the sample comes from the operating system's entropy and not from the seed.
+        there: (round, attempt) → the clients that can be reached as it begins, or when the server looks again; None where
+            all always can.
+        measured: those of `testing` that evaluations measure, in order; None is all of them.
+    """
+
+    training: tuple[str, ...]
+    testing: tuple[str, ...]
+    federation: FederationConfig
+    steps: int | None
+    every: int
+    seed: int
+    independent: bool = False
+    secret: bool = False
+    measured: tuple[str, ...] | None = None
+    there: Callable[[int, int], frozenset[str]] | None = None
+
+    @property
+    def measuring(self) -> tuple[str, ...]:
+        """The clients of an evaluation."""
+        return self.testing if self.measured is None else self.measured
+
+    def sampled(self) -> int:
+        """Clients in a round, on average where they are sampled independently."""
+        return self.federation.sampled(len(self.training))
+
+    def sample(self, round: int) -> tuple[str, ...]:
+        """The clients of one round, in their fixed order."""
+        count, pool = self.sampled(), self._reachable(round, self.federation.min_clients)
+        if count >= len(pool):
+            return pool
+        if self.independent:
+            numbers = self._numbers(round)
+            return tuple(c for c, u in zip(self.training, numbers, strict=True) if u <= count / len(self.training))
+        rng = numpy_generator(self.seed, "sample", round)
+        return tuple(pool[i] for i in sorted(rng.choice(len(pool), count, replace=False)))
+
+    def queue(self, round: int, fewest: int = 0) -> tuple[str, ...]:
+        """All clients that can be sampled, `fewest` at least, in the order in which an asynchronous round asks them."""
+        pool = self._reachable(round, fewest)
+        order = numpy_generator(self.seed, "sample", round).permutation(len(pool))
+        return tuple(pool[i] for i in order)
+
+    def _reachable(self, round: int, fewest: int) -> tuple[str, ...]:
+        """Who is there; where those are fewer than `fewest`, the server looks again, ATTEMPTS times. Raises RunFailed."""
+        if self.there is None:
+            return self.training
+        for attempt in range(ATTEMPTS):
+            there = self.there(round, attempt)
+            found = tuple(client for client in self.training if client in there)
+            if len(found) >= fewest:
+                return found
+        raise RunFailed(
+            f"{ATTEMPTS} times in a row fewer than {fewest} of {len(self.training)} clients were there for round {round}: "
+            "raise devices.available, or lower federation.min_clients"
+        )
+
+    def _numbers(self, round: int) -> np.ndarray:
+        """One for each client, uniform in (0, 1]."""
+        if self.secret:
+            return secret_uniform(len(self.training))
+        return 1.0 - numpy_generator(self.seed, "sample", round).random(len(self.training))
+
+    def evaluates(self, finished: int) -> bool:
+        """Whether an evaluation belongs after `finished` rounds."""
+        if finished in (0, self.federation.rounds):
+            return True
+        return self.every > 0 and finished % self.every == 0

@@ -1,0 +1,178 @@
+"""The nouns: what moves through fedloom, from an example to an update. Data only, no behaviour beyond checking itself.
+
+This file does not know any model, algorithm or runtime; everything else may import it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from fedloom.messages import limits
+
+JSON = str | bool | int | float | None | list["JSON"] | dict[str, "JSON"]
+
+
+@dataclass
+class Payload:
+    """What a message carries: named tensors and a small JSON dict.
+
+    Attributes:
+        tensors: name → tensor of any shape and dtype that safetensors knows.
+        meta: strings, booleans, integers and finite floats, nested in lists and dicts; 16 KB at most as JSON.
+        coding: what operators made of it (messages/operators/chain.py): the chain, the table of names, each
+        operator's notes.
+            `tensors` are flat parts then, and mean nothing until they are decoded. None for a plain payload.
+    """
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+    coding: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        check_metadata(self.meta)
+
+
+def check_metadata(meta: Mapping[str, Any]) -> None:
+    """Raise ValueError unless `meta` is JSON of at most 16 KB with finite numbers only."""
+
+    def walk(value: Any, where: str, depth: int = 0) -> None:
+        if depth > limits.METADATA_DEPTH:
+            raise ValueError(f"payload metadata nests deeper than {limits.METADATA_DEPTH} levels")
+        if isinstance(value, bool | int | str) or value is None:
+            return
+        if isinstance(value, float):
+            if not math.isfinite(value):
+                raise ValueError(f"payload metadata {where} is {value}; only finite numbers travel")
+            return
+        if isinstance(value, list | tuple):
+            for i, item in enumerate(value):
+                walk(item, f"{where}[{i}]", depth + 1)
+            return
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                if not isinstance(key, str):
+                    raise ValueError(f"payload metadata {where} has the key {key!r}; keys are strings")
+                walk(item, f"{where}.{key}", depth + 1)
+            return
+        raise ValueError(f"payload metadata {where} is a {type(value).__name__}; tensors go into Payload.tensors")
+
+    walk(meta, "meta")
+    size = len(json.dumps(meta))
+    if size > limits.METADATA_BYTES:
+        raise ValueError(f"payload metadata has {size} bytes; at most {limits.METADATA_BYTES} travel")
+
+
+#: What a client is asked to do. `train` and `evaluate` as named; `save` writes the client's own adapter to its folder.
+Kind = Literal["train", "evaluate", "save"]
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Server → client: one piece of work.
+
+    Attributes:
+        kind: train, evaluate or save.
+        client: whom it is for.
+        round: 1 for the first round; under `evaluate`, the number of rounds finished. A client starts from the newest
+            state of its own that is older than this round (older or equal under `evaluate` and `save`). It is also the
+            version of the model that training starts from: the one after round − 1 rounds. The outcome says it again.
+        rounds: how many rounds the run has.
+        payload: what the algorithm sends.
+        steps: optimiser steps to take, or None where the client counts epochs.
+        dataset: under `evaluate`, which data: the client's own ``test`` or ``validation``, or ``pooled``, all clients'
+            test data together, which only a simulator has.
+        score: under `evaluate`, whether questions are answered and scored besides the loss.
+        recipe: the resolved recipe; present in the first assignment that a client gets in a run.
+    """
+
+    kind: Kind
+    client: str
+    round: int
+    rounds: int
+    payload: Payload
+    steps: int | None = None
+    dataset: Literal["test", "validation", "pooled"] = "test"
+    score: bool = True
+    recipe: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a piece of work took. Bytes are those of encoded messages, counted by the runtime; the rest is measured.
+
+    Attributes:
+        upload_bytes: client → server.
+        download_bytes: server → client.
+        broadcast_bytes: those of `download_bytes` that were first messages to a client, which carry the recipe and the
+            initial broadcast. The server counts them.
+        train_tokens: tokens that went through forward and backward.
+        train_flops: floating-point operations of training (evaluation/cost.py has the closed form).
+        steps: optimiser steps.
+        wall_seconds, cpu_seconds: of the work itself.
+        gpu_seconds: how long it held CUDA devices, added up over them; 0 on a CPU.
+    """
+
+    upload_bytes: int = 0
+    download_bytes: int = 0
+    broadcast_bytes: int = 0
+    train_tokens: int = 0
+    train_flops: int = 0
+    steps: int = 0
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    gpu_seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(**{name: getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__})
+
+
+@dataclass(frozen=True)
+class Update:
+    """Client → server: the result of one assignment.
+
+    Attributes:
+        num_examples: the client's training examples, FedAvg's weight.
+        num_tokens: supervised tokens among them, the weight by choice.
+        metrics: sums and means as plain numbers; under `evaluate` sums only (loss_sum, tokens, right, questions).
+    """
+
+    client: str
+    round: int
+    payload: Payload
+    num_examples: int = 0
+    num_tokens: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    cost: Cost = Cost()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A client that raised, vanished, was late or sent what cannot be used: a value, never an exception.
+
+    Attributes:
+        reason: a short code, such as ``non_finite``, ``bad_payload``, ``out_of_memory``.
+        detail: a sentence for the log, without any of the client's data.
+    """
+
+    client: str
+    round: int
+    reason: str
+    detail: str
+    cost: Cost = Cost()
+
+
+#: Reasons of a `Failure` after which the client's process knows nothing of the run: it is told everything again.
+STARTED_ANEW = frozenset({"lost", "crashed", "late", "absent"})
+
+
+#: The reason of a client whose simulated device was lost: it was sent nothing.
+VANISHED = frozenset({"vanished"})
+
+
+Outcome = Update | Failure

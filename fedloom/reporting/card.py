@@ -1,0 +1,273 @@
+"""A result's model card: the README.md that a hub shows, beside the run's adapter and in every export.
+
+All of it is read from the recipe, the summary and what corpora and carriers declare. A card is made to be published: no
+path of this machine and no client's name stands in it, but for that of the client whose own result it is. What is
+not known is said to be unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from fedloom.common import pypi as carriers
+from fedloom.common import registry
+from fedloom.common.files import folder_name, write_bytes
+from fedloom.common.version import __version__
+from fedloom.data.corpus import SITES
+from fedloom.data.hub import HubRef
+from fedloom.data.source import Source
+from fedloom.federation.record.run_folder import RunFolder
+from fedloom.models.loading import BUILTIN, RANDOM
+from fedloom.recipe.recipe import Recipe
+from fedloom.reporting import formats
+from fedloom.reporting.usage import usage
+
+FILE = "README.md"
+
+
+#: Sections of a recipe that say how a model came about; the others say where and how it was watched.
+SECTIONS = (
+    "model", "data", "split", "adapter", "algorithm", "train", "federation", "operators", "privacy", "devices", "hooks",
+    "seed",
+)  # fmt: skip
+
+
+def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> None:
+    """Write the card of the result that lies in `folder`, over any that is there.
+
+    Args:
+        summary: what summary.json holds; None where the run has none yet, and the card then no numbers.
+        client: whose own result it is; None where it serves all.
+    """
+    write_bytes(folder / FILE, card(folder, recipe, summary, client).encode())
+
+
+def write_cards(run: RunFolder, recipe: Recipe, summary: Mapping[str, Any], clients: Iterable[str]) -> None:
+    """The cards of a run's own results, as far as they lie in its folder: the one for all, or each client's."""
+    if (run / "adapter").is_dir():
+        write_card(run / "adapter", recipe, summary)
+    for client in clients:
+        own = run / "adapters" / folder_name(client)
+        if own.is_dir():
+            write_card(own, recipe, summary, client)
+
+
+def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> str:
+    """The text of the card; the files in `folder` say which form the result has."""
+    base, corpus = _Base.of(recipe), None if _elsewhere(summary) else _corpus(recipe)
+    adapter = (folder / "adapter_config.json").is_file()
+    form = "gguf" if list(folder.glob("*.gguf")) else "peft" if adapter else "merged"
+    title = (recipe.name or "A run") + (f", {client}'s own" if client else "")
+    what = {
+        "peft": f"An adapter ({recipe.adapter.method}) for {base.shown}",
+        "merged": f"{base.shown}, fine-tuned",
+        "gguf": f"{base.shown}, fine-tuned, for llama.cpp",
+    }[form]
+    parts = [
+        _front(base, corpus, recipe, form),
+        f"# {title}",
+        f"{what}. Made with fedloom {__version__}, federated fine-tuning of language models."
+        + (f" The recipe: {recipe.description.rstrip('.')}." if recipe.description else ""),
+        "## Data\n\n" + _data(corpus, recipe, summary),
+        "## Training\n\n" + "".join(f"- {line}\n" for line in _training(recipe, summary)).rstrip(),
+        "## Numbers\n\n" + _numbers(summary, client),
+        "## Privacy\n\n" + _privacy((summary or {}).get("privacy")),
+        "## Use\n\n" + usage(folder, form, base.hub, recipe),
+        "## Licence\n\n"
+        f"Of the base model: {base.license or 'unknown to fedloom, see its own card'}. Of the data: "
+        f"{_license(corpus, recipe, summary)}. Both are given as their publishers state them. What may be done with this "
+        "result follows from both.",
+        "## Limits\n\n" + "".join(f"- {line}\n" for line in _limits(base, recipe, summary)).rstrip(),
+        "## Recipe\n\nWhat differs from fedloom's defaults; `fedloom run` takes it as a file.\n\n```yaml\n"
+        + settings(recipe)
+        + "```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+class _Base:
+    """The base model as a reader can find it."""
+
+    def __init__(self, hub: str | None, shown: str, license: str = "", note: str = "") -> None:
+        self.hub, self.shown, self.license, self.note = hub, shown, license, note
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> _Base:
+        name = recipe.model.name
+        if name in BUILTIN:
+            carrier = carriers.named(BUILTIN[name][0])
+            return cls(carrier.upstream, carrier.upstream, carrier.license, carrier.altered)
+        if name == RANDOM:
+            return cls(None, f"`{name}`", note="The base has random weights: it is for trying things out.")
+        if Path(name).expanduser().is_dir() or HubRef.parse(name) is None:
+            return cls(None, f"`{PurePath(name).name}` (a model of the maker's own)")
+        return cls(name, name)
+
+
+def _elsewhere(summary: Mapping[str, Any] | None) -> bool:
+    """Whether the data were the sites' own, whatever corpus the recipe names."""
+    return summary is not None and summary["corpus_source"] == SITES
+
+
+def _corpus(recipe: Recipe) -> Source | None:
+    """The declared corpus; None for data of the maker's own."""
+    return registry.corpora.get(recipe.data.corpus) if recipe.data.corpus else None
+
+
+def _hub_of_data(corpus: Source | None, recipe: Recipe) -> str | None:
+    """The hub id of the data set, where it has one."""
+    if corpus is not None:
+        return corpus.hub.id if corpus.hub else None
+    path = recipe.data.path or ""
+    found = None if Path(path).expanduser().exists() else HubRef.parse(path)
+    return found.id if found else None
+
+
+def _front(base: _Base, corpus: Source | None, recipe: Recipe, form: str) -> str:
+    """What a hub reads: https://huggingface.co/docs/hub/model-cards."""
+    data = _hub_of_data(corpus, recipe)
+    values: dict[str, Any] = {
+        "base_model": base.hub,
+        "base_model_relation": ("adapter" if form == "peft" else "finetune") if base.hub else None,
+        "library_name": {"peft": "peft", "merged": "transformers"}.get(form),
+        "pipeline_tag": "text-generation",
+        "license": base.license.lower() or None,
+        "language": [corpus.language] if corpus and corpus.language else None,
+        "datasets": [data] if data else None,
+        "tags": ["fedloom", "federated-learning", recipe.algorithm.name, recipe.adapter.method]
+        + (["gguf"] if form == "gguf" else []),
+    }
+    text = yaml.safe_dump({k: v for k, v in values.items() if v is not None}, sort_keys=False, allow_unicode=True)
+    return f"---\n{text}---"
+
+
+def _license(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] | None) -> str:
+    if summary is not None:
+        return str(summary["corpus_license"])
+    return recipe.data.license or (corpus.license if corpus else "unknown")
+
+
+def _data(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] | None) -> str:
+    if _elsewhere(summary):
+        text = "The sites' own, which nobody else has seen."
+    elif corpus is not None:
+        text = f"`{corpus.name}`: {corpus.title}, {corpus.homepage}."
+    elif hub := _hub_of_data(None, recipe):
+        text = f"`{hub}` on the Hugging Face hub."
+    else:
+        text = "Data of the maker's own."
+    text += f" Licence: {_license(corpus, recipe, summary)}."
+    if summary is not None:
+        data = summary["data"]
+        text += (
+            f" {data['train']:,} examples to train on, {data['test']:,} held out, of {summary['clients']:,} clients "
+            f"(split: {recipe.split.splitter or 'their own'})."
+        )
+    return text
+
+
+def _training(recipe: Recipe, summary: Mapping[str, Any] | None) -> Iterator[str]:
+    adapter, train = recipe.adapter, recipe.train
+    where = "between sites" if _elsewhere(summary) else "simulated where all the data lie"
+    yield f"algorithm: {recipe.algorithm.name}, {where}"
+    size = f", {summary['adapter']['parameters']:,} trained numbers" if summary else ""
+    rank = f", rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.method in {"lora", "adalora"} else ""
+    yield f"method: {adapter.method}{rank}{size}"
+    rounds = summary["rounds"] if summary else recipe.federation.rounds
+    each = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
+    yield f"{rounds} rounds; a client takes {each} of {train.batch_size} examples in each that it is in"
+    yield f"{train.optimizer}, learning rate {train.lr:g}, {train.objective}"
+    if summary:
+        cost = summary["cost"]
+        yield f"{cost['train_tokens']:,} tokens, {cost['steps']:,} optimiser steps of all clients together"
+        if summary["failures"]:
+            yield f"{summary['failures']:,} failures of clients, whose rounds went on without them"
+
+
+def _numbers(summary: Mapping[str, Any] | None, client: str | None) -> str:
+    if summary is None:
+        return "None: the run had no summary when this was written."
+    rows = list(_measured(summary, client))
+    if not rows:
+        return "None: nothing was held out."
+    head = "| on held-out data | before | after |\n|---|---|---|\n"
+    text = head + "".join(
+        f"| {what} | {formats.text(pair['before'], kind)} | {formats.text(pair['after'], kind)} |\n"
+        for what, kind, pair in rows
+    )
+    return text + "\nA loss is a mean over tokens, in nats. The worst client is the one that the result serves least."
+
+
+def _measured(summary: Mapping[str, Any], client: str | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    score, loss = summary["score"], summary["loss"]
+    own = summary["per_client"].get(client) if client else None
+    asked = f"right answers, {score['suite']}"
+    if client:
+        if own and own["loss"]["after"] is not None:
+            yield "loss, on this client's data", "loss", own["loss"]
+        if own and own["score"]["after"] is not None:
+            yield f"{asked}, on this client's questions", "percent", own["score"]
+        return
+    if loss["after"] is not None:
+        yield "loss", "loss", loss
+    if loss["worst_client"] is not None:
+        yield "loss, worst client", "loss", loss["worst_client"]
+    if score["after"] is not None:
+        yield f"{asked}, {score['questions']:,} questions", "percent", score
+    if score["worst_client"] is not None:
+        yield f"{asked}, worst client", "percent", score["worst_client"]
+
+
+def _privacy(spent: Mapping[str, Any] | None) -> str:
+    if spent is None or spent["epsilon"] is None:
+        return (
+            "No differential privacy: what stands in the clients' data may be found again in a model by those who look for "
+            "it."
+        )
+    text = (
+        f"Client-level differential privacy: ε = {spent['epsilon']:.3g} at δ = {spent['delta']:.3g}, noise multiplier "
+        f"{spent['noise']:.3g} added at the {spent['where']}, clip {spent['clip']:.3g}."
+    )
+    return text + (
+        " The noise follows from the recipe's seed: who knows it can take it away." if spent["seeded"] else ""
+    )
+
+
+def _limits(base: _Base, recipe: Recipe, summary: Mapping[str, Any] | None) -> Iterator[str]:
+    yield "Measured on data like that of training alone, by the numbers above. Nobody has looked for bias or harm."
+    if base.note:
+        yield base.note
+    if recipe.model.quantization:
+        yield f"Trained on the base in {recipe.model.quantization}; on other weights of it the numbers differ."
+    cut = (summary or {}).get("data", {}).get("truncated")
+    if cut:
+        yield f"{cut:,} examples were cut at {recipe.data.max_length} tokens."
+
+
+def settings(recipe: Recipe) -> str:
+    """The recipe without what is as by default, as YAML; of paths the last part."""
+    given, default = recipe.resolved(), Recipe().resolved()
+    kept = {k: _difference(given[k], default[k]) for k in SECTIONS if given[k] != default[k]}
+    named = {"name": recipe.name} if recipe.name else {}
+    return yaml.safe_dump(_without_paths({**named, **kept}), sort_keys=False, allow_unicode=True)
+
+
+def _difference(given: Any, default: Any) -> Any:
+    if not isinstance(given, Mapping) or not isinstance(default, Mapping):
+        return given
+    named = {k: given[k] for k in ("name", "corpus", "steps") if given.get(k) is not None}  # others depend on these
+    return {**named, **{k: _difference(v, default.get(k)) for k, v in given.items() if v != default.get(k)}}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _without_paths(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(v) for v in value]
+    if isinstance(value, str) and value.startswith(("/", "~", "./", "../")):
+        return PurePath(value).name
+    return value

@@ -1,0 +1,108 @@
+"""Numbers as a reader wants them: 48.2 MB, 3 min 12 s, 62.5 %. None, or a value that is not there, is a dash.
+
+Units are joined by no-break spaces. `data` keeps the exact value beside the rounded one, as HTML's
+<data value="…">. This file does not know what a number means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from markupsafe import Markup
+
+DASH = "–"
+
+
+GAP = "\u00a0"
+
+
+BYTES = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+def loss(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}{GAP}%"
+
+
+def points(value: float) -> str:
+    """A difference of two shares, in percentage points, signed."""
+    return f"{100 * value:+.1f}{GAP}points".replace("-", "−")
+
+
+def change(value: float) -> str:
+    """A difference of two losses, signed."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units."""
+    return _scaled(value, BYTES)
+
+
+def short(value: float) -> str:
+    """A large number with its SI letter: 1.2 M."""
+    return _scaled(value, ("", "k", "M", "G", "T", "P", "E")).strip()
+
+
+def digits(value: float) -> str:
+    """Three significant digits: 6.57, 0.0123."""
+    return f"{value:.3g}"
+
+
+def duration(value: float) -> str:
+    """Seconds as at most two units."""
+    if value < 60:
+        return f"{value:.1f}{GAP}s"
+    minutes, seconds = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes}{GAP}min {seconds}{GAP}s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}{GAP}h {minutes}{GAP}min"
+
+
+def moment(value: Any) -> str:
+    """An ISO time as a person writes it, in UTC; anything else as it is."""
+    try:
+        when = datetime.fromisoformat(str(value))
+    except ValueError:
+        return str(value)
+    when = when.astimezone(UTC) if when.tzinfo else when
+    return f"{when.day} {when:%B %Y, %H:%M}" + (" UTC" if when.tzinfo else "")
+
+
+def _scaled(value: float, units: tuple[str, ...]) -> str:
+    step = 0
+    while step + 1 < len(units) and abs(value) >= 999.95:
+        value /= 1000
+        step += 1
+    return f"{value:.0f}{GAP}{units[0]}" if step == 0 else f"{value:.1f}{GAP}{units[step]}"
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    f.__name__: f for f in (loss, percent, points, change, count, size, short, digits, duration)
+}
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def text(value: Any, kind: str) -> str:
+    """`value` in the format named `kind`; a dash where it is no number."""
+    return FORMATS[kind](value) if is_number(value) else DASH
+
+
+def data(value: Any, kind: str) -> Markup:
+    """The same, with the exact value in a <data> element."""
+    if not is_number(value):
+        return Markup('<span class="none" title="not measured">–</span>')
+    return Markup('<data value="{}">{}</data>').format(value, FORMATS[kind](value))

@@ -1,0 +1,194 @@
+"""A run folder as the report sees it: whatever files are there, read once, and a sentence for each that is not.
+
+A finished run has a summary; from an interrupted one, the events say how far it came, and `headline` takes the numbers
+from there in the summary's shape. This file does not know how any of it is shown.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fedloom.common.errors import UserError
+from fedloom.common.yaml import load_yaml
+from fedloom.federation.record.events import read_events
+
+#: Files of a run folder → what is not shown without them.
+FILES = {
+    "recipe.yaml": "the recipe",
+    "events.jsonl": "the curves, the rounds and the failures",
+    "summary.json": "the whole cost, the data notes and the environment",
+    "split.json": "the split",
+    "answers.json": "answers before and after",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What was found.
+
+    Attributes:
+        recipe: the resolved recipe; `recipe_text` as it stands in the file.
+        events: in order, each finished round once.
+        summary, split, answers: the JSON files, empty where they are missing.
+        missing: file → why it could not be read.
+    """
+
+    path: Path
+    recipe: dict[str, Any]
+    recipe_text: str
+    events: list[dict[str, Any]]
+    summary: dict[str, Any]
+    split: dict[str, Any]
+    answers: dict[str, Any]
+    missing: dict[str, str]
+
+    def of(self, event: str) -> list[dict[str, Any]]:
+        """The events of one kind, in order."""
+        return [e for e in self.events if e["event"] == event]
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.summary)
+
+    @property
+    def rounds_done(self) -> int:
+        return max((e["round"] for e in self.of("round_finished")), default=0)
+
+    @cached_property
+    def headline(self) -> dict[str, Any]:
+        """summary.json, or what the events and the recipe say of it so far, in the same shape."""
+        return self.summary or self._so_far()
+
+    @property
+    def privacy(self) -> dict[str, Any]:
+        """What is promised; of an unfinished run what its recipe and last round say. Empty where nothing is."""
+        settings = self.recipe.get("privacy") or {}
+        rounds = self.of("round_finished")
+        spent = rounds[-1]["metrics"] if rounds and settings else {}
+        return {**settings, **spent, **(self.headline.get("privacy") or {})}
+
+    @property
+    def name(self) -> str:
+        return str(self.headline.get("name") or self.path.resolve().name)
+
+    @property
+    def client_names(self) -> list[str]:
+        """All clients, in the order that tables show: the split's, or that of the first evaluation."""
+        if self.split.get("clients"):
+            return [client["client"] for client in self.split["clients"]]
+        evaluations = self.of("evaluation")
+        return list(evaluations[0]["clients"]) if evaluations else []
+
+    def worst_client(self, key: str) -> str | None:
+        """The client whose `key` (loss or score) ended worst, as the summary or the last evaluation says."""
+        named = (self.headline.get(key) or {}).get("worst_client") or {}
+        return named.get("client")
+
+    def _so_far(self) -> dict[str, Any]:
+        started = (self.of("run_started") or [{}])[0]
+        updates = self.of("client_update")
+        evaluations = self.of("evaluation")
+        clients = started.get("clients")
+        recipe = self.recipe
+        return {
+            "name": started.get("name") or recipe.get("name"),
+            "description": recipe.get("description"),
+            "algorithm": started.get("algorithm") or recipe.get("algorithm", {}).get("name"),
+            "corpus": started.get("corpus") or recipe.get("data", {}).get("corpus"),
+            "model": started.get("model") or recipe.get("model", {}).get("name"),
+            "adapter": {"method": recipe.get("adapter", {}).get("method"), "parameters": started.get("parameters")},
+            "clients": len(clients) if isinstance(clients, list) else clients,
+            "rounds": started.get("rounds") or recipe.get("federation", {}).get("rounds"),
+            "seed": recipe.get("seed"),
+            "score": _before_after(evaluations, "score"),
+            "loss": _before_after(evaluations, "loss"),
+            "failures": len(self.of("client_failed")),
+            "skipped_steps": sum(e["skipped_steps"] for e in updates),
+            "cost": {
+                "upload_bytes": sum(e["upload_bytes"] for e in updates),
+                "download_bytes": sum(e["download_bytes"] for e in updates),
+                "steps": sum(e["steps"] for e in updates),
+                "wall_seconds": self.events[-1]["time"] - self.events[0]["time"] if self.events else None,
+            },
+            "per_client": _per_client(evaluations),
+        }
+
+
+def read_run(path: Path) -> RunFolder:
+    """The run folder at `path`. Raises UserError where there is none, or none of a run's files is in it."""
+    if not path.is_dir():
+        raise UserError(f"there is no run folder {path}: give a folder that `fedloom run` wrote, such as runs/NAME")
+    if not any((path / name).is_file() for name in ("recipe.yaml", "events.jsonl", "summary.json")):
+        raise UserError(
+            f"{path} is not a run folder: it has no recipe.yaml, events.jsonl or summary.json; "
+            "give a folder that `fedloom run` wrote, such as runs/NAME"
+        )
+    missing: dict[str, str] = {}
+    text = _read(path, "recipe.yaml", missing)
+    return RunFolder(
+        path=path,
+        recipe=_parsed(text, "recipe.yaml", missing),
+        recipe_text=text,
+        events=read_events(path / "events.jsonl") if _read(path, "events.jsonl", missing) else [],
+        summary=_parsed(_read(path, "summary.json", missing), "summary.json", missing),
+        split=_parsed(_read(path, "split.json", missing), "split.json", missing),
+        answers=_parsed(_read(path, "answers.json", missing), "answers.json", missing),
+        missing=missing,
+    )
+
+
+def _read(path: Path, name: str, missing: dict[str, str]) -> str:
+    file = path / name
+    if not file.is_file():
+        missing[name] = "is not there"
+        return ""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    if not text.strip():
+        missing[name] = "is empty"
+    return text
+
+
+def _parsed(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
+    """The mapping in `text`; an empty one, and a note, where it cannot be read."""
+    if not text.strip():
+        return {}
+    try:
+        value = load_yaml(text) if name.endswith(".yaml") else json.loads(text)
+    except (yaml.YAMLError, json.JSONDecodeError):
+        value = None
+    if isinstance(value, dict):
+        return value
+    missing[name] = "cannot be read"
+    return {}
+
+
+def _before_after(evaluations: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """First and last evaluation, for all and for the client that ended worst (highest loss, lowest score)."""
+    if not evaluations:
+        return {"before": None, "after": None, "worst_client": None}
+    first, last = evaluations[0], evaluations[-1]
+    ends = {c: v[key] for c, v in last["clients"].items() if v.get(key) is not None}
+    worst = None
+    if ends and last is not first:
+        client = (max if key == "loss" else min)(ends, key=lambda c: ends[c])
+        worst = {"client": client, "before": first["clients"].get(client, {}).get(key), "after": ends[client]}
+    after = last[key] if last is not first else None
+    return {"before": first[key], "after": after, "worst_client": worst, "questions": last["questions"]}
+
+
+def _per_client(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+    if not evaluations:
+        return {}
+    first, last = evaluations[0]["clients"], evaluations[-1]["clients"]
+
+    def pair(client: str, key: str) -> dict[str, Any]:
+        after = last.get(client, {}).get(key) if len(evaluations) > 1 else None
+        return {"before": first.get(client, {}).get(key), "after": after}
+
+    return {client: {"loss": pair(client, "loss"), "score": pair(client, "score")} for client in first}

@@ -1,0 +1,196 @@
+"""summary.json: what a run scored and what it cost, from what the coordinator counted. No measuring of its own."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fedloom.common import environment
+from fedloom.data.corpus import Partition
+from fedloom.data.federated import FederatedData
+from fedloom.federation.record.client_table import MANY, Clients, Tables
+from fedloom.federation.record.progress import Progress
+from fedloom.models.layout import Adapter
+from fedloom.recipe.recipe import Recipe
+
+
+def summarise(
+    recipe: Recipe,
+    data: FederatedData,
+    partition: Partition,
+    progress: Progress,
+    tables: Tables,
+    *,
+    adapter: Adapter,
+    adapter_sha256: str,
+    suite: str | None,
+    score_note: str,
+    privacy: Mapping[str, Any] | None,
+    left_server: Mapping[str, int] | None,
+    reference: Mapping[str, Any] | None,
+    spent: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The summary as JSON values; docs/run-folder.md explains each key.
+
+    Args:
+        partition: the clients of the recipe, before the `global` baseline pools them.
+        tables: where evaluations of many clients lie.
+        adapter_sha256: of the deployed tensors; of all personal ones together where clients end with their own.
+        score_note: why there is no score, or the empty string.
+        privacy: what the algorithm guarantees.
+        left_server: of an algorithm whose clients hold an emulator, what they were given of the model.
+        reference: the summary of the ordinary run beside it.
+        spent: `cost` as it was before the reference ran.
+    """
+    first, last = progress.evaluations[0], progress.evaluations[progress.finished]
+    before, after = tables.clients(0, first), tables.clients(progress.finished, last)
+    clients = {name: _client(name, partition, before, after) for name in partition.clients}
+    corpus = data.corpus
+    return {
+        "name": recipe.name,
+        "description": recipe.description,
+        "algorithm": recipe.algorithm.name,
+        "corpus": corpus.name,
+        "corpus_license": corpus.license,
+        "corpus_source": corpus.source,
+        "model": recipe.model.name,
+        "base": {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization},
+        "adapter": {"method": recipe.adapter.method, "parameters": adapter.layout.numel, "bytes": adapter.nbytes},
+        "score": {
+            "before": first["score"],
+            "after": last["score"],
+            "worst_client": _worst(clients, "score", worst=min),
+            "suite": suite,
+            "questions": last["questions"],
+            "note": score_note,
+        },
+        "loss": {
+            "before": first["loss"],
+            "after": last["loss"],
+            "worst_client": _worst(clients, "loss", worst=max),
+        },
+        "preference": _preference(first["preference"], last["preference"]),
+        "privacy": None if privacy is None else dict(privacy),
+        "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
+        "virtual": _virtual(progress),
+        "cost": dict(spent),
+        "clients": len(partition.clients),
+        "rounds": progress.finished,
+        "stopped": progress.stopped,
+        "seed": recipe.seed,
+        "failures": progress.failures,
+        "skipped_steps": progress.skipped_steps,
+        "data": _data(data, partition, recipe.data.max_length),
+        "per_client": _named(clients),
+        "adapter_sha256": adapter_sha256,
+        "versions": environment.versions(),
+        "environment": environment.describe(),
+        "git": environment.git_commit(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _data(data: FederatedData, partition: Partition, max_length: int) -> dict[str, Any]:
+    """What the run had of the corpus, and what was left out or cut."""
+    shards, sequences = partition.shards.values(), data.sequences
+    return {
+        "examples": len(data.corpus.examples),
+        "train": sum(len(s.train) for s in shards),
+        "validation": sum(len(s.validation) for s in shards),
+        "test": sum(len(s.test) for s in shards),
+        "dropped": {"empty_answer": 0, **data.corpus.dropped},
+        "truncated": sequences.truncated,
+        "truncated_tokens": sequences.truncated_tokens,
+        "max_length": max_length,
+    }
+
+
+def _offsite(
+    first: Mapping[str, Any], last: Mapping[str, Any], left: Mapping[str, int], reference: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The five numbers of offsite tuning, each with loss and score, and what left the server."""
+    tuned = None
+    if reference is not None:
+        tuned = {"loss": reference["loss"]["after"], "score": reference["score"]["after"]}
+    return {
+        "full_zero_shot": _pair(first),
+        "emulator_zero_shot": _pair(first["emulator"]),
+        "emulator_tuned": _pair(last["emulator"]),
+        "plug_in": _pair(last),
+        "full_tuned": tuned,
+        "note": "" if tuned else "the full model was not tuned: algorithm.reference=false, or the data are at sites",
+        "left_server": {
+            **left,
+            "share_of_parameters": left["parameters"] / left["parameters_of_model"],
+            "share_of_bytes": left["bytes"] / left["bytes_of_model"],
+        },
+    }
+
+
+def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of preference tuning: how often the preferred answer won, and the mean loss and margin of a pair."""
+    if first is None or last is None:
+        return None
+    both = {key: {"before": first[key], "after": last[key]} for key in ("accuracy", "loss", "margin")}
+    return {**both, "pairs": last["pairs"]}
+
+
+def _pair(measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {"loss": measured["loss"], "score": measured["score"]}
+
+
+def _virtual(progress: Progress) -> dict[str, Any] | None:
+    """Where time is made up: how long it took, and the loss over it."""
+    curve = [[e["virtual_seconds"], e["loss"]] for _, e in sorted(progress.evaluations.items())]
+    seconds = curve[-1][0]
+    return None if seconds is None else {"seconds": seconds, "loss": curve}
+
+
+def cost(progress: Progress) -> dict[str, Any]:
+    """All messages and work of the run until now; the part that evaluation took stands beside it."""
+    total, evaluation = asdict(progress.cost), progress.evaluation_cost
+    wall, cpu = progress.elapsed()
+    return {
+        **total,
+        "evaluation_upload_bytes": evaluation.upload_bytes,
+        "evaluation_download_bytes": evaluation.download_bytes,
+        "evaluation_broadcast_bytes": evaluation.broadcast_bytes,
+        "evaluation_seconds": round(evaluation.wall_seconds, 3),
+        "wall_seconds": round(wall, 3),
+        "cpu_seconds": round(cpu, 3),
+        "client_cpu_seconds": round(progress.cost.cpu_seconds, 3),
+        "gpu_seconds": round(progress.cost.gpu_seconds, 3),
+        "peak_memory_bytes": environment.peak_memory_bytes(),
+        "gpu_utilisation": environment.gpu_utilisation(),
+    }
+
+
+def _named(clients: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """All clients; of more than a summary names, those that end with the highest loss, in the partition's order."""
+    if len(clients) <= MANY:
+        return clients
+    losses = {name: c["loss"]["after"] for name, c in clients.items() if c["loss"]["after"] is not None}
+    kept = set(sorted(losses, key=lambda name: -losses[name])[:MANY])
+    return {name: c for name, c in clients.items() if name in kept}
+
+
+def _client(name: str, partition: Partition, first: Clients, last: Clients) -> dict[str, Any]:
+    shard = partition.shards[name]
+    before, after = first.get(name, {}), last.get(name, {})
+    return {
+        "train": len(shard.train),
+        "test": len(shard.test),
+        "loss": {"before": before.get("loss"), "after": after.get("loss")},
+        "score": {"before": before.get("score"), "after": after.get("score")},
+    }
+
+
+def _worst(clients: Mapping[str, Mapping[str, Any]], what: str, *, worst: Any) -> dict[str, Any] | None:
+    """The client that the result serves least, by its value after training."""
+    known = {name: c[what] for name, c in clients.items() if c[what]["after"] is not None}
+    if not known:
+        return None
+    name = worst(known, key=lambda n: known[n]["after"])
+    return {"client": name, **known[name]}

@@ -1,0 +1,84 @@
+"""A simulator's clients in a trainer of several ranks: `Client` as the simulator knows it, and the same processes for all.
+
+The trainer (main.py) is started with the first piece of work, and again after it died; it has the data and a
+base of its own, so this process keeps the server's. A rank that was killed, or ran out of memory, is that client's
+failure; an error of the trainer's own is an error here. This file does not know what a client does.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedloom.common.errors import UserError
+from fedloom.messages import wire
+from fedloom.messages.types import Assignment, Failure, Outcome
+from fedloom.recipe.recipe import Recipe
+from fedloom.runtimes.ranks.worker import Worker, WorkerLost
+
+#: Between two processes of one machine, messages of any size that memory has room for.
+LIMIT = 1 << 40
+
+
+#: What of a trainer's log an error shows.
+LAST_LINES = 40
+
+
+class RankFailed(RuntimeError):
+    """A trainer ended by an error of its own; the end of its log is the message."""
+
+
+class Ranked:
+    """Does each piece of work in a trainer of `recipe.runtime.ranks` processes.
+
+    Args:
+        recipe: resolved.
+        folder: the run's folder; the trainer's output goes to `ranks.log` in it.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self._recipe = recipe
+        self._folder = folder
+        self._log = folder / "ranks.log"
+        self._worker: Worker | None = None
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        return self._worker.pids if self._worker else ()
+
+    def handle(self, assignment: Assignment) -> Outcome:
+        """What the trainer's first rank says came of it. Raises RankFailed for a programming error in the trainer."""
+        try:
+            if self._worker is None or not self._worker.alive:
+                self.close()
+                self._start()
+            assert self._worker is not None
+            _, body = self._worker.ask({"kind": "work"}, wire.encode_assignment(assignment))
+        except WorkerLost as lost:
+            if lost.error:
+                raise RankFailed(f"{lost}:\n{self._last_lines()}") from None
+            return Failure(assignment.client, assignment.round, "crashed", str(lost))
+        return wire.decode_outcome(body)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+            self._worker = None
+
+    def _start(self) -> None:
+        self._worker = self._started()
+        orders: dict[str, Any] = {"recipe": self._recipe.resolved(), "folder": str(self._folder.resolve())}
+        header, _ = self._worker.ask({"kind": "prepare"}, json.dumps(orders).encode())
+        if header["state"] != "done":
+            self.close()
+            raise UserError(str(header["detail"]))
+
+    def _started(self) -> Worker:
+        return Worker(
+            [sys.executable, "-m", "fedloom.runtimes.ranks.main"], self._log, LIMIT, self._recipe.runtime.ranks
+        )
+
+    def _last_lines(self) -> str:
+        return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:])

@@ -1,0 +1,83 @@
+"""What the command `fedloom serve` and the engine's job tell each other, and whose kit is whose."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedloom.common.errors import UserError
+from fedloom.common.files import locked, write_json
+from fedloom.common.yaml import load_yaml
+
+#: In a run's folder: what belongs to the federation and not to the run itself.
+FEDERATION = "federation"
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the command tells the job, as a file: the job is a process that the engine starts.
+
+    Attributes:
+        folder: where the files lie that the two exchange: `watch.jsonl`, `heard.json` and `outcome.json`.
+    """
+
+    recipe: dict[str, Any]
+    out: str
+    resume: bool
+    overwrite: bool
+    project: dict[str, Any]
+    folder: str
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.__dict__)
+
+    @classmethod
+    def read(cls, path: Path) -> Order:
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+
+#: The outcome of a job after which the next one goes on.
+AGAIN = -1
+
+
+class Lines:
+    """What a `Watch` is told, as lines of a file that another process reads."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+
+    def _write(self, kind: str, value: Any) -> None:
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({kind: value}) + "\n")
+
+    def say(self, text: str) -> None:
+        self._write("say", text)
+
+    def event(self, event: dict[str, Any]) -> None:
+        self._write("event", event)
+
+    def tick(self, what: str, round: int, done: int, total: int) -> None:
+        self._write("tick", [what, round, done, total])
+
+
+def kit_file(kit: Path, role: str) -> dict[str, Any]:
+    """What a kit says of itself. Raises UserError where it is none, or another party's."""
+    try:
+        values = load_yaml((kit / "kit.yaml").read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{kit} is no kit: give a folder that `fedloom provision` made") from None
+    if values["role"] != role:
+        raise UserError(f"{kit} is the {values['role']}'s kit, and the {role}'s is needed here")
+    return dict(values)
+
+
+def hold(kit: Path, command: str) -> TextIO:
+    """The kit for this process alone, until what is returned is closed or the process ends. Raises UserError."""
+    lock = locked(kit / ".lock")
+    if lock is None:
+        raise UserError(f"another `fedloom {command}` uses {kit}: end that one first")
+    return lock

@@ -1,0 +1,85 @@
+"""Messages that wait to be fetched piece by piece: in memory while they are few and small, else in files without a name.
+
+A message is taken down when work is handed out, since the next round changes the tensors that it is made of. Until a
+site has it, it would stand beside them in memory, once for each site: an emulator of 2 GB twice, and 10 MB for a hundred
+sites a hundred times. This file does not know what a message says.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+from fedloom.messages.wire import Stream
+from fedloom.runtimes.sites.link import PIECE
+
+#: Bytes of all messages that wait in memory; what comes on top of that waits on disk.
+IN_MEMORY = 256 << 20
+
+
+class Outgoing:
+    """Takes messages down. `folder` is for those on disk; None is the system's own for temporary files."""
+
+    def __init__(self, folder: Path | None = None, most: int = IN_MEMORY) -> None:
+        self._folder = folder
+        self._most = most
+        self._held = 0
+        self._lock = threading.Lock()
+
+    def take(self, stream: Stream) -> Message:
+        """The message as it is now. Raises OSError where the disk is full."""
+        with self._lock:
+            in_memory = self._held + stream.total <= self._most
+            self._held += stream.total if in_memory else 0
+        if in_memory:
+            return Message(stream.joined(), done=self._let_go)
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:
+            for chunk in stream.chunks:
+                while chunk:
+                    chunk = chunk[file.write(chunk) :]
+            return Message(file=os.dup(file.fileno()), size=stream.total)
+
+    def _let_go(self, size: int) -> None:
+        with self._lock:
+            self._held -= size
+
+
+class Message:
+    """One of them; `len` is its size. Closed once nobody asks for it any more."""
+
+    def __init__(
+        self, data: bytes = b"", file: int | None = None, size: int = 0, done: Callable[[int], None] = lambda size: None
+    ) -> None:
+        self._data: bytes | None = data
+        self._file = file
+        self._size = len(data) if file is None else size
+        self._done = done
+
+    def __len__(self) -> int:
+        return self._size
+
+    def piece(self, offset: int) -> bytes:
+        """The bytes from `offset` on, at most `PIECE` of them."""
+        assert self._data is not None, "the message is closed"
+        if self._file is None:
+            return self._data[offset : offset + PIECE]
+        parts, end = [b""], min(offset + PIECE, self._size)
+        while offset < end:
+            parts.append(os.pread(self._file, end - offset, offset))
+            if not parts[-1]:
+                raise OSError("a message that waited on disk is shorter than it was")
+            offset += len(parts[-1])
+        return b"".join(parts)
+
+    def close(self) -> None:
+        if self._data is None:
+            return
+        self._data = None
+        if self._file is not None:
+            os.close(self._file)
+        self._done(self._size)

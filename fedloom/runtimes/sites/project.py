@@ -1,0 +1,135 @@
+"""Who takes part in a federation (the project file), and what a site says of itself (its own file, which stays there).
+
+Data only: runtimes/sites/flare/kits.py makes certificates and folders of a project, trainer.py makes a client of a
+site. Neither file holds a secret.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from fedloom.common.errors import UserError
+from fedloom.common.yaml import load_yaml
+from fedloom.recipe.sections import Section
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+
+
+HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
+
+
+#: In a kit: what the project says of it.
+KIT_FILE = "kit.yaml"
+
+
+class ServerConfig(Section):
+    host: str = Field("localhost", description="the name by which sites reach the server; it stands in its certificate")
+    port: int = Field(8002, ge=1, le=65535, description="the one port that sites connect to")
+    also: list[str] = Field(default_factory=list, description="other names and addresses of the server")
+
+    @field_validator("host")
+    @classmethod
+    def _is_host(cls, value: str) -> str:
+        if not HOST.fullmatch(value):
+            raise ValueError(f"server.host={value!r} is no host name")
+        return value
+
+
+class SiteEntry(Section):
+    name: str = Field(description="the site's name, which stands in its certificate")
+    client: str = Field("", description="the client that it plays in a recipe's split; its own name by default")
+
+    @field_validator("name")
+    @classmethod
+    def _is_name(cls, value: str) -> str:
+        if not NAME.fullmatch(value) or value in {"server", "admin"}:
+            raise ValueError(
+                f"sites: {value!r} cannot name a site: take letters, digits, - and _, and neither server nor admin"
+            )
+        return value
+
+
+class Project(Section):
+    """PROJECT.yaml."""
+
+    name: str = Field(description="the federation's name")
+    server: ServerConfig = Field(default_factory=ServerConfig, description="where the server is")
+    sites: list[SiteEntry] = Field(min_length=1, description="the sites; a bare string is a name")
+    admin: str = Field("admin@fedloom.org", description="whose certificate submits runs")
+    valid_days: int = Field(360, ge=1, le=3650, description="days for which the authority is valid")
+    revoked: list[str] = Field(default_factory=list, description="sites that the server no longer lets in")
+
+    @field_validator("sites", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return [{"name": v} if isinstance(v, str) else v for v in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _sound(self) -> Project:
+        if not NAME.fullmatch(self.name):
+            raise ValueError(f"name={self.name!r} cannot name a federation: take letters, digits, - and _")
+        named = [s.name for s in self.sites], [s.client or s.name for s in self.sites]
+        for what, names in zip(("name", "client"), named, strict=True):
+            twice = sorted({n for n in names if names.count(n) > 1})
+            if twice:
+                raise ValueError(f"sites: two sites have the same {what} {', '.join(twice)}")
+        unknown = sorted(set(self.revoked) - {s.name for s in self.sites})
+        if unknown:
+            raise ValueError(f"revoked: there is no site {', '.join(unknown)}")
+        return self
+
+    @property
+    def clients(self) -> dict[str, str]:
+        """Client → site, in the order of the file; without the revoked."""
+        return {s.client or s.name: s.name for s in self.sites if s.name not in self.revoked}
+
+    @classmethod
+    def load(cls, path: Path) -> Project:
+        """A project file. Raises UserError."""
+        project: Project = load_section(cls, path, "the project file")
+        return project
+
+
+class SiteConfig(Section):
+    """What a site says of itself: where its data lies and what its machine can bear. It never leaves the site."""
+
+    client: str = Field(description="the client that it is")
+    home: str = Field(description="the folder of its own state, tokens, results and audit log")
+    policy: str = Field(description="the file of its policy")
+    data: str = Field(description="a data file, a folder of them, or a shard that was dealt to it")
+    columns: dict[str, str] | None = Field(None, description="which column of its data plays which role")
+    model: str | None = Field(None, description="where the base model lies here, if not where the recipe says")
+    batch_size: int | None = Field(
+        None, ge=1, description="examples in one forward pass; a step keeps as many examples as the recipe says"
+    )
+    device: str | None = Field(None, description="cpu, cuda, cuda:0 …")
+    threads: int | None = Field(None, ge=1, description="CPU threads, shared out among ranks")
+    ranks: int | None = Field(
+        None, ge=1, le=64, description="processes that train together here, if not as many as the recipe says"
+    )
+    parallel: Literal["ddp", "fsdp"] | None = Field(None, description="how they do, if not as the recipe says")
+    keep_runs: int = Field(
+        5, ge=1, description="runs whose state and results stay here, the present one counted; older ones are deleted"
+    )
+
+
+def load_section(cls: type[Any], path: Path, what: str) -> Any:
+    """A YAML file as a section. Raises UserError with one sentence."""
+    try:
+        values = load_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}: {what} is expected there") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{what} {path}: {f'{where}: ' if where else ''}{message}") from None
