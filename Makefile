@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Idle threads sleep; see fedloom/common/environment.py, which sets what else there is.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart demo-distributed test test-slow test-faults test-gguf check bench docs wheel containers wheelhouse clean
+.PHONY: quickstart demo-distributed lint types test test-slow test-faults test-gguf check bench docs wheel containers wheelhouse clean
 
 quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
@@ -30,11 +30,14 @@ test-faults: $(VENV)/.dev  ## whatever can be killed, full, torn or foreign, and
 test-gguf: $(VENV)/.gguf  ## exported files in llama.cpp itself: the same tokens, the same answers; a minute
 	$(BIN)/python -m pytest -q -m gguf tests/llama_cpp
 
-check: $(VENV)/.dev  ## what a change must pass: format, lint, types, tests
+lint: $(VENV)/.dev  ## format and lint
 	$(BIN)/ruff format --check fedloom tests containers benchmarks
 	$(BIN)/ruff check fedloom tests containers benchmarks
+
+types: $(VENV)/.dev  ## mypy in strict mode
 	$(BIN)/mypy
-	$(MAKE) test
+
+check: lint types test  ## what a change must pass
 
 bench: $(VENV)/.dev  ## the short benchmarks (benchmarks/README.md), under ten minutes
 	$(BIN)/python benchmarks/overhead.py --pairs 0
