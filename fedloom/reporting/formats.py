@@ -60,7 +60,7 @@ def digits(value: float) -> str:
 
 def duration(value: float) -> str:
     """Seconds as at most two units."""
-    if value < 60:
+    if round(value, 1) < 60:
         return f"{value:.1f}{GAP}s"
     minutes, seconds = divmod(round(value), 60)
     if minutes < 60:
@@ -80,10 +80,10 @@ def moment(value: Any) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    step = 0
-    while step + 1 < len(units) and abs(value) >= 999.95:
+    step, most = 0, 999.5  # what would be rounded to 1000 gets the next unit; beyond the first there is one decimal
+    while step + 1 < len(units) and abs(value) >= most:
         value /= 1000
-        step += 1
+        step, most = step + 1, 999.95
     return f"{value:.0f}{GAP}{units[0]}" if step == 0 else f"{value:.1f}{GAP}{units[step]}"
 
 
