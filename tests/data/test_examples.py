@@ -185,7 +185,9 @@ def test_what_is_missing_is_a_sentence():
     with pytest.raises(UserError, match=r"all 1 rows of the file have an empty answer in the column 'answer'"):
         read([{"question": "a", "answer": ""}])
     assert read([{"question": "a", "answer": ""}], may_be_empty=True)[0].empty == 1
-    with pytest.raises(UserError, match=r"no column 'question' for the instruction; its columns are answer: .*instruction=NAME"):
+    with pytest.raises(
+        UserError, match=r"no column 'question' for the instruction; its columns are answer: .*instruction=NAME"
+    ):
         read([{"answer": "1"}])
     with pytest.raises(UserError, match=r"no column 'lang' to split by; its columns are question, answer"):
         read(good, by="lang")

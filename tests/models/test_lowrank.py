@@ -128,7 +128,13 @@ def test_leading_directions_of_a_matrix_wider_than_what_is_drawn():
 
 def test_modules_are_found_by_their_two_factors():
     stem = "base_model.model.layers.0.q_proj"
-    names = ["other.weight", f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", "head.lora_B.weight", "head.lora_A.weight"]
+    names = [
+        "other.weight",
+        f"{stem}.lora_A.weight",
+        f"{stem}.lora_B.weight",
+        "head.lora_B.weight",
+        "head.lora_A.weight",
+    ]
     assert pairs(names) == [
         Pair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", "layers.0.q_proj.weight"),
         Pair("head.lora_A.weight", "head.lora_B.weight", "head.weight"),

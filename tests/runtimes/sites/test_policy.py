@@ -171,7 +171,11 @@ def test_what_the_policy_allows_is_not_refused(policy):
         ({"operators": []}, {"operators": {"initial": [{"name": "bf16"}]}}, "does not allow bf16 (operators: none)"),
         ({"hooks": ["ema"]}, {}, "does not allow early_stopping (hooks: ema)"),
         ({"rounds": 9}, {}, "the recipe has 10 rounds and this site's policy allows 9 (rounds)"),
-        ({"largest_epsilon": 3.5}, {}, "the recipe has privacy.epsilon=4.0 and this site's policy asks for at most 3.5"),
+        (
+            {"largest_epsilon": 3.5},
+            {},
+            "the recipe has privacy.epsilon=4.0 and this site's policy asks for at most 3.5",
+        ),
         ({"largest_epsilon": 8}, {"privacy": None}, "the recipe has no privacy.epsilon and"),
         ({"largest_epsilon": 8}, {"privacy": {}}, "the recipe has no privacy.epsilon and"),
         ({"largest_epsilon": 8}, {"privacy": {"epsilon": 0}}, "the recipe has privacy.epsilon=0 and"),
