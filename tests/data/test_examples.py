@@ -15,13 +15,8 @@ from fedloom.recipe.recipe import DataConfig
 
 def of(sizes: dict[str, int]) -> list[Example]:
     """So many examples of each category, the categories taking turns."""
-    left, made = dict(sizes), []
-    while any(left.values()):
-        for category in left:
-            if left[category]:
-                left[category] -= 1
-                made.append(Example(f"{category}{left[category]}", "", "x", category))
-    return made
+    names = [(at, category) for category, size in sizes.items() for at in range(size)]
+    return [Example(f"{category}{at}", "", "x", category) for at, category in sorted(names, key=lambda pair: pair[0])]
 
 
 def counts(examples: list[Example], limit: int, seed: int = 0) -> dict[str, int]:

@@ -145,11 +145,15 @@ def test_modules_are_found_by_their_two_factors():
 
 
 def test_one_thread_inside_and_as_many_as_before_after():
+    @one_thread()
+    def fails() -> None:
+        assert torch.get_num_threads() == 1
+        raise ValueError("out")
+
     torch.set_num_threads(2)
     try:
-        with pytest.raises(ValueError, match="out"), one_thread():
-            assert torch.get_num_threads() == 1
-            raise ValueError("out")
+        with pytest.raises(ValueError, match="out"):
+            fails()
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)

@@ -32,7 +32,7 @@ class Pace:
 class Runtime:
     """Does the work at once. `fails` are clients that answer with a failure."""
 
-    clients = ["a", "b", "c"]
+    clients = "abc"
     pooled_tests = 1
 
     def __init__(self, fails=()):
