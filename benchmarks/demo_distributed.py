@@ -33,9 +33,8 @@ from fedloom.recipe.recipe import Recipe
 import psutil  # isort: skip
 
 from fedloom.common.yaml import dump_yaml
-from fedloom.data.loading import load_data
-from fedloom.data.splitters import partition
 from fedloom.experiment.local_sites import deal, free_port
+from fedloom.federation.workplace import find_data
 
 SITES = ("north", "south", "west")
 
@@ -100,11 +99,11 @@ def demonstrate(recipes: dict[str, Recipe], folder: Path) -> bool:
 
 def dealt(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     """The corpus, split as the simulator splits it, a file for each site; returns the clients."""
-    corpus, resolved = load_data(recipe, print)
-    clients = partition(corpus, resolved.split, resolved.seed)
-    files = {client: folder / "data" / f"{site}.jsonl" for site, client in zip(SITES, clients.clients, strict=True)}
-    deal(resolved, corpus, clients, files)
-    return clients.clients
+    found = find_data(recipe, print)
+    clients = found.clients.clients
+    files = {client: folder / "data" / f"{site}.jsonl" for site, client in zip(SITES, clients, strict=True)}
+    deal(recipe, found, files)
+    return clients
 
 
 @contextlib.contextmanager

@@ -28,8 +28,8 @@ import torch  # isort: skip
 
 from fedloom.algorithms.lora.fed_sb import middle
 from fedloom.algorithms.lora.fedex_lora import averaged
+from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import prepare
-from fedloom.experiment.run import assemble
 from fedloom.federation.record.run_folder import opened
 from fedloom.federation.watch import Watch
 from fedloom.messages.types import Update

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.evaluation.loss import loss_sums
+from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import prepare
-from fedloom.experiment.run import assemble
 from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import opened
 from fedloom.federation.results import deploy

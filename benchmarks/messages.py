@@ -45,8 +45,8 @@ from fedloom.recipe.recipe import Recipe
 import torch  # isort: skip
 
 from fedloom.common import registry
+from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import prepare
-from fedloom.experiment.run import assemble
 from fedloom.federation.record.checkpoints import Checkpoints
 from fedloom.federation.record.run_folder import opened
 from fedloom.federation.watch import Watch
@@ -225,7 +225,7 @@ class Learning:
         """Loss before and after, and bytes of all updates. The run's folder is `name` in the scratch folder."""
         chains = {"initial": down, "up": up, "down": down}
         listed = {k: [{"name": o} if isinstance(o, str) else o for o in chain] for k, chain in chains.items()}
-        setting = prepare(Recipe.parse({**self._values, "operators": listed}), Watch(), self._models)
+        setting = prepare(Recipe.parse({**self._values, "operators": listed}), Watch(), models=self._models)
         self._models = setting.models
         with opened(self._scratch / name, resume=False, overwrite=False) as folder:
             coordinator = assemble(setting, folder, False, Watch())

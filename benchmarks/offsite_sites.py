@@ -34,13 +34,12 @@ from fedloom.recipe.recipe import Recipe
 import torch  # isort: skip
 from distributed import SITES, Federation
 
-from fedloom.data.loading import load_data
-from fedloom.data.splitters import partition
+from fedloom.algorithms.build import make
 from fedloom.experiment.local_sites import deal
 from fedloom.experiment.run import run
-from fedloom.federation.checks import make_algorithm
 from fedloom.federation.record.run_folder import RunFolder
 from fedloom.federation.watch import Watch
+from fedloom.federation.workplace import find_data
 from fedloom.models.emulator.cut import cut_model
 from fedloom.models.loading import load_base
 from fedloom.recipe.overrides import parse_overrides
@@ -126,10 +125,10 @@ def shown(recipe: Recipe, folder: Path) -> int:
 
 def between(recipe: Recipe, folder: Path, caches: dict[str, Path]) -> dict[str, Any]:
     """The run between sites, each with its part of the corpus and a cache of its own; its summary."""
-    corpus, resolved = load_data(recipe, print)
-    clients = partition(corpus, resolved.split, resolved.seed)
+    found = find_data(recipe, print)
+    clients = found.clients
     data = {site: folder / "data" / f"{site}.jsonl" for site in SITES}
-    deal(resolved, corpus, clients, dict(zip(clients.clients, data.values(), strict=True)))
+    deal(recipe, found, dict(zip(clients.clients, data.values(), strict=True)))
     own = {
         site: {"FEDLOOM_HOME": str(cache), "HF_HOME": str(cache / "hf"), "HF_HUB_OFFLINE": "1"}
         for site, cache in caches.items()
@@ -151,7 +150,7 @@ def between(recipe: Recipe, folder: Path, caches: dict[str, Path]) -> dict[str, 
 
 def weights(recipe: Recipe) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Name → weight: those of the dropped layers, and some of the others. None that is one number over and over."""
-    model, options = load_base(recipe.model).model, make_algorithm(recipe).options
+    model, options = load_base(recipe.model).model, make(recipe).options
     left_out = cut_model(model, options.bottom, options.top, options.dropped).dropped
     told = {n: p.detach() for n, p in model.named_parameters() if n.split(".")[1:2] == ["layers"] and p.numel() > 4096}
     dropped = {n: p for n, p in told.items() if int(n.split(".")[2]) in left_out}

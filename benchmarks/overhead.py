@@ -42,8 +42,8 @@ from worded import worded_rows
 
 from fedloom import Recipe
 from fedloom.data.batching import Batch, Plan, collate, round_indices
+from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import Setting, prepare
-from fedloom.experiment.run import assemble
 from fedloom.federation.record.run_folder import opened
 from fedloom.federation.watch import Watch
 from fedloom.training.trainer import Stepper
@@ -168,7 +168,7 @@ def main() -> int:
         missed += ["overhead_ratio"] if whole / steps > LIMIT else []
         if arguments.pairs:
             federation = {"rounds": arguments.pairs + 2, "clients_per_round": 1}
-            setting = prepare(recipe_for(arguments.model, scratch, **federation), Watch(), setting.models)
+            setting = prepare(recipe_for(arguments.model, scratch, **federation), Watch(), models=setting.models)
             found = in_pairs(setting, scratch / "pairs")
             for name, one, other, least, most in (
                 ("pair", "A", "B", 0.0, LIMIT), ("same", "C", "B", 0.99, 1.01), ("busy", "D", "C", 1.01, 1.03),

@@ -126,14 +126,12 @@ def dealt(tmp_path: Path) -> Callable[[Recipe], dict[str, Path]]:
     """A function of a recipe: client → a shard file, as the simulator splits the corpus."""
 
     def deal(recipe: Recipe) -> dict[str, Path]:
-        from fedloom.data.loading import load_data
-        from fedloom.data.splitters import partition
         from fedloom.experiment.local_sites import deal as deal_shards
+        from fedloom.federation.workplace import find_data
 
-        corpus, recipe = load_data(recipe, lambda text: None)
-        clients = partition(corpus, recipe.split, recipe.seed)
-        files = {c: tmp_path / "data" / f"{c}.jsonl" for c in clients.clients}
-        deal_shards(recipe, corpus, clients, files)
+        found = find_data(recipe, lambda text: None)
+        files = {c: tmp_path / "data" / f"{c}.jsonl" for c in found.clients.clients}
+        deal_shards(recipe, found, files)
         return files
 
     return deal

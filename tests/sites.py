@@ -105,7 +105,8 @@ def between_sites(
         link.agents[client] = link.agent(client, start)
     runtime = Distributed(link, {c: c for c in files}, list(files), Patience(poll=0.5))
     try:
-        return run(recipe, folder / "run", remote=serving.Sites(runtime, False))
+        distributed = recipe.with_values({"runtime.name": "distributed"})
+        return run(distributed, folder / "run", source=serving.Sites(runtime, folder / "run", False))
     finally:
         link.close()
 

@@ -23,7 +23,7 @@ import yaml
 
 from fedloom.cli.app import app
 from fedloom.data.loading import load_corpus
-from fedloom.experiment.sites import checked
+from fedloom.experiment.sites import check
 from fedloom.recipe.recipe import DataConfig, Recipe
 from fedloom.runtimes.sites.project import Project
 
@@ -215,7 +215,7 @@ def test_the_demo_is_one_federation(compose):
 
 def test_the_demos_recipe_and_rows_can_be_used():
     recipe = Recipe.load(FOLDER / "demo" / "recipe.yaml")
-    checked(recipe)
+    check(recipe, ["a", "b", "c"])
     assert recipe.runtime.name == "distributed"
     for path in sorted((FOLDER / "demo" / "data").iterdir()):
         corpus = load_corpus(DataConfig(path=str(path)), seed=0, say=lambda text: None, splitter="uniform")

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.algorithms.build import make
 from fedloom.cli.app import app
 from fedloom.common import registry
-from fedloom.federation.checks import make_algorithm
+from fedloom.federation.checks import check_algorithm
 from fedloom.recipe.library import builtin_recipes
 from fedloom.recipe.recipe import Recipe
 
@@ -48,7 +49,8 @@ def test_a_recipe_says_what_it_shows_and_how_long_it_takes(path):
 @pytest.mark.parametrize("path", builtin_recipes().values(), ids=lambda p: p.stem)
 def test_a_recipes_algorithm_takes_its_settings(path):
     recipe = Recipe.load(path)
-    assert make_algorithm(recipe).options == make_algorithm(Recipe.parse(recipe.resolved())).options
+    check_algorithm(recipe)
+    assert make(recipe).options == make(Recipe.parse(recipe.resolved())).options
 
 
 def test_every_family_of_algorithms_has_a_recipe():

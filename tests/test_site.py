@@ -126,10 +126,10 @@ def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp
 
 
 def test_pooled_data_is_refused_before_anything_is_sent(tiny_recipe):
-    from fedloom.experiment.sites import checked
+    from fedloom.experiment.sites import check
 
     with pytest.raises(UserError, match="pools all clients' data"):
-        checked(tiny_recipe({"algorithm": "global"}))
+        check(tiny_recipe({"algorithm": "global", "runtime.name": "distributed"}), ["a", "b"])
 
 
 # ------------------------------------------------------------------ the site's own settings
@@ -237,8 +237,9 @@ def test_a_site_splits_its_own_data(tiny_recipe, tiny_data, tmp_path):
 
 
 def test_a_shard_round_trips_with_its_order_and_questions(tiny_recipe, tmp_path):
-    corpus, recipe = load_data(tiny_recipe({"evaluation.suite": None}), lambda text: None)
-    clients = partition(corpus, recipe.split, recipe.seed)
+    recipe = tiny_recipe({"evaluation.suite": None})
+    corpus, split = load_data(recipe, lambda text: None)
+    clients = partition(corpus, split, recipe.seed)
     shard = clients.shards["upper"]
     path = tmp_path / "shard.jsonl"
     write_shard(path, corpus, shard, shard.test[:2])

@@ -107,8 +107,8 @@ def split(
     from fedloom.reporting.charts import split_picture
 
     chosen = Recipe.load(recipe, parse_overrides(overrides or []))
-    corpus, chosen = load_data(chosen, lambda text: err.print(text, markup=False))
-    described = split_table(corpus, partition(corpus, chosen.split, chosen.seed))
+    corpus, resolved = load_data(chosen, lambda text: err.print(text, markup=False))
+    described = split_table(corpus, partition(corpus, resolved, chosen.seed))
     out.print(split_rows(described))
     out.print(f"{corpus.name}: {len(corpus.examples):,} examples from {corpus.source} ({corpus.license})", markup=False)
     out.print(f"picture  {split_picture(described, out_)}", markup=False)

@@ -26,16 +26,18 @@ from fedloom.data.source import Request, Rows, Source
 from fedloom.recipe.recipe import DataConfig, Recipe, SplitConfig
 
 
-def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, Recipe]:
-    """The corpus, and the recipe with the split's open fields filled in from the corpus's default."""
+def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, SplitConfig]:
+    """Load the recipe's corpus; and its split, with the open fields filled in from the corpus's default.
+
+    Raises UserError for an unknown corpus, a missing file or column, or data that do not fit the objective.
+    """
     split = resolve_split(recipe.split, source_of(recipe.data))
-    recipe = recipe.with_values({f"split.{key}": value for key, value in split.model_dump(mode="json").items()})
     say(f"loading {recipe.data.corpus or recipe.data.path}")
     corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
     if split.clusters is not None:
         say(f"grouping {len(corpus.examples):,} texts by their words")
         corpus = clustered(corpus, split.clusters, recipe.seed)
-    return for_objective(corpus, recipe.train.objective, say), recipe
+    return for_objective(corpus, recipe.train.objective, say), split
 
 
 def for_objective(corpus: Corpus, objective: str, say: Say) -> Corpus:

@@ -10,18 +10,33 @@ from fedloom.evaluation.suites import Suite
 from fedloom.recipe.recipe import Recipe
 
 
-def pick_suite(recipe: Recipe, corpus: Corpus) -> tuple[Suite | None, str]:
-    """The paired evaluation, or None and why there is none."""
-    wanted = recipe.evaluation.suite
-    if wanted is None:
-        return None, "the recipe asks for no score (evaluation.suite=null)"
+def check_suite(wanted: str | None) -> None:
+    """Raise UserError for a suite that no run can measure every round. `wanted` is the recipe's: a name, auto or None."""
+    if wanted is None or wanted == "auto":
+        return
     if wanted in registry.task_suites and wanted not in registry.suites:
         raise UserError(
             f"evaluation.suite={wanted} is measured once, after the run: `fedloom evaluate RUN --suite {wanted}`; a run can "
             f"measure {', '.join(registry.suites.names())} every round"
         )
+    registry.suites.get(wanted)
+
+
+def pick_suite(recipe: Recipe, corpus: Corpus, without: str = "") -> tuple[Suite | None, str]:
+    """The paired evaluation; or None, and why there is none.
+
+    Args:
+        without: why a corpus without a suite has none; empty asks the corpus's source.
+    """
+    wanted = recipe.evaluation.suite
+    check_suite(wanted)
+    if wanted is None:
+        return None, "the recipe asks for no score (evaluation.suite=null)"
     if wanted != "auto":
         return registry.suites.get(wanted), ""
-    if corpus.suite is None:
-        return None, source_of(recipe.data).suite_note or f"{corpus.name} has no paired evaluation that runs here"
-    return registry.suites.get(corpus.suite), ""
+    if corpus.suite is not None:
+        return registry.suites.get(corpus.suite), ""
+    return (
+        None,
+        without or source_of(recipe.data).suite_note or f"{corpus.name} has no paired evaluation that runs here",
+    )

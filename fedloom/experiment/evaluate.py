@@ -11,21 +11,18 @@ from typing import Any
 
 import torch
 
-from fedloom.common import cache_folder, environment, registry
+from fedloom.common import environment, registry
 from fedloom.common.errors import UserError, suggest
-from fedloom.data.federated import ClientData, federated_data
-from fedloom.data.loading import load_data
+from fedloom.data.federated import ClientData
 from fedloom.data.prompts import Template
-from fedloom.data.splitters import partition
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.means import pooled_mean
 from fedloom.evaluation.means import preference as measured_preference
-from fedloom.evaluation.pick_suite import pick_suite
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.federation.record.run_folder import RunFolder
+from fedloom.federation.workplace import find_data, open_models, open_template, tokenise_data
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.attach import Models
 from fedloom.models.forward import supports_packing
 from fedloom.models.loading import pick_device
 from fedloom.models.saved import load_adapted
@@ -55,13 +52,11 @@ def evaluate(
         "clients": {client: {loss, score, questions}}}
     """
     chosen, model = _loaded(target, recipe, values, client, say)
-    corpus, chosen = load_data(chosen, say)
-    clients = partition(corpus, chosen.split, chosen.seed)
-    template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
-    suite, note = pick_suite(chosen, corpus)
-    data = federated_data(chosen, corpus, clients, template, suite, cache_folder.home() / "tokenised", say)
-    measured = _measure(chosen, model, template, suite, say)
-    say(f"measuring {target} on {corpus.name}, {len(data.measured)} clients")
+    found = find_data(chosen, say)
+    template = open_template(chosen, model.tokenizer)
+    data = tokenise_data(chosen, found, template, say)
+    measured = _measure(chosen, model, template, found.suite, say)
+    say(f"measuring {target} on {found.corpus.name}, {len(data.measured)} clients")
     sums = {name: measured(data.client(name)) for name in data.measured}
     everything = list(sums.values())
     if data.server_questions:
@@ -70,8 +65,8 @@ def evaluate(
         "target": target,
         **_means(everything),
         "preference": measured_preference(sums),
-        "suite": suite.name if suite else None,
-        "note": note,
+        "suite": found.suite.name if found.suite else None,
+        "note": found.score_note,
         "clients": {name: _means([s]) for name, s in sums.items()},
     }
 
@@ -147,7 +142,7 @@ def evaluate_suite(
     from fedloom.evaluation.public import harness
 
     chosen, model = _loaded(target, recipe, values, client, say)
-    template = Template.choose(model.tokenizer, chosen.data.template, chosen.data.system)
+    template = open_template(chosen, model.tokenizer)
     batch_size = chosen.evaluation.batch_size
     measured = harness.score(
         model,
@@ -192,7 +187,7 @@ def _loaded(
     # A fresh LoRA changes nothing: a plain model is measured by the same code.
     lora = chosen.adapter if chosen.adapter.method == "lora" else AdapterConfig()
     plain = Recipe.parse({}, {**named, "model.name": target}).model
-    return chosen, Models(plain, lora, chosen.seed, device, say).adapted()
+    return chosen, open_models(chosen.model_copy(update={"model": plain, "adapter": lora}), say).adapted()
 
 
 def _base_of(adapter: Path) -> str | None:

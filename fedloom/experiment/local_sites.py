@@ -12,20 +12,19 @@ import random
 import re
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedloom.common.errors import UserError
-from fedloom.data.corpus import Corpus, Partition
-from fedloom.data.loading import load_data
 from fedloom.data.shard_file import write_shard
-from fedloom.data.splitters import partition, select_questions
-from fedloom.evaluation.pick_suite import pick_suite
+from fedloom.data.splitters import select_questions
+from fedloom.experiment.prepare import settle
 from fedloom.experiment.run import Result
-from fedloom.experiment.sites import checked, serve
-from fedloom.federation.record.run_folder import RunFolder
-from fedloom.federation.rounds.schedule import make_schedule
+from fedloom.experiment.sites import serve
+from fedloom.federation.checks import check_recipe
+from fedloom.federation.record.run_folder import RunFolder, opened, resumed
 from fedloom.federation.watch import Watch
+from fedloom.federation.workplace import Found, find_data
 from fedloom.models.attach import Models
 from fedloom.models.forward import release
 from fedloom.models.loading import pick_device
@@ -33,7 +32,8 @@ from fedloom.models.saved import anywhere, load_adapted
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.sites.flare.kits import provision
 from fedloom.runtimes.sites.flare.services import CONNECTED, SILENT
-from fedloom.runtimes.sites.join import Joined, settle
+from fedloom.runtimes.sites.join import Joined
+from fedloom.runtimes.sites.join import settle as settle_site
 from fedloom.runtimes.sites.order import FEDERATION
 from fedloom.runtimes.sites.project import Project
 from fedloom.runtimes.sites.supervisor import Server
@@ -44,14 +44,44 @@ MOST_SITES = 16
 
 def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Watch) -> Result:
     """A run with its server and sites as children of this process. Raises UserError and RunFailed as `serve` does."""
-    if overwrite:
-        shutil.rmtree(out / FEDERATION, ignore_errors=True)
-    checked(recipe)
-    corpus, recipe = load_data(recipe, watch.say)
-    clients = partition(corpus, recipe.split, recipe.seed)
-    make_schedule(recipe, checked(recipe), clients)
+    with opened(out, resume=resume, overwrite=overwrite) as folder:
+        chosen = resumed(folder, recipe) if resume else recipe
+        check_recipe(chosen)
+        found = find_data(chosen, watch.say)
+        settle(chosen, found)
+        sites = site_names(found.clients.clients)
+    with _replaced(out / FEDERATION) if overwrite else contextlib.nullcontext():
+        _serve_here(recipe.with_values(found.values), found, sites, out, resume, overwrite, watch)
+    return result(out, watch)
+
+
+@contextlib.contextmanager
+def _replaced(folder: Path) -> Iterator[None]:
+    """Let the block fill `folder` anew. What was in it is deleted afterwards, or put back where the block is refused."""
+    before = folder / "before"
+    shutil.rmtree(before, ignore_errors=True)
+    old = list(folder.iterdir()) if folder.is_dir() else []
+    before.mkdir(parents=True)
+    for path in old:
+        path.rename(before / path.name)
+    try:
+        yield
+    except UserError:
+        for path in folder.iterdir():
+            if path != before:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in before.iterdir():
+            path.rename(folder / path.name)
+        raise
+    finally:
+        shutil.rmtree(before, ignore_errors=True)
+
+
+def _serve_here(
+    recipe: Recipe, found: Found, sites: dict[str, str], out: Path, resume: bool, overwrite: bool, watch: Watch
+) -> None:
+    """Provision a server and its sites, deal the data out, and run the recipe among them. `sites`: client → site."""
     kits = out / FEDERATION / "kits"
-    sites = site_names(clients.clients)
     project = Project.model_validate(
         {
             "name": "here",
@@ -61,13 +91,11 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
     )
     watch.say(f"certificates for a server and {len(sites)} sites")
     provision(project, kits)
-    deal(
-        recipe, corpus, clients, {client: out / FEDERATION / "data" / f"{site}.jsonl" for client, site in sites.items()}
-    )
+    deal(recipe, found, {client: out / FEDERATION / "data" / f"{site}.jsonl" for client, site in sites.items()})
     joined: list[Joined] = []
     try:
         for site in sites.values():
-            settle(kits / site, {"data": str(out / FEDERATION / "data" / f"{site}.jsonl")})
+            settle_site(kits / site, {"data": str(out / FEDERATION / "data" / f"{site}.jsonl")})
             joined.append(Joined(kits / site, _of_note(site, watch)))
 
         def look() -> None:
@@ -79,7 +107,6 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
     finally:
         for one in joined:
             one.close()
-    return result(out, watch)
 
 
 def _of_note(site: str, watch: Watch) -> Callable[[str], None]:
@@ -92,10 +119,11 @@ def _of_note(site: str, watch: Watch) -> Callable[[str], None]:
     return say
 
 
-def deal(recipe: Recipe, corpus: Corpus, clients: Partition, files: dict[str, Path]) -> None:
-    """Each client's examples and questions into a file of its own."""
-    suite, _ = pick_suite(recipe, corpus)
-    asked = select_questions(corpus, clients, recipe.evaluation.limit, recipe.seed) if suite and not corpus.test else {}
+def deal(recipe: Recipe, found: Found, files: dict[str, Path]) -> None:
+    """Write each client's examples and questions into a file of its own."""
+    corpus, clients = found.corpus, found.clients
+    asking = found.suite is not None and not corpus.test
+    asked = select_questions(corpus, clients, recipe.evaluation.limit, recipe.seed) if asking else {}
     for client, path in files.items():
         write_shard(path, corpus, clients.shards[client], asked.get(client, ()))
 

@@ -1,4 +1,16 @@
-"""From a recipe to data, model and algorithm; whatever cannot be is refused here."""
+"""From a recipe to data, algorithm and model, wherever the clients are. What cannot be is refused on the way.
+
+    check_recipe   what the recipe alone tells
+    Source.find    the data, as far as they are known without a model: here a corpus and its split, of sites their names
+    settle         what the recipe leaves open and the data decide; then the algorithm
+    server_model   the frozen base with one adapter in it
+    _probe         what the recipe leaves open and only the model can tell
+    Source.join    sites are told the recipe, and tell how much data they have
+
+Three recipes pass through here: the one that was given, `settled.recipe` and, with nothing left open, `resolved`. Values
+are settled in two places because kernels, packing and cohorts are tried on the model, and the model's own adapter follows
+from what the data decide (`adapter.ranks`, `privacy`).
+"""
 
 from __future__ import annotations
 
@@ -8,50 +20,77 @@ from typing import Any, Protocol
 import torch
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.privacy.plan import settle_privacy
-from fedloom.common import cache_folder, environment, registry
+from fedloom.algorithms.build import make
+from fedloom.algorithms.privacy.plan import describe_privacy, settle_privacy
+from fedloom.common import environment, registry
 from fedloom.data.corpus import Corpus, Partition
-from fedloom.data.federated import FederatedData, federated_data
-from fedloom.data.loading import load_data
+from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
-from fedloom.data.splitters import partition, split_table
-from fedloom.evaluation.pick_suite import pick_suite
 from fedloom.evaluation.suites import Suite
-from fedloom.federation.checks import check_ranks, check_runtime, make_algorithm
-from fedloom.federation.cohorts import check_cohort, choose_cohort
-from fedloom.federation.hooks.calls import Hooks, check_hooks
-from fedloom.federation.record.events import find_trackers
-from fedloom.federation.record.run_folder import RunFolder
-from fedloom.federation.rounds.devices import pace_of, settle_fleet, with_room
+from fedloom.federation.checks import check_ranks, check_recipe
+from fedloom.federation.cohorts import alone_by_recipe, choose_cohort
+from fedloom.federation.hooks.calls import check_hooks
+from fedloom.federation.rounds.devices import Fleet, make_fleet, pace_of, with_room
 from fedloom.federation.rounds.schedule import Schedule, make_schedule
 from fedloom.federation.rounds.virtual_time import Pace
 from fedloom.federation.runtime import Runtime
 from fedloom.federation.watch import Watch
-from fedloom.messages.operators.channel import Chains
+from fedloom.federation.workplace import Found, Say, find_data, holders, open_models, open_template, tokenise_data
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
-from fedloom.models.loading import pick_device
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.precision import choose_precision
 from fedloom.training.probes import check_positions, check_sparing, choose_packing, settle_attention
 
 
-class Remote(Protocol):
-    """Clients outside this process, who hold data that this process never sees."""
+class Source(Protocol):
+    """Where the clients' data are: in this process (`Here`), or at sites (sites.py)."""
 
-    @property
-    def runtime(self) -> Runtime: ...
+    elsewhere: bool
 
-    def prepare(self, recipe: Recipe, watch: Watch, folder: RunFolder) -> Setting:
-        """What `prepare` gives, from what the clients say of their data."""
+    def find(self, recipe: Recipe, say: Say) -> Found:
+        """The data, as far as they are known before there is a model. Raises UserError."""
         ...
+
+    def open_models(self, recipe: Recipe, say: Say) -> Models:
+        """The server's base model."""
+        ...
+
+    def tokenise(self, recipe: Recipe, found: Found, template: Template, say: Say) -> FederatedData:
+        """What is here of the data, as tokens."""
+        ...
+
+    def join(self, setting: Setting, say: Say) -> Setting:
+        """The setting once the clients know the recipe."""
+        ...
+
+
+class Here:
+    """The data are in this process: those of a simulation, whose corpus is split among its clients."""
+
+    elsewhere = False
+
+    def find(self, recipe: Recipe, say: Say) -> Found:
+        return find_data(recipe, say)
+
+    def open_models(self, recipe: Recipe, say: Say) -> Models:
+        return open_models(recipe, say)
+
+    def tokenise(self, recipe: Recipe, found: Found, template: Template, say: Say) -> FederatedData:
+        return tokenise_data(recipe, found, template, say)
+
+    def join(self, setting: Setting, say: Say) -> Setting:
+        return setting
 
 
 @dataclass
 class Setting:
     """All that a run needs before its first round.
 
-    `recipe` has every default and choice written out; `split` is for split.json; data `elsewhere` are not measured here.
+    Attributes:
+        recipe: resolved: every default and choice is written out.
+        split: what split.json says.
+        runtime: clients who are elsewhere and keep their data; None where this process opens the recipe's runtime.
     """
 
     recipe: Recipe
@@ -67,60 +106,104 @@ class Setting:
     schedule: Schedule
     split: dict[str, Any]
     pace: Pace | None = None
-    elsewhere: bool = False
+    runtime: Runtime | None = None
 
 
-def prepare(recipe: Recipe, watch: Watch, models: Models | None = None) -> Setting:
-    """From a recipe to data, model and algorithm. Raises UserError for whatever cannot be.
+@dataclass
+class Settled:
+    """A recipe whose data are known, and what follows from both.
+
+    Attributes:
+        recipe: with all that recipe and data decide written into it.
+        fleet: the clients' devices, None for a recipe without.
+        notes: sentences for the user.
+    """
+
+    recipe: Recipe
+    algorithm: Algorithm
+    schedule: Schedule
+    fleet: Fleet | None
+    notes: list[str]
+
+
+def prepare(recipe: Recipe, watch: Watch, source: Source | None = None, *, models: Models | None = None) -> Setting:
+    """From a recipe to data, algorithm and model. Raises UserError for whatever cannot be.
 
     Args:
+        source: where the data are; by default in this process.
         models: a base that is loaded already, of the same recipe but for its algorithm.
     """
-    threads = recipe.runtime.threads or environment.available_cores()
-    torch.set_num_threads(threads)
-    find_trackers(recipe.tracking.trackers)
-    algorithm = make_algorithm(recipe)
-    check_runtime(recipe, algorithm)
-    Chains.of(recipe.operators, recipe.privacy is not None)
-    Hooks.of_server(recipe.hooks)
-    recipe = check_cohort(recipe, algorithm, watch.say)
+    source, say = source or Here(), watch.say
+    torch.set_num_threads(_threads(recipe))
 
-    # A corpus, split among clients.
-    corpus, recipe = load_data(recipe, watch.say)
-    clients = partition(corpus, recipe.split, recipe.seed)
-    fleet, recipe, algorithm = settle_fleet(recipe, algorithm, clients)
-    check_ranks(recipe, clients)
-    schedule = make_schedule(recipe, algorithm, clients)
-    recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
+    check_recipe(recipe)
+    found = source.find(recipe, say)
+    settled = settle(recipe, found)
+    algorithm = settled.algorithm
+    for note in settled.notes:
+        say(note)
 
     # A frozen base with one adapter in it, and how it is spoken to.
-    if models is None:
-        models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
+    models = models or source.open_models(settled.recipe, say)
     model = algorithm.server_model(models)
-    schedule = with_room(recipe, schedule, fleet, model, watch.say)
-    check_positions(recipe, model)
-    template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
-    recipe = recipe.with_values(
-        {
-            "runtime.threads": threads,
-            "data.template": template.style,
-            "train.precision": (precision := choose_precision(recipe.train.precision, model.device, watch.say)),
-            "model.attention": settle_attention(recipe.model.attention, model, precision, watch.say),
-            "train.packing": choose_packing(recipe.train.packing, model, watch.say),
-        }
-    )
-    check_sparing(recipe, model)
-
-    # What each client holds of it, as tokens; what is scored, and by whom.
-    suite, score_note = pick_suite(recipe, corpus)
+    schedule = with_room(settled.recipe, settled.schedule, settled.fleet, model, say)
+    check_positions(settled.recipe, model)
+    check_hooks(settled.recipe, algorithm, holders(settled.recipe, found))
+    template = open_template(settled.recipe, model.tokenizer)
     for note in registry.notes():
-        watch.say(note)
-    recipe = recipe.with_values({"evaluation.suite": suite.name if suite else None})
-    holders = clients.pooled() if algorithm.properties.pooled else clients
-    check_hooks(recipe, algorithm, holders)
-    data = federated_data(recipe, corpus, holders, template, suite, cache_folder.home() / "tokenised", watch.say)
-    recipe = choose_cohort(recipe, model, data, schedule, watch.say)
-    return Setting(
-        recipe, corpus, clients, data, models, model, algorithm, template, suite, score_note, schedule,
-        split_table(corpus, clients), pace_of(recipe, algorithm, fleet),
+        say(note)
+
+    # What only the model can tell; cohorts are timed on the clients' own tokens.
+    probed = {"data.template": template.style, **_probe(settled.recipe, model, source.elsewhere, say)}
+    data = source.tokenise(settled.recipe, found, template, say)
+    if settled.recipe.train.cohort != "off":
+        packing = probed["train.packing"]
+        probed["train.cohort"] = choose_cohort(settled.recipe, packing, model, data, schedule, say)
+    resolved = settled.recipe.with_values(probed)
+    check_sparing(resolved, model, elsewhere=source.elsewhere)
+
+    setting = Setting(
+        resolved, found.corpus, found.clients, data, models, model, algorithm, template, found.suite, found.score_note,
+        schedule, found.split, pace_of(resolved, algorithm, settled.fleet),
     )  # fmt: skip
+    return source.join(setting, say)
+
+
+def settle(recipe: Recipe, found: Found) -> Settled:
+    """Decide what the recipe leaves open, as far as the data tell, and make the algorithm. Raises UserError.
+
+    No model is loaded, so that the server of sites can call this before anything is started.
+    """
+    values: dict[str, Any] = {
+        "runtime.threads": _threads(recipe),
+        "evaluation.suite": found.suite.name if found.suite else None,
+        **found.values,
+    }
+    notes: list[str] = []
+    if recipe.train.cohort == "auto" and (why := alone_by_recipe(recipe)):
+        values["train.cohort"] = "off"
+        notes.append(f"every client trains alone: {why}")
+    fleet = make_fleet(recipe, found.clients)
+    if fleet is not None and recipe.adapter.ranks == "by device":
+        values["adapter.ranks"] = fleet.ranks(recipe.adapter.rank)
+    values |= settle_privacy(recipe, len(found.clients.training_clients))
+    stated = recipe.with_values(values)
+    if stated.privacy is not None:
+        notes += describe_privacy(stated.privacy)
+    check_ranks(stated, found.clients)
+    algorithm = make(stated)
+    return Settled(stated, algorithm, make_schedule(stated, algorithm, found.clients), fleet, notes)
+
+
+def _probe(recipe: Recipe, model: AdaptedModel, elsewhere: bool, say: Say) -> dict[str, Any]:
+    """What only the model can tell. Kernel and precision are each site's own choice."""
+    values: dict[str, Any] = {}
+    if not elsewhere:
+        precision = choose_precision(recipe.train.precision, model.device, say)
+        attention = settle_attention(recipe.model.attention, model, precision, say)
+        values = {"train.precision": precision, "model.attention": attention}
+    return {**values, "train.packing": choose_packing(recipe.train.packing, model, say)}
+
+
+def _threads(recipe: Recipe) -> int:
+    return recipe.runtime.threads or environment.available_cores()

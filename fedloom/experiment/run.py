@@ -16,25 +16,20 @@ from typing import Any
 from safetensors import SafetensorError
 
 from fedloom.common import registry
-from fedloom.common.errors import RunFailed, UserError, disk_trouble
-from fedloom.evaluation.samples import Asker, Sample, pick
-from fedloom.experiment.prepare import Remote, Setting, prepare
-from fedloom.federation.client import Client
+from fedloom.common.errors import RunFailed, disk_trouble
+from fedloom.evaluation.samples import Asker, pick
+from fedloom.experiment.assemble import assemble
+from fedloom.experiment.prepare import Setting, Source, prepare
 from fedloom.federation.coordinator import Coordinator
-from fedloom.federation.hooks.calls import Hooks, for_clients
-from fedloom.federation.record.checkpoints import Checkpoints, ClientStore
-from fedloom.federation.record.events import Events, open_trackers
-from fedloom.federation.record.run_folder import RunFolder, continued, opened
-from fedloom.federation.results import result_loader, save_result, server_measure
-from fedloom.federation.runtime import Runtime
+from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.run_folder import RunFolder, opened, resumed
+from fedloom.federation.results import result_loader, save_result
 from fedloom.federation.watch import Watch
-from fedloom.messages.operators.channel import Chains, ServerChannel
 from fedloom.models.forward import release
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.card import write_cards
 from fedloom.reporting.html import write_report
 from fedloom.reporting.summary import cost, summarise
-from fedloom.runtimes.ranks.pool import Ranked
 
 
 @dataclass
@@ -64,16 +59,17 @@ def run(
     resume: bool = False,
     overwrite: bool = False,
     watch: Watch | None = None,
-    remote: Remote | None = None,
+    source: Source | None = None,
 ) -> Result:
     """Run a recipe to its end.
 
     Args:
         out: the run's folder; `runs/<name>` where it is None.
         resume: go on from the newest whole checkpoint in `out`. The recipe that is stored there counts; of `recipe`
-            only what may change is taken (runfolder.continued), such as more rounds.
+            only what may change is taken (run_folder.continued), such as more rounds.
         overwrite: replace the run that lies in `out`.
-        remote: clients that are elsewhere already (sites.py); by default the recipe's runtime says where they run.
+        source: clients that are elsewhere already, with their data (sites.py); by default the recipe's runtime says where
+            they run.
 
     Raises:
         UserError: the recipe asks for what cannot be. Nothing was written or deleted.
@@ -81,17 +77,15 @@ def run(
     """
     path = Path(out) if out is not None else Path("runs") / (recipe.name or "run")
     watch = watch or Watch()
-    if remote is None and recipe.runtime.name in registry.drivers:
+    if source is None and recipe.runtime.name in registry.drivers:
         driven: Result = registry.drivers.get(recipe.runtime.name)(recipe, path, resume, overwrite, watch)
         return driven
     try:
         with opened(path, resume=resume, overwrite=overwrite) as folder:
-            if resume:
-                recipe = continued(folder.stored_recipe(), recipe)
-            setting = prepare(recipe, watch) if remote is None else remote.prepare(recipe, watch, folder)
+            setting = prepare(resumed(folder, recipe) if resume else recipe, watch, source)
             if overwrite:
-                folder.clear()
-            return _run(setting, folder, resume, watch, remote.runtime if remote else None)
+                folder.clear()  # nothing is refused from here on
+            return _run(setting, folder, resume, watch)
     except (OSError, SafetensorError) as error:
         trouble = disk_trouble(error, path)
         if trouble is None:
@@ -101,61 +95,9 @@ def run(
         raise RunFailed(f"{trouble}: {kept}; make room or name another --out, then --resume") from error
 
 
-def assemble(
-    setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None
-) -> Coordinator:
-    """The runtime with its clients, and the coordinator in front of it, at the round where it has to begin."""
-    recipe = setting.recipe
-    checkpoints = Checkpoints(folder / "checkpoints", recipe.tracking.keep_checkpoints)
-    state, damages = checkpoints.newest() if resume else (None, [])
-    for damage in damages:
-        watch.say(damage)
-    if state is not None and state.round > recipe.federation.rounds:
-        raise UserError(
-            f"federation.rounds={recipe.federation.rounds} but {state.round} rounds are finished: ask for more, not fewer"
-        )
-    folder.write_recipe(recipe)
-    folder.write("split.json", setting.split, rows="clients")
-    trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
-    events = Events(folder / "events.jsonl", watch.event, trackers)
-    if runtime is None and recipe.runtime.name in registry.openers:
-        runtime = registry.openers.get(recipe.runtime.name)(recipe, setting.data, folder.path, watch.say)
-    if runtime is None:
-        store = ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1)
-        client = Ranked(recipe, folder.path) if recipe.runtime.ranks > 1 else Client(
-            setting.models, setting.data, setting.template, store, folder / "adapters", setting.suite
-        )  # fmt: skip
-        runtime = registry.runtimes.get(recipe.runtime.name)(client, setting.data.partition.clients)
-    measure = server_measure(
-        recipe, setting.model, setting.template, setting.suite, setting.data,
-        offsite=setting.algorithm.properties.offsite,
-    )  # fmt: skip
-    coordinator = Coordinator(
-        setting.algorithm,
-        runtime,
-        setting.schedule,
-        checkpoints,
-        events,
-        for_clients(recipe),
-        channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
-        score=setting.suite is not None,
-        server_measure=None if setting.elsewhere else measure,
-        tick=watch.tick,
-        pace=setting.pace,
-        hooks=Hooks.of_server(recipe.hooks),
-        validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
-    )
-    if state is None:
-        events.write("run_started", **_headline(setting))
-    else:
-        coordinator.resume(state, lost=max(checkpoints.rounds()) - state.round)
-        events.write("run_resumed", round=state.round, rounds=recipe.federation.rounds, note="; ".join(damages))
-    return coordinator
-
-
-def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch, runtime: Runtime | None = None) -> Result:
+def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Result:
     """Rounds, then results."""
-    coordinator = assemble(setting, folder, resume, watch, runtime)
+    coordinator = assemble(setting, folder, resume, watch)
     gc.freeze()  # libraries, data and model live as long as the run: looking through them over and over finds nothing
     try:
         return _results(setting, folder, coordinator, watch)
@@ -170,7 +112,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     asker = Asker(
         setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
     )  # fmt: skip
-    samples: list[Sample] = pick(setting.data, settings.answers)
+    samples = pick(setting.data, settings.answers)
     answers = folder.read("answers.json")
     if answers is None:
         if samples:
@@ -187,7 +129,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.runtime.close()
     spent = cost(progress)
-    reference = None if setting.elsewhere else _reference(setting, folder, watch)
+    reference = None if setting.runtime else _reference(setting, folder, watch)
     load("")
     summary = summarise(
         recipe,
@@ -235,19 +177,5 @@ def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, A
     watch.say("tuning the same layers of the full model, to compare with (algorithm.reference=false leaves this out)")
     quiet = Watch(say=lambda text: watch.say(f"reference: {text}"), tick=watch.tick)
     with opened(path, resume=resume, overwrite=False) as inner:
-        if resume:
-            recipe = continued(inner.stored_recipe(), recipe)
-        return _run(prepare(recipe, quiet, setting.models), inner, resume, quiet).summary
-
-
-def _headline(setting: Setting) -> dict[str, Any]:
-    recipe = setting.recipe
-    return {
-        "name": recipe.name,
-        "algorithm": recipe.algorithm.name,
-        "model": recipe.model.name,
-        "corpus": setting.corpus.name,
-        "clients": len(setting.clients.clients),
-        "rounds": recipe.federation.rounds,
-        "parameters": setting.model.adapter.layout.numel,
-    }
+        recipe = resumed(inner, recipe) if resume else recipe
+        return _run(prepare(recipe, quiet, models=setting.models), inner, resume, quiet).summary

@@ -16,33 +16,30 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.privacy.plan import settle_privacy
-from fedloom.common import environment, registry
+from fedloom.common import registry
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import write_json
 from fedloom.data.corpus import SITES, Corpus, Partition, Shard
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import tokenise
-from fedloom.experiment.prepare import Setting
+from fedloom.evaluation.pick_suite import pick_suite
+from fedloom.experiment.prepare import Setting, settle
 from fedloom.experiment.run import run
-from fedloom.federation.checks import check_ranks, make_algorithm
-from fedloom.federation.cohorts import check_cohort
-from fedloom.federation.hooks.calls import Hooks, check_hooks, for_clients
-from fedloom.federation.record.run_folder import RunFolder
+from fedloom.federation.checks import check_recipe
+from fedloom.federation.hooks.calls import check_hooks, for_clients
+from fedloom.federation.record.run_folder import RunFolder, opened, resumed
 from fedloom.federation.rounds.schedule import Schedule, make_schedule
 from fedloom.federation.watch import Watch
-from fedloom.messages.operators.channel import Chains
+from fedloom.federation.workplace import Found, Say, open_models
 from fedloom.models.attach import Models
 from fedloom.models.emulator import shipping
-from fedloom.models.loading import pick_device
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.ranks.worker import end_with_parent
 from fedloom.runtimes.sites.exchange import Patience
@@ -52,51 +49,51 @@ from fedloom.runtimes.sites.order import AGAIN, FEDERATION, Lines, Order, hold
 from fedloom.runtimes.sites.project import Project
 from fedloom.runtimes.sites.runtime import Distributed, StartAgain
 from fedloom.runtimes.sites.supervisor import Server, _Supervisor
-from fedloom.training.probes import check_positions, check_sparing, choose_packing
 
 #: Seconds that a site has to load model and data, whatever the round's deadline.
 LOADING = 600.0
 
 
 class Sites:
-    """`experiment.Remote`: from what the sites say of their data to a setting."""
+    """The data are at sites (`prepare.Source`): this process knows their clients' names, and later how much they have.
 
-    def __init__(self, runtime: Distributed, resume: bool) -> None:
-        self.runtime = runtime
+    Args:
+        folder: the run's folder.
+        resume: the run goes on, so that sites find their state of it again.
+    """
+
+    elsewhere = True
+
+    def __init__(self, runtime: Distributed, folder: Path, resume: bool) -> None:
+        self._runtime = runtime
+        self._folder = RunFolder(folder)
         self._resume = resume
 
-    def prepare(self, recipe: Recipe, watch: Watch, folder: RunFolder) -> Setting:
-        """Model and algorithm as in a simulation; the data is the sites', and so is its split."""
-        threads = recipe.runtime.threads or environment.available_cores()
-        torch.set_num_threads(threads)
-        algorithm = checked(recipe)
-        recipe = check_cohort(recipe, algorithm, watch.say)
-        everybody = Partition({c: Shard((0,), (), (0,)) for c in self.runtime.clients}, "sites", recipe.seed)
-        check_ranks(recipe, everybody)
-        schedule = make_schedule(recipe, algorithm, everybody)
-        recipe, algorithm = settle_privacy(recipe, algorithm, schedule, watch.say)
-        # Kernel and precision are each site's own choice: here the model only tells whether it keeps sequences apart.
+    def find(self, recipe: Recipe, say: Say) -> Found:
+        return find_at_sites(recipe, self._runtime.clients)
+
+    def open_models(self, recipe: Recipe, say: Say) -> Models:
+        """Each site chooses its kernel; here the model only tells whether it keeps sequences apart."""
         plain = recipe.model.model_copy(update={"attention": "sdpa"})
-        models = Models(plain, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), watch.say)
-        model = algorithm.server_model(models)
-        check_positions(recipe, model)
-        template = Template.choose(model.tokenizer, recipe.data.template, recipe.data.system)
-        suite_name, note = _suite(recipe)
-        recipe = recipe.with_values(
-            {
-                "runtime.threads": threads,
-                "data.template": template.style,
-                "train.packing": choose_packing(recipe.train.packing, model, watch.say),
-                "evaluation.suite": suite_name,
-                "evaluation.answers": 0,  # texts stay where they are
-            }
+        return open_models(recipe.model_copy(update={"model": plain}), say)
+
+    def tokenise(self, recipe: Recipe, found: Found, template: Template, say: Say) -> FederatedData:
+        return FederatedData(
+            found.corpus, tokenise(found.corpus, template, recipe.data.max_length, None), found.clients, {}
         )
-        check_sparing(recipe, model, elsewhere=True)
-        watch.say("asking the sites about their data")
+
+    def join(self, setting: Setting, say: Say) -> Setting:
+        """Give every site the recipe; who takes part, and with how much data, is known afterwards.
+
+        Raises UserError where a hook or the schedule cannot work with these data, and RunFailed where too few sites are
+        there.
+        """
+        recipe, algorithm, everybody = setting.recipe, setting.algorithm, setting.clients
+        say("asking the sites about their data")
         # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
-        files = shipping.tokenizer_files(model.tokenizer) if algorithm.properties.offsite else {}
-        counts = self.runtime.greet(for_clients(recipe), run_id(folder, recipe, self._resume), files)
-        clients = Partition({c: _shard(counts[c]) for c in self.runtime.clients if c in counts}, "sites", recipe.seed)
+        files = shipping.tokenizer_files(setting.model.tokenizer) if algorithm.properties.offsite else {}
+        counts = self._runtime.greet(for_clients(recipe), run_id(self._folder, recipe, self._resume), files)
+        clients = Partition({c: _shard(counts[c]) for c in everybody.clients if c in counts}, "sites", recipe.seed)
         if not clients.training_clients:
             raise RunFailed("no site with training data takes part: see the sites' own logs")
         if recipe.privacy is not None and clients.training_clients != everybody.training_clients:
@@ -106,13 +103,23 @@ class Sites:
             )
         schedule = _schedule(recipe, algorithm, clients)
         check_hooks(recipe, algorithm, clients)
-        corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", SITES)
-        data = FederatedData(corpus, tokenise(corpus, template, recipe.data.max_length, None), clients, {})
-        suite = registry.suites.get(suite_name) if suite_name else None
-        return Setting(
-            recipe, corpus, clients, data, models, model, algorithm, template, suite, note, schedule,
-            _split(clients), elsewhere=True,
-        )  # fmt: skip
+        data = FederatedData(setting.data.corpus, setting.data.sequences, clients, {})
+        return replace(
+            setting, clients=clients, data=data, schedule=schedule, split=_split(clients), runtime=self._runtime
+        )
+
+
+def find_at_sites(recipe: Recipe, clients: Sequence[str]) -> Found:
+    """What is known of sites' data before they are asked: whose they are. Each is taken to have some of every kind."""
+    everybody = Partition({c: Shard((0,), (0,), (0,)) for c in clients}, "sites", recipe.seed)
+    named = registry.corpora.get(recipe.data.corpus).suite if recipe.data.corpus else None
+    corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", SITES, named)
+    suite, note = pick_suite(
+        recipe, corpus, "the sites' data has no paired evaluation; name a suite in evaluation.suite if one fits"
+    )
+    return Found(
+        corpus, everybody, suite, note, _split(everybody), {"evaluation.answers": 0}
+    )  # texts stay where they are
 
 
 def _schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
@@ -126,32 +133,10 @@ def _schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Sched
         ) from None
 
 
-def checked(recipe: Recipe) -> Any:
-    """The recipe's algorithm. Raises UserError for what sites cannot do."""
-    algorithm = make_algorithm(recipe)
-    Chains.of(recipe.operators)
-    Hooks.of_server(recipe.hooks)
-    if algorithm.properties.pooled:
-        raise UserError(
-            f"algorithm {recipe.algorithm.name} pools all clients' data, which no federation of sites can: run it in the "
-            "simulator (runtime.name=simulator)"
-        )
-    return algorithm
-
-
-def _suite(recipe: Recipe) -> tuple[str | None, str]:
-    """The paired evaluation by the corpus's name; the sites' own data has one only where the recipe names it."""
-    wanted = recipe.evaluation.suite
-    if wanted is None:
-        return None, "the recipe asks for no score (evaluation.suite=null)"
-    if wanted != "auto":
-        registry.suites.get(wanted)
-        return wanted, ""
-    named = registry.corpora.get(recipe.data.corpus).suite if recipe.data.corpus else None
-    return (
-        named,
-        "" if named else "the sites' data has no paired evaluation; name a suite in evaluation.suite if one fits",
-    )
+def check(recipe: Recipe, clients: Sequence[str]) -> None:
+    """Raise UserError for what the server can refuse before it starts anything. `clients`: of the project's sites."""
+    check_recipe(recipe)
+    settle(recipe, find_at_sites(recipe, clients))
 
 
 def _shard(counts: Mapping[str, int]) -> Shard:
@@ -219,8 +204,8 @@ def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> No
         Path(order.out) / FEDERATION,
     )
     watch = Watch(lines.say, lines.event, lines.tick)
-    remote = Sites(runtime, order.resume)
-    run(recipe, order.out, resume=order.resume, overwrite=order.overwrite, watch=watch, remote=remote)
+    source = Sites(runtime, Path(order.out), order.resume)
+    run(recipe, order.out, resume=order.resume, overwrite=order.overwrite, watch=watch, source=source)
 
 
 def patience(deadline: float | None) -> Patience:
@@ -258,15 +243,10 @@ def serve(
         UserError: the recipe asks for what cannot be.
         RunFailed: the work failed; finished rounds are kept.
     """
-    checked(recipe)
-    folder = out / FEDERATION
-    if not resume and not overwrite and RunFolder(out).holds_a_run:
-        raise UserError(
-            f"run folder {out} already holds a run: continue it with --resume, replace it with --overwrite, "
-            "or name another folder with --out"
-        )
+    with opened(out, resume=resume, overwrite=overwrite) as run_folder:
+        check(resumed(run_folder, recipe) if resume else recipe, tuple(server.project.clients))
     lock = hold(server.kit, "serve")
-    folder.mkdir(parents=True, exist_ok=True)
+    (out / FEDERATION).mkdir(parents=True, exist_ok=True)
     exchange = server.kit / "run"
     shutil.rmtree(exchange, ignore_errors=True)
     exchange.mkdir()

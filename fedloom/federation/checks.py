@@ -1,24 +1,49 @@
-"""What a recipe leaves open, decided: the algorithm behind its name, the corpus's default split, who trains when, what is
-scored. Each returns a value or refuses with a sentence; nothing is run here. What the model itself has to tell:
-training/probes.py.
+"""Refuse what cannot be, as far as the recipe alone tells: before data or model are touched, wherever the clients are.
+
+`check_recipe` is called by every run in the same place: by the simulator, and by the server of sites before it starts
+anything. What the data tell is checked as the recipe is settled (experiment/prepare.py), what the model tells after it is
+loaded (training/probes.py). Nothing is run here.
 """
 
 from __future__ import annotations
 
 import torch
 
-from fedloom.algorithms.base import Algorithm, parse_options
-from fedloom.algorithms.build import make
+from fedloom.algorithms.base import parse_options
+from fedloom.algorithms.build import check_private
 from fedloom.common import registry
 from fedloom.common.errors import UserError, suggest
 from fedloom.data.corpus import Partition
+from fedloom.evaluation.pick_suite import check_suite
+from fedloom.federation.cohorts import alone_by_recipe, check_cohort
 from fedloom.federation.hooks.base import CLIENT_POINTS
+from fedloom.federation.hooks.calls import check_private_hooks
+from fedloom.federation.record.events import find_trackers
+from fedloom.federation.rounds.devices import check_simulated_devices
+from fedloom.messages.operators.channel import Chains
 from fedloom.models.loading import pick_device
 from fedloom.recipe.recipe import Recipe, RuntimeConfig
 
 
-def make_algorithm(recipe: Recipe) -> Algorithm:
-    """The server's half of the recipe's algorithm. Raises UserError for an unknown name, option or PEFT method."""
+def check_recipe(recipe: Recipe) -> None:
+    """Raise UserError for a recipe that no data and no model could make run."""
+    find_trackers(recipe.tracking.trackers)
+    check_algorithm(recipe)
+    check_runtime(recipe)
+    check_devices(recipe.runtime)
+    check_simulated_devices(recipe)
+    Chains.of(recipe.operators, recipe.privacy is not None)
+    check_private_hooks(recipe)
+    check_suite(recipe.evaluation.suite)
+    if recipe.data.corpus is not None:
+        registry.corpora.get(recipe.data.corpus)
+    if recipe.split.splitter is not None:
+        registry.splitters.get(recipe.split.splitter)
+    check_cohort(recipe.train.cohort, alone_by_recipe(recipe))
+
+
+def check_algorithm(recipe: Recipe) -> None:
+    """Raise UserError for an unknown algorithm, option or PEFT method, or settings that the algorithm cannot work with."""
     name = recipe.algorithm.name
     cls = registry.algorithms.get(name)
     methods = cls.properties.methods
@@ -55,7 +80,8 @@ def make_algorithm(recipe: Recipe) -> Algorithm:
     check_parallel(recipe)
     options = parse_options(cls, name, recipe.algorithm.options)
     cls.check(options, recipe.adapter, recipe.train, recipe.model)
-    return make(recipe)
+    if recipe.privacy is not None:
+        check_private(name)
 
 
 def check_parallel(recipe: Recipe) -> None:
@@ -67,33 +93,35 @@ def check_parallel(recipe: Recipe) -> None:
     inside = [h.name for h in recipe.hooks if registry.hooks.get(h.name).points(CLIENT_POINTS)]
     if inside:
         raise UserError(
-            f"{asked} cannot be had with the hook {inside[0]}, which would see one rank's part of each step: leave one of "
+            f"{asked} cannot be used with the hook {inside[0]}, which would see one rank's part of each step: leave one of "
             "them out"
         )
     if recipe.train.cache_prefix:
-        raise UserError(f"{asked} cannot be had with train.cache_prefix, which is one process's: leave one of them out")
+        raise UserError(
+            f"{asked} cannot be used with train.cache_prefix, which is one process's: leave one of them out"
+        )
     if strategy == "fsdp" and recipe.train.compile:
         raise UserError(
-            "train.compile=true cannot be had with runtime.parallel=fsdp, which puts a layer's weights in place as it is "
+            "train.compile=true cannot be used with runtime.parallel=fsdp, which puts a layer's weights in place as it is "
             "called: leave it out, or use runtime.parallel=ddp"
         )
     spared = "checkpointing=true" if recipe.train.checkpointing else f"loss_chunk={recipe.train.loss_chunk}"
     if strategy == "fsdp" and (recipe.train.checkpointing or recipe.train.loss_chunk):
         raise UserError(
-            f"train.{spared} cannot be had with runtime.parallel=fsdp, whose shards would be gathered again: leave it out, "
+            f"train.{spared} cannot be used with runtime.parallel=fsdp, whose shards would be gathered again: leave it out, "
             "or use runtime.parallel=ddp"
         )
     if strategy == "fsdp" and recipe.model.quantization:
         raise UserError(
-            f"model.quantization={recipe.model.quantization} cannot be had with runtime.parallel=fsdp, which shards plain "
+            f"model.quantization={recipe.model.quantization} cannot be used with runtime.parallel=fsdp, which shards plain "
             "weights: use runtime.parallel=ddp"
         )
     cls = registry.algorithms.get(name)
     if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
-        raise UserError(f"{asked} cannot be had with runtime.name={runtime.name}, whose clients are single processes")
+        raise UserError(f"{asked} cannot be used with runtime.name={runtime.name}, whose clients are single processes")
     if cls.properties.offsite:
         raise UserError(
-            f"{asked} cannot be had with {name}: its clients are sent an emulator once, which a cluster that was started "
+            f"{asked} cannot be used with {name}: its clients are sent an emulator once, which a cluster that was started "
             "again would not have; leave runtime.ranks out"
         )
     able = cls.strategies()
@@ -131,15 +159,20 @@ def check_devices(runtime: RuntimeConfig) -> None:
         )
 
 
-def check_runtime(recipe: Recipe, algorithm: Algorithm) -> None:
-    """Refuse a runtime that is not there, or that an algorithm's clients cannot work in, or that this machine cannot be."""
-    runtime = registry.runtimes.get(recipe.runtime.name)
-    if algorithm.properties.offsite and not getattr(runtime, "offsite", True):
+def check_runtime(recipe: Recipe) -> None:
+    """Refuse a runtime that is not there, or that the algorithm's clients cannot work in. Raises UserError."""
+    name, runtime = recipe.algorithm.name, registry.runtimes.get(recipe.runtime.name)
+    properties = registry.algorithms.get(name).properties
+    if properties.offsite and not getattr(runtime, "offsite", True):
         raise UserError(
-            f"algorithm {recipe.algorithm.name} sends an emulator once, which a client's process has to keep, and "
+            f"algorithm {name} sends an emulator once, which a client's process has to keep, and "
             f"runtime.name={recipe.runtime.name} moves clients between processes: use runtime.name=simulator"
         )
-    check_devices(recipe.runtime)
+    if properties.pooled and not runtime.pooled_tests:
+        raise UserError(
+            f"algorithm {name} pools all clients' data, which no federation of sites can: run it in the simulator "
+            "(runtime.name=simulator)"
+        )
 
 
 def _taking_mixed_ranks() -> list[str]:
@@ -148,7 +181,7 @@ def _taking_mixed_ranks() -> list[str]:
 
 def check_ranks(recipe: Recipe, clients: Partition) -> None:
     """Refuse a rank of its own for a client that there is not: it would silently have everybody's."""
-    assert not isinstance(recipe.adapter.ranks, str), "settled by settle_fleet"
+    assert not isinstance(recipe.adapter.ranks, str), "the devices have settled it"
     for client in recipe.adapter.ranks or {}:
         if client not in clients.clients:
             raise UserError(f"adapter.ranks names {client}, which is no client: {suggest(client, clients.clients)}")

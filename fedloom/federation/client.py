@@ -164,7 +164,7 @@ class Client:
         if self._recipe.train.compile and assignment.kind == "train":
             why = trouble(self._model, self._recipe.train, self._recipe.train.packing == "on")
             if why:
-                raise ClientFailed("not_compiled", f"train.compile=true cannot be had here: {why}")
+                raise ClientFailed("not_compiled", f"train.compile=true cannot be used here: {why}")
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
         self._algorithm.evaluating = assignment.kind != "train"

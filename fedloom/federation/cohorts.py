@@ -1,14 +1,13 @@
 """How many clients of a recipe train together: refused where they cannot, timed where the recipe leaves it open.
 
-`check_cohort` goes by the recipe's settings, before anything is loaded; `choose_cohort` tries the model, and under `auto`
-the recipe's own batches. What was chosen stands in the recipe that both return. This file does not know how a cohort works.
+`alone_by_recipe` goes by the recipe's settings, before anything is loaded; `choose_cohort` tries the model, and under
+`auto` the recipe's own batches. This file does not know how a cohort works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from fedloom.algorithms.base import Algorithm
 from fedloom.common import registry
 from fedloom.common.errors import UserError
 from fedloom.data.batching import Batch, Plan, collate, round_indices
@@ -26,9 +25,10 @@ Say = Callable[[str], None]
 COHORTS, WORTH_IT = (2, 4, 8, 16), 1.05
 
 
-def check_cohort(recipe: Recipe, algorithm: Algorithm, say: Say) -> Recipe:
-    """Refuse a cohort that the recipe's own settings rule out; under auto it is off then, and said to be."""
-    adapter, train, properties = recipe.adapter, recipe.train, algorithm.properties
+def alone_by_recipe(recipe: Recipe) -> str:
+    """Why the recipe's own settings let no clients train together, as half a sentence; empty where they can."""
+    adapter, train = recipe.adapter, recipe.train
+    properties = registry.algorithms.get(recipe.algorithm.name).properties
     reasons = {
         f"runtime.name={recipe.runtime.name} has its clients in processes of their own": not getattr(
             registry.runtimes.get(recipe.runtime.name), "takes_cohorts", False
@@ -40,7 +40,7 @@ def check_cohort(recipe: Recipe, algorithm: Algorithm, say: Say) -> Recipe:
         "adapter.dora=true needs each weight's norm for each client": adapter.dora,
         f"adapter.bias={adapter.bias} trains the base, which is everybody's": adapter.bias != "none",
         f"adapter.dropout={adapter.dropout:g} draws masks for one client at a time": adapter.dropout > 0,
-        "train.packing=off pads batches": recipe.train.packing == "off",
+        "train.packing=off pads batches": train.packing == "off",
         f"train.precision={train.precision} is one client's": train.precision != "fp32",
         "train.checkpointing=true computes layers again for one client": train.checkpointing,
         "train.compile=true compiles layers with one client's adapter": train.compile,
@@ -48,39 +48,45 @@ def check_cohort(recipe: Recipe, algorithm: Algorithm, say: Say) -> Recipe:
         "train.cache_prefix starts in the middle of the model": train.cache_prefix is not None,
         "hooks look into one client's steps": bool(Hooks.of_client(recipe.hooks)),
     }
-    return _without_cohort(recipe, next((why for why, holds in reasons.items() if holds), ""), say)
+    return next((why for why, holds in reasons.items() if holds), "")
 
 
-def _without_cohort(recipe: Recipe, why: str, say: Say) -> Recipe:
-    """The recipe as it is without a reason; with one it is refused, or under auto has no cohort."""
-    if not why or recipe.train.cohort == "off":
-        return recipe
-    if recipe.train.cohort != "auto":
-        raise UserError(
-            f"train.cohort={recipe.train.cohort} cannot be had: {why}; set train.cohort=off (docs/cohort.md)"
-        )
-    say(f"every client trains alone: {why}")
-    return recipe.with_values({"train.cohort": "off"})
+def check_cohort(wanted: int | str, why: str) -> None:
+    """Refuse a number of clients that cannot train together. `why` is half a sentence, empty where they can."""
+    if why and wanted not in ("off", "auto"):
+        raise UserError(f"train.cohort={wanted} cannot be used: {why}; set train.cohort=off (docs/cohort.md)")
 
 
-def choose_cohort(recipe: Recipe, model: AdaptedModel, data: FederatedData, schedule: Schedule, say: Say) -> Recipe:
-    """The recipe with `train.cohort` as off or a number, once model and data are there. Under auto sizes are timed."""
-    if recipe.train.cohort == "off":
-        return recipe
-    why = "this model's batches are padded" if recipe.train.packing == "off" else refusal(model)
+def choose_cohort(
+    recipe: Recipe, packing: str, model: AdaptedModel, data: FederatedData, schedule: Schedule, say: Say
+) -> int | str:
+    """Choose `train.cohort`, off or a number, once model and data are there. Under auto sizes are timed.
+
+    Args:
+        packing: whether batches are padding-free: on or off.
+
+    Raises UserError where the recipe asks for a number of clients that this model cannot train together.
+    """
+    wanted = recipe.train.cohort
+    if wanted == "off":
+        return wanted
+    why = "this model's batches are padded" if packing == "off" else refusal(model)
     if not why and schedule.sampled() < COHORTS[0]:
         why = f"a round has {schedule.sampled()} client"
-    recipe = _without_cohort(recipe, why, say)
-    if recipe.train.cohort != "auto":
-        return recipe
+    check_cohort(wanted, why)
+    if wanted != "auto":
+        return wanted
+    if why:
+        say(f"every client trains alone: {why}")
+        return "off"
     say("timing clients that train together")
     batches = _first_batches(recipe, data, schedule.training[: min(COHORTS[-1], schedule.sampled())])
     found = speedups(model, batches, [size for size in COHORTS if size <= len(batches)])
     best = max(found, key=lambda size: found[size])
-    chosen = best if found[best] >= WORTH_IT else "off"
+    chosen: int | str = best if found[best] >= WORTH_IT else "off"
     listed = ", ".join(f"{size} clients {ratio:.2f}x" for size, ratio in found.items())
     say(f"together against alone: {listed}; train.cohort={chosen}")
-    return recipe.with_values({"train.cohort": chosen})
+    return chosen
 
 
 def _first_batches(recipe: Recipe, data: FederatedData, clients: Sequence[str]) -> list[Batch]:

@@ -19,17 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedloom.common import environment, registry
+from fedloom.common import environment
 from fedloom.common.errors import UserError
 from fedloom.common.files import folder_name
 from fedloom.data.federated import FederatedData
-from fedloom.data.prompts import Template
 from fedloom.federation.client import Client
+from fedloom.federation.workplace import open_client, open_models, open_template
 from fedloom.messages import wire
 from fedloom.messages.at_rest import packed, unpacked
 from fedloom.messages.types import Payload
-from fedloom.models.attach import Models
-from fedloom.models.loading import pick_device
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes import versions
 
@@ -100,12 +98,11 @@ class Host:
 
     def _open(self, orders: Orders) -> None:
         recipe = Recipe.parse(orders.recipe)
-        models = Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device))
-        template = Template.choose(models.base().tokenizer, recipe.data.template, recipe.data.system)
-        suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
+        models = open_models(recipe, lambda text: None)
+        template = open_template(recipe, models.base().tokenizer)
         self._folder = Path(tempfile.mkdtemp(prefix="fedloom-host-"))
         self._recipe = orders.recipe
-        self._client = Client(models, orders.data, template, self._state, self._folder, suite)
+        self._client = open_client(recipe, models, orders.data, template, self._state, self._folder)
 
     def work(self, start: bytes, body: np.ndarray, digest: bytes, state: bytes | None) -> Done:
         """Do one piece of work. `body` may be a window into shared memory: it is read once, into the host's own."""

@@ -61,10 +61,10 @@ def check_sparing(recipe: Recipe, model: AdaptedModel, *, elsewhere: bool = Fals
     train = recipe.train
     why = can_recompute(model, train.packing == "on") if train.checkpointing else ""
     if why:
-        raise UserError(f"train.checkpointing=true cannot be had: {why}; set train.checkpointing=false")
+        raise UserError(f"train.checkpointing=true cannot be used: {why}; set train.checkpointing=false")
     if train.loss_chunk is not None and not supports_chunks(model):
         raise UserError(
-            f"train.loss_chunk={train.loss_chunk} cannot be had: this model changes its logits after its head; leave it out"
+            f"train.loss_chunk={train.loss_chunk} cannot be used: this model changes its logits after its head; leave it out"
         )
     if train.optimizer_offload == "cpu" and model.device.type == "cpu" and not elsewhere:
         raise UserError(
@@ -74,13 +74,13 @@ def check_sparing(recipe: Recipe, model: AdaptedModel, *, elsewhere: bool = Fals
     if train.compile and not elsewhere:
         why = trouble(model, train, train.packing == "on")
         if why:
-            raise UserError(f"train.compile=true cannot be had: {why}; set train.compile=false")
+            raise UserError(f"train.compile=true cannot be used: {why}; set train.compile=false")
     if train.cache_prefix is not None:
         why = no_prefix(model, train.packing == "on")
         if not why and not supports_prefix(model):
             why = "this model's later layers need more than what the one before gives"
         if why:
-            raise UserError(f"train.cache_prefix={train.cache_prefix} cannot be had: {why}; leave it out")
+            raise UserError(f"train.cache_prefix={train.cache_prefix} cannot be used: {why}; leave it out")
 
 
 def check_positions(recipe: Recipe, model: AdaptedModel) -> None:

@@ -17,7 +17,7 @@ from fedloom.algorithms.privacy import accounting, clipping, private
 from fedloom.algorithms.privacy.private import CLIP, OWN, WITHIN, Private
 from fedloom.common import registry
 from fedloom.common.errors import UserError
-from fedloom.federation.checks import make_algorithm
+from fedloom.federation.checks import check_algorithm
 from fedloom.messages.at_rest import from_bytes, to_bytes
 from fedloom.messages.types import Payload, Update
 
@@ -131,7 +131,7 @@ def test_a_sum_that_sends_more_than_it_was_sent_is_stopped_at_the_client(federat
 def test_what_is_no_plain_sum_is_refused_before_any_work(name, tiny_recipe):
     recipe = tiny_recipe({"algorithm": name, "privacy.noise": 1.0})
     with pytest.raises(UserError, match=rf"which {name} is not: use one of diloco, .*fedavg, .*slora"):
-        make_algorithm(recipe)
+        check_algorithm(recipe)
 
 
 # ------------------------------------------------------------------ what one client can change

@@ -28,7 +28,7 @@ from fedloom.experiment.benchmark.page import write_benchmark
 from fedloom.experiment.benchmark.ratios import lines, ratios
 from fedloom.experiment.benchmark.runner import run_benchmark
 from fedloom.experiment.benchmark.table import Row, alike, best, bests, rows, to_csv, to_latex
-from fedloom.federation.checks import make_algorithm
+from fedloom.federation.checks import check_algorithm
 from fedloom.federation.record.events import Events
 from fedloom.recipe.adapter import METHODS
 from fedloom.reporting.scatter import Point, Scatter, draw
@@ -94,7 +94,7 @@ def test_every_size_of_a_built_in_benchmark_is_whole(name, size):
     recipes = [cell.recipe(seed, choice) for cell in cells for choice in cell.choices() for seed in benchmark.seeds]
     assert len({cell.name for cell in cells}) == len(cells) <= len(recipes)
     for recipe in recipes:
-        make_algorithm(recipe)
+        check_algorithm(recipe)
 
 
 def test_built_in_benchmarks_have_the_rows_that_they_are_named_for():

@@ -19,6 +19,7 @@ import torch
 
 import fedloom
 import fedloom.federation.client
+import fedloom.federation.workplace
 from fedloom.algorithms.base import Algorithm
 from fedloom.common import registry
 from fedloom.common.errors import ClientFailed, RunFailed
@@ -158,14 +159,14 @@ def test_one_seed_gives_the_same_bits_and_another_seed_others(name, whole, tmp_p
 @pytest.mark.parametrize("name", those(lambda p: p.order_independent))
 def test_the_order_of_the_clients_changes_nothing(name, whole, tmp_path, monkeypatch):
     recipe, expected = whole.recipe, whole.result
-    split = fedloom.experiment.run.partition
+    split = fedloom.federation.workplace.partition
 
     def reversed_clients(*args: Any) -> Partition:
         made = split(*args)
         return replace(made, shards=dict(reversed(made.shards.items())))
 
     with monkeypatch.context() as patch:
-        patch.setattr(fedloom.experiment.run, "partition", reversed_clients)
+        patch.setattr(fedloom.federation.workplace, "partition", reversed_clients)
         backwards = run(recipe, tmp_path / "b")
     assert backwards["sha256"] == expected["sha256"]
     assert backwards["tensors"] == expected["tensors"]

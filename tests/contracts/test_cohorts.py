@@ -12,12 +12,11 @@ import torch
 
 from fedloom.common import registry
 from fedloom.common.errors import UserError
-from fedloom.experiment.prepare import prepare
-from fedloom.federation.checks import make_algorithm
+from fedloom.experiment.prepare import prepare, settle
 from fedloom.federation.client import Client
-from fedloom.federation.cohorts import check_cohort
 from fedloom.federation.record.checkpoints import ClientStore
 from fedloom.federation.watch import Watch
+from fedloom.federation.workplace import find_data
 from fedloom.messages.types import Assignment, Outcome, Update
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.simulator import Simulator
@@ -96,9 +95,9 @@ def test_together_clients_get_what_each_gets_alone(name, tiny_recipe, tmp_path):
 @pytest.mark.parametrize("name", ALONE)
 def test_an_algorithm_whose_clients_need_the_base_alone_is_refused_and_auto_says_so(name, tiny_recipe):
     recipe = tiny_recipe({"algorithm": name})
-    with pytest.raises(UserError, match=f"train.cohort=2 cannot be had: clients of {name} each need the base"):
+    with pytest.raises(UserError, match=f"train.cohort=2 cannot be used: clients of {name} each need the base"):
         prepare(recipe.with_values({"train.cohort": 2}), Watch())
-    said: list[str] = []
-    automatic = check_cohort(recipe.with_values({"train.cohort": "auto"}), make_algorithm(recipe), said.append)
-    assert automatic.train.cohort == "off"
-    assert said[0].startswith("every client trains alone: clients of")
+    automatic = recipe.with_values({"train.cohort": "auto"})
+    settled = settle(automatic, find_data(automatic, lambda text: None))
+    assert settled.recipe.train.cohort == "off"
+    assert settled.notes[0].startswith("every client trains alone: clients of")

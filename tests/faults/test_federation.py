@@ -188,9 +188,8 @@ def recipe(tiny_model: Path, tiny_data: Path) -> Callable[[Mapping[str, Any]], R
 def federation(
     tmp_path_factory: pytest.TempPathFactory, recipe: Callable[[Mapping[str, Any]], Recipe]
 ) -> Iterator[Federation]:
-    from fedloom.data.loading import load_data
-    from fedloom.data.splitters import partition
     from fedloom.experiment.local_sites import deal, free_port
+    from fedloom.federation.workplace import find_data
     from fedloom.runtimes.sites.flare.kits import provision
 
     folder = tmp_path_factory.mktemp("federation")
@@ -200,9 +199,7 @@ def federation(
         "sites": [{"name": site, "client": client} for site, client in SITES.items()],
     }
     provision(Project.model_validate(project), folder / "kits")
-    corpus, resolved = load_data(recipe({}), print)
-    clients = partition(corpus, resolved.split, resolved.seed)
-    deal(resolved, corpus, clients, {c: folder / "data" / f"{c}.jsonl" for c in SITES.values()})
+    deal(recipe({}), find_data(recipe({}), print), {c: folder / "data" / f"{c}.jsonl" for c in SITES.values()})
     made = Federation(folder, recipe)
     for site in SITES:
         made.join(site)

@@ -23,7 +23,7 @@ from peft_by_hand import (
 
 from fedloom.common.errors import UserError
 from fedloom.data.batching import Batch, collate
-from fedloom.federation.checks import make_algorithm
+from fedloom.federation.checks import check_algorithm
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import attach
 from fedloom.models.forward import token_losses
@@ -111,10 +111,10 @@ def test_algorithms_on_factors_refuse_what_is_not_in_the_factors(option, monkeyp
     from fedloom.algorithms.base import Properties
 
     recipe = Recipe.parse({"adapter": option})
-    make_algorithm(recipe)
+    check_algorithm(recipe)
     monkeypatch.setattr(FedAvg, "properties", Properties(methods=frozenset({"lora"})))
     with pytest.raises(UserError, match=r"does not take adapter\.(dora|bias)="):
-        make_algorithm(recipe)
+        check_algorithm(recipe)
 
 
 def test_a_method_that_does_not_know_the_architecture_says_so():

@@ -280,7 +280,7 @@ def test_an_algorithm_that_adds_to_base_weights_has_the_same_result(tiny_recipe,
 
 def test_what_has_no_frozen_prefix_is_refused(tiny_recipe):
     with pytest.raises(
-        UserError, match=r"train\.cache_prefix=8 cannot be had: something that trains lies in the first"
+        UserError, match=r"train\.cache_prefix=8 cannot be used: something that trains lies in the first"
     ):
         prepare(tiny_recipe({"train.cache_prefix": 8}), Watch())
     layers = {"adapter.layers": "last-1", "train.cache_prefix": 8}

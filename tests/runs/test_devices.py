@@ -417,7 +417,7 @@ def test_a_run_of_an_older_checkpoint_format_is_refused_in_one_sentence(cli, rec
     [
         ({"runtime.name": "distributed"}, "time is real with runtime.name=distributed"),
         ({"algorithm": {"name": "global"}}, "on everybody's data in one place"),
-        ({"privacy": {"noise": 1.0, "clip": 1.0}}, "cannot be had with privacy"),
+        ({"privacy": {"noise": 1.0, "clip": 1.0}}, "cannot be used with privacy"),
         ({"algorithm": {"name": "fedbuff"}, "devices": {"deadline": 3.0}}, "waits for nobody"),
         ({"devices": {"trace": "nowhere.csv"}}, "devices.trace=nowhere.csv cannot be read"),
         ({"devices": None, "algorithm": {"name": "hetlora"}, "adapter.ranks": "by device"}, "needs devices"),

@@ -200,7 +200,7 @@ def test_without_privacy_nothing_of_it_is_written(tiny_recipe, tmp_path):
         ({"privacy": {"noise": 1.0, "adaptive": {"noise": 0.4}}}, r"privacy.adaptive.noise=0.4 spends all"),
         (
             {"privacy": {"noise": 1}, "federation.clients_per_round": 2, "federation.min_clients": 2},
-            r"federation.min_clients=2 cannot be had with privacy and clients_per_round=2",
+            r"federation.min_clients=2 cannot be used with privacy and clients_per_round=2",
         ),
         ({"privacy": {"noize": 1}}, r"unknown key privacy.noize in the recipe: did you mean privacy.noise\?"),
         ({"privacy.noise_multiplier": 1, "privacy.noise": 1}, r"did you mean privacy.noise\?"),
@@ -220,8 +220,8 @@ def test_more_rounds_than_the_target_was_for_are_refused(tiny_recipe, tmp_path):
 
 
 def test_the_default_delta_falls_with_the_number_of_clients(tiny_recipe):
-    from fedloom.algorithms.privacy.plan import settled
+    from fedloom.algorithms.privacy.plan import settle_privacy
 
     recipe = tiny_recipe({"privacy.noise": 1.0})
-    assert settled(recipe, 3).privacy.delta == 1e-5
-    assert settled(recipe, 10**6).privacy.delta == pytest.approx(10**-6.6)
+    assert settle_privacy(recipe, 3)["privacy.delta"] == 1e-5
+    assert settle_privacy(recipe, 10**6)["privacy.delta"] == pytest.approx(10**-6.6)

@@ -23,8 +23,8 @@ from fedloom.common.errors import UserError
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.experiment.prepare import prepare
-from fedloom.federation.checks import make_algorithm
-from fedloom.federation.cohorts import check_cohort
+from fedloom.federation.checks import check_algorithm
+from fedloom.federation.cohorts import alone_by_recipe, check_cohort
 from fedloom.federation.watch import Watch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import attach
@@ -119,7 +119,7 @@ def test_runs_are_those_of_plain_layers_and_rounds_compile_nothing(traced, tiny_
 def test_where_there_is_no_compiler_it_is_refused_before_any_work(tiny_recipe, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     with pytest.raises(
-        UserError, match=r"train\.compile=true cannot be had: on a CPU torch compiles with .*none, which"
+        UserError, match=r"train\.compile=true cannot be used: on a CPU torch compiles with .*none, which"
     ):
         fedloom.run(tiny_recipe({"train.compile": True}), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -143,15 +143,15 @@ def test_code_that_gives_something_else_is_refused(tiny_recipe, monkeypatch):
 @pytest.mark.parametrize("algorithm", ["flora", "fedex_lora", "slora", "fedkseed", "fedmezo", "decomfl"])
 def test_algorithms_that_it_does_nothing_for_or_would_mislead_are_refused(tiny_recipe, algorithm):
     with pytest.raises(UserError, match=r"train\.compile"):
-        make_algorithm(tiny_recipe({"algorithm": algorithm, "train.compile": True}))
+        check_algorithm(tiny_recipe({"algorithm": algorithm, "train.compile": True}))
 
 
 def test_cohorts_and_shards_are_refused(tiny_recipe):
     recipe = tiny_recipe({"train.compile": True, "train.cohort": 2})
-    with pytest.raises(UserError, match=r"train\.cohort=2 cannot be had: train\.compile=true"):
-        check_cohort(recipe, make_algorithm(recipe), print)
-    with pytest.raises(UserError, match=r"train\.compile=true cannot be had with runtime\.parallel=fsdp"):
-        make_algorithm(tiny_recipe({"train.compile": True, "runtime.ranks": 2, "runtime.parallel": "fsdp"}))
+    with pytest.raises(UserError, match=r"train\.cohort=2 cannot be used: train\.compile=true"):
+        check_cohort(2, alone_by_recipe(recipe))
+    with pytest.raises(UserError, match=r"train\.compile=true cannot be used with runtime\.parallel=fsdp"):
+        check_algorithm(tiny_recipe({"train.compile": True, "runtime.ranks": 2, "runtime.parallel": "fsdp"}))
 
 
 def test_passes_without_a_backward_stay_plain(monkeypatch):
@@ -220,6 +220,6 @@ def test_a_compiler_that_fails_is_a_sentence(tiny_recipe, tmp_path: Path, monkey
     with (
         fresh("inductor"),
         config.patch({"cpp.cxx": (None, str(broken))}),
-        pytest.raises(UserError, match=r"train\.compile=true cannot be had: torch cannot"),
+        pytest.raises(UserError, match=r"train\.compile=true cannot be used: torch cannot"),
     ):
         prepare(tiny_recipe({"train.compile": True}), Watch())

@@ -113,7 +113,7 @@ def test_checkpointing_alone_gives_the_same_bits_and_is_off_outside_of_steps(tin
 def test_what_would_be_another_result_is_refused(tiny_recipe, tmp_path):
     prefix = {"adapter": {"method": "prefix_tuning", "virtual_tokens": 2}, "train.packing": "off"}
     with pytest.raises(
-        UserError, match=r"train\.checkpointing=true cannot be had: a prefix in padded batches is a cache"
+        UserError, match=r"train\.checkpointing=true cannot be used: a prefix in padded batches is a cache"
     ):
         fedloom.run(tiny_recipe({**prefix, "train.checkpointing": True}), out=tmp_path / "run")
     config = Gemma2Config(

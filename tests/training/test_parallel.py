@@ -16,7 +16,7 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.build import make
 from fedloom.common import registry
 from fedloom.common.errors import UserError
-from fedloom.federation.checks import make_algorithm
+from fedloom.federation.checks import check_algorithm
 from fedloom.federation.client import Client
 from fedloom.federation.record.checkpoints import ClientStore
 from fedloom.messages.types import Update
@@ -132,9 +132,9 @@ def test_every_algorithm_sends_what_one_process_would_or_is_refused(tiny_recipe,
     recipe = tiny_recipe({"algorithm": {"name": name, **options}}, **UNEVEN)
     if not rankable(name):
         with pytest.raises(UserError, match=r"runtime\.ranks=2"):
-            make_algorithm(tiny_recipe({"algorithm": name}, **{"runtime.ranks": 2}))
+            check_algorithm(tiny_recipe({"algorithm": name}, **{"runtime.ranks": 2}))
         return
-    make_algorithm(recipe.with_values({"runtime.ranks": 2}))
+    check_algorithm(recipe.with_values({"runtime.ranks": 2}))
     one, other, federation = both(recipe, tmp_path, client="all-clients" if name == "global" else "copy")
     agree(one, other)
     assert one.cost.train_tokens == other.cost.train_tokens
@@ -221,7 +221,7 @@ def test_what_ranks_cannot_do_is_refused_with_a_sentence(tiny_recipe, monkeypatc
     monkeypatch.setitem(registry.algorithms._targets, "walking", Walking)
     monkeypatch.setitem(registry.runtimes._targets, "single", lambda client, clients: None)
     with pytest.raises(UserError, match=words):
-        make_algorithm(tiny_recipe({"runtime.ranks": 2, **overrides}))
+        check_algorithm(tiny_recipe({"runtime.ranks": 2, **overrides}))
 
 
 def test_an_algorithm_without_a_loop_of_its_own_needs_no_declaration():

@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.build import make
 from fedloom.algorithms.privacy import accounting, clipping
 from fedloom.common.errors import UserError
-from fedloom.common.say import Say
+from fedloom.recipe.privacy import PrivacyConfig
 from fedloom.recipe.recipe import Recipe
 
-if TYPE_CHECKING:
-    from fedloom.federation.rounds.schedule import Schedule
 
-
-def settled(recipe: Recipe, population: int) -> Recipe:
-    """The recipe with its privacy's open values filled in: δ, the noise for a wanted ε, the count's noise, n.
+def settle_privacy(recipe: Recipe, population: int) -> dict[str, Any]:
+    """Fill in the open values of the recipe's privacy: δ, the noise for a wanted ε, the count's noise, n.
 
     Args:
         population: clients that can be sampled.
 
-    Raises UserError where the numbers promise nothing or cannot be kept.
+    Returns:
+        Dotted recipe keys with their values; empty for a recipe without privacy.
+
+    Raises:
+        UserError: the numbers promise nothing or cannot be kept.
     """
     privacy = recipe.privacy
     if privacy is None:
-        return recipe
+        return {}
     expected = recipe.federation.sampled(population)
     delta = privacy.delta or min(1e-5, population**-1.1)
     if delta >= 1 / population:
@@ -51,28 +50,24 @@ def settled(recipe: Recipe, population: int) -> Recipe:
     values["privacy.noise"] = noise
     if privacy.adaptive is not None:
         values["privacy.adaptive.noise"] = clipping.count_noise(privacy.adaptive, noise, expected)
-    recipe = recipe.with_values(values)
-    assert recipe.privacy is not None
-    clipping.deviations(recipe.privacy, expected)
-    return recipe
+    filled = recipe.with_values(values).privacy
+    assert filled is not None
+    clipping.deviations(filled, expected)
+    return values
 
 
-def settle_privacy(recipe: Recipe, algorithm: Algorithm, schedule: Schedule, say: Say) -> tuple[Recipe, Algorithm]:
-    """The recipe with its privacy's numbers filled in, and the algorithm that keeps to them. Both as they are without."""
-    if recipe.privacy is None:
-        return recipe, algorithm
-    recipe = settled(recipe, len(schedule.training))
-    privacy = recipe.privacy
-    assert privacy is not None
+def describe_privacy(privacy: PrivacyConfig) -> list[str]:
+    """Say what a private run does, in a sentence or two. `privacy` has its open values filled in."""
     alike = f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}"
     if not privacy.noise:
-        say(f"{alike}, and no noise is added: nothing is promised")
-        return recipe, make(recipe)
+        return [f"{alike}, and no noise is added: nothing is promised"]
     target = f", to keep to ε={privacy.epsilon:g}" if privacy.epsilon else ""
-    say(
+    sentences = [
         f"{alike}, and noise of {privacy.noise:g} times the clip is added at the {privacy.where}{target} "
         f"(δ={privacy.delta:g})"
-    )
+    ]
     if privacy.seeded:
-        say("privacy: the noise follows from the recipe's seed, so this holds only against those who do not know it")
-    return recipe, make(recipe)
+        sentences.append(
+            "privacy: the noise follows from the recipe's seed, so this holds only against those who do not know it"
+        )
+    return sentences

@@ -24,7 +24,7 @@ from fedloom.common.files import unfinished, write_json
 from fedloom.experiment.benchmark.columns import measured
 from fedloom.experiment.benchmark.declaration import Benchmark, Cell, Values
 from fedloom.experiment.run import run
-from fedloom.federation.checks import make_algorithm
+from fedloom.federation.checks import check_algorithm
 from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import RunFolder
 from fedloom.federation.watch import Watch
@@ -104,7 +104,7 @@ def check(benchmark: Benchmark) -> dict[str, str]:
             recipes += [_pilot(benchmark, cell, choice) for choice in cell.choices()]
         try:
             for recipe in recipes:
-                make_algorithm(recipe)
+                check_algorithm(recipe)
         except UserError as error:
             refused[cell.name] = str(error)
     return refused

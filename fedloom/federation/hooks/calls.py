@@ -44,15 +44,24 @@ def parse_hook(config: HookConfig) -> Hook:
         raise UserError(f"{key}={first['input']!r} is not valid for the hook {config.name}: {said}") from None
 
 
-def check_hooks(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
-    """Refuse whatever cannot be, before any work. Raises UserError. `clients`: with their data."""
+def check_private_hooks(recipe: Recipe) -> None:
+    """Raise UserError for a hook with a wrong name or option, or one that tells of data in a private run."""
     for config in recipe.hooks:
-        hook = parse_hook(config)
-        if recipe.privacy is not None and hook.tells_of_data:
+        if parse_hook(config).tells_of_data and recipe.privacy is not None:
             raise UserError(
                 f"the hook {config.name} makes numbers that privacy does not cover: leave it out, or set privacy=null"
             )
-        hook.check(recipe, algorithm, clients)
+
+
+def check_hooks(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
+    """Let every hook refuse a recipe that it cannot serve. Raises UserError.
+
+    Args:
+        algorithm: the server's half, with its model.
+        clients: with their data.
+    """
+    for config in recipe.hooks:
+        parse_hook(config).check(recipe, algorithm, clients)
 
 
 def for_clients(recipe: Recipe) -> dict[str, Any]:

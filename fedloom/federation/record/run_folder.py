@@ -18,6 +18,7 @@ import yaml
 from fedloom.common.errors import UserError
 from fedloom.common.files import locked, unfinished, write_bytes, write_json
 from fedloom.common.yaml import load_yaml
+from fedloom.federation.record.checkpoints import Checkpoints
 from fedloom.recipe.library import find_recipe
 from fedloom.recipe.recipe import Recipe
 
@@ -173,6 +174,17 @@ def continued(stored: Recipe, given: Recipe) -> Recipe:
             "start another run with --out"
         )
     return stored.with_values({k: v for k, v in changes.items() if k.startswith(CHANGEABLE) and v not in OPEN})
+
+
+def resumed(folder: RunFolder, given: Recipe) -> Recipe:
+    """The recipe with which the run in `folder` goes on. Raises UserError for what cannot change, or for fewer rounds."""
+    recipe = continued(folder.stored_recipe(), given)
+    finished = max(Checkpoints(folder / "checkpoints").rounds(), default=0)
+    if finished > recipe.federation.rounds:
+        raise UserError(
+            f"federation.rounds={recipe.federation.rounds} but {finished} rounds are finished: ask for more, not fewer"
+        )
+    return recipe
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

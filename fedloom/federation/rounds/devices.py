@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.algorithms.build import make
 from fedloom.common import registry
 from fedloom.common.errors import UserError
 from fedloom.common.randomness import numpy_generator
@@ -39,38 +38,40 @@ from fedloom.recipe.recipe import Recipe
 KEPT = {"adamw": 2, "sgd": 0}
 
 
-def settle_fleet(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> tuple[Fleet | None, Recipe, Algorithm]:
-    """The clients' devices, and recipe and algorithm with the ranks that follow from them. Raises UserError."""
-    by_device = recipe.adapter.ranks == "by device"
+def check_simulated_devices(recipe: Recipe) -> None:
+    """Refuse devices that nothing simulates, or that the recipe's other settings rule out. Raises UserError."""
     if recipe.devices is None:
-        if by_device:
+        if recipe.adapter.ranks == "by device":
             raise UserError(
                 'adapter.ranks="by device" needs devices: add a devices section, or give each client its rank'
             )
-        return None, recipe, algorithm
-    name, properties = recipe.algorithm.name, algorithm.properties
+        return
+    name = recipe.algorithm.name
+    properties = registry.algorithms.get(name).properties
     if not getattr(registry.runtimes.get(recipe.runtime.name), "virtual", False):
         raise UserError(
-            f"devices are simulated, and time is real with runtime.name={recipe.runtime.name}: use runtime.name=simulator"
+            f"devices are simulated, and time is real with runtime.name={recipe.runtime.name}: use runtime.name=simulator, "
+            "or leave devices out"
         )
     if recipe.privacy is not None:
         raise UserError(
-            "devices cannot be had with privacy, whose accountant does not know who is there or late: leave one of them out"
+            "devices cannot be used with privacy, whose accountant does not know who is there or late: leave one of them "
+            "out"
         )
     if properties.pooled or properties.offsite:
         why = (
             "trains on everybody's data in one place" if properties.pooled else "sends an emulator anew after a restart"
         )
-        raise UserError(f"devices cannot be had with algorithm {name}, which {why}: leave devices out")
+        raise UserError(f"devices cannot be used with algorithm {name}, which {why}: leave devices out")
     if properties.asynchronous and recipe.devices.deadline is not None:
         raise UserError(
             f"devices.deadline={recipe.devices.deadline:g} but algorithm {name} waits for nobody: leave devices.deadline out"
         )
-    fleet = Fleet(recipe.devices, clients.training_clients, recipe.seed)
-    if by_device:
-        recipe = recipe.with_values({"adapter.ranks": fleet.ranks(recipe.adapter.rank)})
-        algorithm = make(recipe)
-    return fleet, recipe, algorithm
+
+
+def make_fleet(recipe: Recipe, clients: Partition) -> Fleet | None:
+    """Draw the device of every client that trains; None for a recipe without devices. Raises UserError for a bad trace."""
+    return Fleet(recipe.devices, clients.training_clients, recipe.seed) if recipe.devices is not None else None
 
 
 def pace_of(recipe: Recipe, algorithm: Algorithm, fleet: Fleet | None) -> Pace | None:

@@ -65,7 +65,7 @@ def _private_schedule(schedule: Schedule, privacy: PrivacyConfig) -> Schedule:
     federation = schedule.federation
     if federation.min_clients > 1:
         raise UserError(
-            f"federation.min_clients={federation.min_clients} cannot be had with privacy and clients_per_round="
+            f"federation.min_clients={federation.min_clients} cannot be used with privacy and clients_per_round="
             f"{federation.clients_per_round}: each client is sampled independently, so a round may have fewer; leave it out"
         )
     return replace(schedule, independent=True, federation=federation.model_copy(update={"min_clients": 0}))

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedloom.common.errors import UserError
 from fedloom.federation.client import Client
-from fedloom.federation.workplace import open_clients
+from fedloom.federation.workplace import open_simulated_client
 from fedloom.messages import wire
 from fedloom.models.loading import pick_device
 from fedloom.recipe.recipe import Recipe
@@ -50,7 +50,7 @@ class Cluster:
             recipe = Recipe.parse(orders["recipe"])
             runtime = recipe.runtime
             ranks = self._place.joined(runtime.parallel, pick_device(runtime.device))
-            self._client = open_clients(recipe, Path(orders["folder"]), ranks)
+            self._client = open_simulated_client(recipe, Path(orders["folder"]), ranks)
         except UserError as error:
             return {"state": "failed", "detail": str(error)}, b""
         self._recipe = orders["recipe"]

@@ -31,15 +31,13 @@ from fedloom.common.errors import UserError, disk_trouble
 from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData
 from fedloom.data.loading import for_objective, load_corpus
-from fedloom.data.prompts import Template
 from fedloom.data.shard_file import is_shard, read_shard
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
 from fedloom.federation.checks import check_devices, check_parallel
 from fedloom.federation.client import Client
 from fedloom.federation.hooks.calls import Hooks
-from fedloom.federation.record.checkpoints import ClientStore
-from fedloom.federation.workplace import models_of
+from fedloom.federation.workplace import open_client, open_models, open_store, open_template
 from fedloom.messages import wire
 from fedloom.models.emulator import shipping
 from fedloom.models.loading import load_tokenizer, pick_device
@@ -161,14 +159,13 @@ def open_site(
     with ranks.in_turn():
         corpus, partition, questions = own_data(recipe, site, sites)
         tokenizer = shipping.tokenizer_of(shipping.as_tensors(files)) if files else load_tokenizer(recipe.model, print)
-        template = Template.choose(tokenizer, recipe.data.template, recipe.data.system)
+        template = open_template(recipe, tokenizer)
         sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
     if suite is not None:
         suite.check([corpus.examples[i] for i in questions])
     data = FederatedData(corpus, sequences, partition, {site.client: questions if suite else ()})
     folder = run_folder(home, run, site.keep_runs) if place.first else home / "runs" / run
-    store = ClientStore(folder / "clients", recipe.tracking.keep_checkpoints + 1)
     shard = partition.shards[site.client]
     counts = {
         "train": len(shard.train),
@@ -177,7 +174,8 @@ def open_site(
         "questions": len(questions) if suite else 0,
         "tokens": sequences.supervised_tokens(shard.train),
     }
-    client = Client(models_of(recipe, ranks), data, template, store, folder / "adapters", suite, ranks, home)
+    models = open_models(recipe, print, ranks)
+    client = open_client(recipe, models, data, template, open_store(recipe, folder), folder / "adapters", ranks, home)
     return Opened(client, recipe.resolved(), counts)
 
 
