@@ -57,7 +57,7 @@ def settle_privacy(recipe: Recipe, population: int) -> dict[str, Any]:
 
 
 def describe_privacy(privacy: PrivacyConfig) -> list[str]:
-    """Say what a private run does, in a sentence or two. `privacy` has its open values filled in."""
+    """Describe what a private run does. `privacy` has its open values filled in; the result is a list of sentences."""
     alike = f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}"
     if not privacy.noise:
         return [f"{alike}, and no noise is added: nothing is promised"]

@@ -45,7 +45,7 @@ def parse_hook(config: HookConfig) -> Hook:
 
 
 def check_private_hooks(recipe: Recipe) -> None:
-    """Raise UserError for a hook with a wrong name or option, or one that tells of data in a private run."""
+    """Raise UserError for a hook with a wrong name or option, or a hook that reports data in a private run."""
     for config in recipe.hooks:
         if parse_hook(config).tells_of_data and recipe.privacy is not None:
             raise UserError(
