@@ -7,10 +7,11 @@
     round_payload    re-distribution           ─────▶ receive
     deployed         what is evaluated and saved      deployed
 
-One instance plays the server, another a client; in the simulator the client's instance plays all clients in turn, its
-personal state loaded before and saved after. An algorithm never asks which runtime it is in, and a tensor leaves a
-client only through `shared_state`. The defaults below are plain federated training of the whole adapter; an algorithm
-overrides what it changes and nothing else.
+One instance plays the server, another a client; in the simulator the client's instance plays all clients in turn. What
+either has to remember from round to round it puts into `kept`. The server's `kept` is in every checkpoint. A client's is
+stored with that client, loaded before its turn and saved after it. An algorithm never asks which runtime it is in, and a
+tensor leaves a client only through `shared_state`. The defaults below are plain federated training of the whole adapter;
+an algorithm overrides what it changes and nothing else.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from fedloom.algorithms.about import About
 from fedloom.common.errors import UserError, suggest
 from fedloom.data.batching import Batch
+from fedloom.messages.kept import check_kept
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
@@ -61,6 +63,11 @@ class Deployed:
 
 #: Strategies of training/parallel.py.
 ANY_PARALLEL = frozenset({"ddp", "fsdp"})
+
+
+#: Before the names of `shared` in a checkpoint; `RESERVED`: before those of hooks and of privacy, which lie there too.
+SHARED = "shared/"
+RESERVED = ("hooks/", "privacy/")
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,9 @@ class Algorithm(ABC):
         adapter: the recipe's section: method, rank and each client's own rank.
         model: this process's model; there once `server_model` or `client_model` was called.
         shared: the server's copy of what all clients share, on the CPU; there once `server_model` was called.
-        personal: client half: what stays with this client between rounds.
+        kept: what this half remembers between rounds, tensors and JSON (messages/kept.py). The server's is part of every
+            checkpoint and comes back on resume. A client's stays with that client and is never sent. Tensors come back on
+            the CPU. Whatever else is assigned to `self` is lost when the run is killed.
         client, round: client half: whose turn it is, and in which round.
         evaluating: client half: the live model is about to be measured or saved, not trained. Personal algorithms
             put the client's own weights in then; `receive` may ask.
@@ -129,7 +138,7 @@ class Algorithm(ABC):
         self.adapter = adapter
         self.model: AdaptedModel
         self.shared: Adapter
-        self.personal = Payload()
+        self.kept = Payload()
         self.client = ""
         self.round = 0
         self.evaluating = False
@@ -250,11 +259,24 @@ class Algorithm(ABC):
         return Deployed((self.shared if client is None else self.model.adapter).snapshot())
 
     def server_state(self) -> Payload:
-        """Everything that the server must have to carry on after this round."""
-        return Payload({f"shared/{n}": t for n, t in self.shared.tensors().items()})
+        """Everything that the server needs to carry on after this round: `shared` and `kept`.
+
+        Override it, together with `load_server_state`, only to store less, such as numbers that `shared` follows from.
+        Raises ValueError where `kept` cannot be stored.
+        """
+        check_kept(self.kept, f"self.kept of {type(self).__name__}", reserved=(SHARED, *RESERVED))
+        shared = {f"{SHARED}{n}": t for n, t in self.shared.tensors().items()}
+        return Payload({**shared, **self.kept.tensors}, dict(self.kept.meta))
 
     def load_server_state(self, state: Payload) -> None:
-        self.shared.load({n.removeprefix("shared/"): t for n, t in state.tensors.items() if n.startswith("shared/")})
+        """The inverse of `server_state`. Raises ValueError where a tensor of `shared` is missing or has another shape."""
+        self.load_shared(state)
+        kept = {n: t for n, t in state.tensors.items() if not n.startswith(SHARED)}
+        self.kept = Payload(kept, dict(state.meta))
+
+    def load_shared(self, state: Payload) -> None:
+        """The part of `load_server_state` that puts `shared` back, for algorithms with a state of their own form."""
+        self.shared.load({n.removeprefix(SHARED): t for n, t in state.tensors.items() if n.startswith(SHARED)})
 
     def repeated(self, rounds: int) -> bool:
         """A run was interrupted and goes on from this state; `rounds` rounds after it were finished, and are done again.
@@ -275,15 +297,19 @@ class Algorithm(ABC):
         """The `algorithm` section of an ordinary run that this one wants to stand beside it; None wants none."""
         return None
 
-    def begin(self, client: str, round: int, personal: Payload | None) -> None:
+    def begin(self, client: str, round: int, kept: Payload | None) -> None:
         """It is `client`'s turn in `round` (under evaluation: rounds finished), with what it kept from its last one."""
         self.client = client
         self.round = round
-        self.personal = personal or Payload()
+        self.kept = kept or Payload()
 
-    def personal_state(self) -> Payload:
-        """What stays with the client after training; never part of a message."""
-        return self.personal
+    def client_state(self) -> Payload:
+        """What stays with the client after training, by default `kept`; never part of a message.
+
+        Raises ValueError where `kept` cannot be stored.
+        """
+        check_kept(self.kept, f"self.kept of {type(self).__name__}")
+        return self.kept
 
 
 def parse_options(algorithm: type[Algorithm], name: str, values: Mapping[str, Any]) -> AlgorithmOptions:

@@ -46,6 +46,9 @@ from fedloom.training.precision import autocast
 from fedloom.training.probes import settle_attention
 from fedloom.training.trainer import FitResult, LocalRun
 
+#: The section of a client's stored state with what its algorithm keeps. The name is part of the file format.
+KEPT = "personal"
+
 
 def held_seconds(device: torch.device | None, ranks: int, wall: float) -> float:
     """How long work of `wall` seconds held GPUs, one for each rank; 0 elsewhere. It ends when its result is on the CPU."""
@@ -168,7 +171,7 @@ class Client:
         up_to = assignment.round - 1 if assignment.kind == "train" else assignment.round
         self._state = self._store.load(assignment.client, up_to)
         self._algorithm.evaluating = assignment.kind != "train"
-        self._algorithm.begin(assignment.client, assignment.round, self._state.get("personal"))
+        self._algorithm.begin(assignment.client, assignment.round, self._state.get(KEPT))
         self._channel.resume(self._state.get("operators"))
         self._algorithm.receive(payload)
 
@@ -185,7 +188,7 @@ class Client:
             return Update(client, round, Payload())
         payload = self._channel.encoded(shared, client, round)
         kept = Payload(result.optimizer_state) if self._recipe.train.optimizer_state == "keep" else Payload()
-        own = {"personal": self._algorithm.personal_state(), "optimizer": kept, "operators": self._channel.state()}
+        own = {KEPT: self._algorithm.client_state(), "optimizer": kept, "operators": self._channel.state()}
         if self._hooks:
             own[SECTION] = self._hooks.state()
         self._store.save(client, round, own)

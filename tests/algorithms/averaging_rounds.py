@@ -132,7 +132,7 @@ class Federation:
         self.client.receive(payload)
         self.client.local_training(local_run(self.model, self.data[client], self.train, round))
         shared = from_bytes(to_bytes(self.client.shared_state()))
-        self.kept[client] = from_bytes(to_bytes(self.client.personal_state()))
+        self.kept[client] = from_bytes(to_bytes(self.client.client_state()))
         self.sent.append((client, shared))
         return replace(update(client, {}, self.examples[client], round), payload=shared)
 

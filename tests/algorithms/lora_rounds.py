@@ -116,9 +116,10 @@ def local_run(algorithm: Any, round: int = 1, **train: Any) -> LocalRun:
 
 def trained(algorithm: Any, payload: Payload, name: str = "a", round: int = 1, **train: Any) -> Payload:
     """One client's turn: what it sends after `payload` and some steps of real training."""
-    algorithm.begin(name, round, algorithm.kept.get(name) if hasattr(algorithm, "kept") else None)
+    states = vars(algorithm).setdefault("states_of_the_test", {})
+    algorithm.begin(name, round, states.get(name))
     algorithm.receive(payload)
     algorithm.local_training(local_run(algorithm, round, **train))
     sent = Payload({n: t.detach().clone() for n, t in algorithm.shared_state().tensors.items()})
-    algorithm.kept = {**getattr(algorithm, "kept", {}), name: algorithm.personal_state()}
+    states[name] = algorithm.client_state()
     return sent

@@ -18,7 +18,7 @@ from fedloom.messages.at_rest import load_tensors
 def after(version: int, **options):
     """A server at `version`, its model where it started."""
     algorithm = rounds.server("fedbuff", rounds.drawn(0), **options)
-    algorithm.version = version
+    algorithm.kept.meta["version"] = version
     return algorithm
 
 

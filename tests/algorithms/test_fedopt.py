@@ -145,5 +145,5 @@ def test_moments_stay_on_the_server_and_a_damaged_state_is_refused(name):
     assert algorithm.round_payload("c0").tensors.keys() == {"a", "b"}
     state = saved(algorithm)
     del state.tensors["m/a"]
-    with pytest.raises(ValueError, match="missing: a"):
+    with pytest.raises(ValueError, match="missing: m/a"):
         server(name, drawn(1)).load_server_state(state)

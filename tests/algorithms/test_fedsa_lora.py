@@ -31,7 +31,7 @@ def test_every_client_finds_its_own_b_again():
         after[name] = {p.b: algorithm.model.adapter.views[p.b].clone() for p in algorithm.pairs}
     central.aggregate(iter(drawn(central)))
     for name in "abc":
-        algorithm.begin(name, 1, algorithm.kept.get(name))
+        algorithm.begin(name, 1, algorithm.states_of_the_test.get(name))
         algorithm.receive(central.round_payload(name))
         for p in algorithm.pairs:
             expected = after[name][p.b] if name in after else torch.zeros_like(after["a"][p.b])
@@ -43,6 +43,6 @@ def test_what_is_kept_is_a_copy():
     of = models()
     algorithm = client("fedsa_lora", of)
     trained(algorithm, server("fedsa_lora", of=of).round_payload("a"))
-    kept = {n: t.clone() for n, t in algorithm.personal_state().tensors.items()}
+    kept = {n: t.clone() for n, t in algorithm.client_state().tensors.items()}
     of.adapted().adapter.flat.zero_()
-    assert all(torch.equal(t, algorithm.personal_state().tensors[n]) for n, t in kept.items())
+    assert all(torch.equal(t, algorithm.client_state().tensors[n]) for n, t in kept.items())

@@ -116,7 +116,7 @@ def test_without_gamma_nothing_is_pruned_and_a_lower_rank_is_refused():
     central.aggregate(iter(drawn(central)))
     sent = trained(algorithm, central.round_payload("a"), "a", weight_decay=0.5)
     assert {t.shape[0] for n, t in sent.tensors.items() if "lora_A" in n} == {3}
-    assert algorithm.personal_state().tensors == {}
+    assert algorithm.client_state().tensors == {}
     lower = drawn(server("hetlora", {"a": 2}))[0]
     with pytest.raises(ValueError, match="misshapen"):
         central.accept(lower)

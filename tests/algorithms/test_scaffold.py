@@ -221,7 +221,7 @@ def test_updates_without_their_control_are_refused():
 def test_personal_state_is_on_the_cpu_and_apart_from_the_live_model():
     federation = Federation("scaffold", DATA, SGD, EXAMPLES)
     federation.round(1, ["x"])
-    state = federation.client.personal_state()
+    state = federation.client.client_state()
     before = {n: t.clone() for n, t in state.tensors.items()}
     federation.model.adapter.flat.zero_()
     federation.round(2, ["y"])

@@ -131,7 +131,7 @@ def test_the_algorithms_two_halves_agree(page, tiny_recipe, tmp_path):
         model.adapter.flat.add_(wanted)
         sent = client.shared_state()
         said += sent.tensors["size"] * sent.tensors["signs"]
-        kept = client.personal_state()
+        kept = client.client_state()
         torch.testing.assert_close(said + kept.tensors["owed"], number * wanted, rtol=0, atol=1e-4)
     assert float((said / number - wanted).norm() / wanted.norm()) < 0.2  # 0.6 where the rest is thrown away
     assert sent.tensors["signs"].dtype == torch.int8

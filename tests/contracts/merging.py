@@ -59,7 +59,7 @@ class Merging(fedavg.FedAvg):
         return Payload({**state.tensors, **{DELTA + n: t for n, t in self.delta.items()}})
 
     def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
+        self.load_shared(state)
         self.delta = {n.removeprefix(DELTA): t for n, t in state.tensors.items() if n.startswith(DELTA)}
 
 
@@ -78,12 +78,12 @@ class Keeping(fedavg.FedAvg):
         return base.Layout({n: s for n, s in self.shared.layout.shapes.items() if ".lora_A." in n})
 
     def receive(self, payload: Payload) -> None:
-        own = self.personal.tensors or self._private(self.model.adapter.layout.views(self.model.initial))
+        own = self.kept.tensors or self._private(self.model.adapter.layout.views(self.model.initial))
         self.model.adapter.load({**payload.tensors, **own})
 
     def shared_state(self) -> Payload:
         live = self.model.adapter.tensors()
-        self.personal = Payload({n: t.detach().cpu().clone() for n, t in self._private(live).items()})
+        self.kept = Payload({n: t.detach().cpu().clone() for n, t in self._private(live).items()})
         return Payload({n: t for n, t in live.items() if ".lora_A." in n})
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:

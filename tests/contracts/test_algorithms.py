@@ -230,17 +230,17 @@ def test_a_clients_own_state_comes_back_bit_for_bit(name, tiny_recipe, tmp_path)
     _, kept, _, fresh = play(name, tiny_recipe)
     algorithm, store = fresh(), ClientStore(tmp_path / "again")
     algorithm.begin("another", 2, None)
-    nothing = from_bytes(to_bytes(algorithm.personal_state()))
+    nothing = from_bytes(to_bytes(algorithm.client_state()))
     assert not any(t.numel() > 1 or t.any() for t in nothing.tensors.values())
     for client, state in kept.items():
         store.save(client, 1, {"personal": state})
         loaded = store.load(client, 1).get("personal", Payload())
         assert same(loaded, state)
         algorithm.begin(client, 2, loaded)
-        assert same(algorithm.personal_state(), state)
+        assert same(algorithm.client_state(), state)
         assert algorithm.client == client
         algorithm.begin("another", 2, None)
-        assert same(algorithm.personal_state(), nothing)
+        assert same(algorithm.client_state(), nothing)
     if properties(name).personal:
         assert any(s.tensors for s in kept.values())
 
@@ -437,7 +437,7 @@ def one_round(setting: Setting) -> tuple[dict[str, Payload], list[Update]]:
         shared = client.shared_state()
         payload = Payload({n: t.clone() for n, t in shared.tensors.items()}, shared.meta)
         updates.append(Update(name, 1, payload, len(shard.train), shard.sequences.supervised_tokens(shard.train)))
-        kept[name] = from_bytes(to_bytes(client.personal_state()))
+        kept[name] = from_bytes(to_bytes(client.client_state()))
     return kept, updates
 
 

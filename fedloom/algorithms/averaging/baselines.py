@@ -25,13 +25,13 @@ class Local(base.Algorithm):
         return Payload()
 
     def receive(self, payload: Payload) -> None:
-        if self.personal.tensors:
-            self.model.adapter.load(self.personal.tensors)
+        if self.kept.tensors:
+            self.model.adapter.load(self.kept.tensors)
         else:
             self.model.adapter.copy_(self.model.initial)
 
     def shared_state(self) -> Payload:
-        self.personal = Payload({n: t.detach().cpu().clone() for n, t in self.model.adapter.tensors().items()})
+        self.kept = Payload({n: t.detach().cpu().clone() for n, t in self.model.adapter.tensors().items()})
         return Payload()
 
     def update_layout(self) -> Layout:

@@ -29,16 +29,11 @@ from fedloom.algorithms import base
 from fedloom.algorithms.about import About
 from fedloom.algorithms.averaging import fedavg
 from fedloom.messages.types import Payload, Update
-from fedloom.models.adapters import AdaptedModel
-from fedloom.models.attach import Models
 from fedloom.models.layout import WeightedMean
 
 
 class FedBuff(fedavg.FedAvg):
-    """
-    Attributes:
-        version: how often the server has aggregated; what `Assignment.round` − 1 was when a client started.
-    """
+    """The server keeps `version`: how often it has aggregated, what `Assignment.round` − 1 was when a client started."""
 
     properties: ClassVar = base.Properties(order_independent=False, asynchronous=True)
     about: ClassVar = About("averaging", "adapter; its change up", "Nguyen et al. 2021, arXiv 2106.06639")
@@ -63,9 +58,9 @@ class FedBuff(fedavg.FedAvg):
 
     # ------------------------------------------------------------------ server
 
-    def server_model(self, models: Models) -> AdaptedModel:
-        self.version = 0
-        return super().server_model(models)
+    @property
+    def version(self) -> int:
+        return int(self.kept.meta.get("version", 0))
 
     def buffer(self, in_flight: int) -> int:
         wanted = self.options.buffer
@@ -89,16 +84,9 @@ class FedBuff(fedavg.FedAvg):
         step = self.options.lr * mean.result(torch.float64)
         before = self.shared.flat.clone()
         self.shared.copy_(before.double() + step)
-        self.version += 1
+        self.kept.meta["version"] = self.version + 1
         moved = float((self.shared.flat - before).norm())
         return {"distance_moved": moved, "staleness": sum(ages) / len(ages), "oldest": max(ages)}
-
-    def server_state(self) -> Payload:
-        return Payload(super().server_state().tensors, {"version": self.version})
-
-    def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
-        self.version = int(state.meta["version"])
 
     # ------------------------------------------------------------------ client
 

@@ -20,7 +20,7 @@ from fedloom.algorithms.averaging import fedavg
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
-from fedloom.models.layout import Adapter
+from fedloom.models.layout import Layout, check_names
 
 #: One tensor's moments by name, fp64: a rule replaces them.
 Moments = dict[str, torch.Tensor]
@@ -97,8 +97,8 @@ def _with_two_moments(sizes: Sizes) -> int:
 class FedOpt(fedavg.FedAvg):
     """What the named algorithms below share; each says its rule, its moments and its options.
 
-    Attributes:
-        moments: name → tensors like the shared adapter's, fp32; arithmetic is fp64, one tensor at a time.
+    The server keeps the moments, as ``moment/tensor``: fp32 tensors like the shared adapter's. Arithmetic is fp64, one
+    tensor at a time.
     """
 
     Options: ClassVar[type[ServerOptions]] = ServerOptions
@@ -108,10 +108,9 @@ class FedOpt(fedavg.FedAvg):
 
     def server_model(self, models: Models) -> AdaptedModel:
         model = super().server_model(models)
-        self.moments: dict[str, Adapter] = {}
-        for name, start in self.options.initial().items():
-            self.moments[name] = Adapter(self.shared.layout)
-            self.moments[name].flat.fill_(start)
+        shapes = self.shared.layout.shapes.items()
+        starts = self.options.initial().items()
+        self.kept = Payload({f"{key}/{n}": torch.full(shape, start) for key, start in starts for n, shape in shapes})
         return model
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
@@ -120,25 +119,19 @@ class FedOpt(fedavg.FedAvg):
         for name, average in self.shared.layout.views(mean).items():
             m, theta = average.double(), self.shared.views[name]
             d = theta.double() - m
-            state = {key: moment.views[name].double() for key, moment in self.moments.items()}
+            kept = {key: self.kept.tensors[f"{key}/{name}"] for key in self.options.initial()}
+            state = {key: moment.double() for key, moment in kept.items()}
             u = type(self).rule(d, state, self.options)
             # θ − u, written from the mean: where the step is the pseudo-gradient itself, the mean comes out bit for bit.
             theta.copy_(m + (d - u))
-            for key, moment in self.moments.items():
-                moment.views[name].copy_(state[key])
+            for key, moment in kept.items():
+                moment.copy_(state[key])
         return {"distance_moved": float((self.shared.flat - before).norm()), "pseudo_gradient": gradient}
 
-    def server_state(self) -> Payload:
-        state = super().server_state()
-        for key, moment in self.moments.items():
-            state.tensors.update({f"{key}/{n}": t for n, t in moment.tensors().items()})
-        return state
-
     def load_server_state(self, state: Payload) -> None:
+        wanted = Layout({n: t.shape for n, t in self.kept.tensors.items()})
         super().load_server_state(state)
-        for key, moment in self.moments.items():
-            prefix = f"{key}/"
-            moment.load({n.removeprefix(prefix): t for n, t in state.tensors.items() if n.startswith(prefix)})
+        check_names(wanted, self.kept.tensors)
 
 
 class FedAvgM(FedOpt):

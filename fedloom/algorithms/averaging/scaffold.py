@@ -111,7 +111,7 @@ class Scaffold(fedavg.FedAvg):
         return state
 
     def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
+        self.load_shared(state)
         for name, view in self.shared.layout.views(self._sum).items():
             view.copy_(state.tensors[f"sum/{name}"])
         counted = json.loads(bytes(state.tensors["counted"].tolist()))
@@ -132,11 +132,11 @@ class Scaffold(fedavg.FedAvg):
     def _own_control(self, counted: int) -> torch.Tensor:
         """c_k as the server has it, [numel] fp64: with the last change where that was counted, without it otherwise."""
         flat = torch.zeros(self.model.adapter.layout.numel, dtype=torch.float64)
-        kept = self.personal.tensors
+        kept = self.kept.tensors
         if kept:
             for name, view in self.model.adapter.layout.views(flat).items():
                 view.copy_(kept[f"{CONTROL}{name}"])
-                if self.personal.meta["round"] == counted:
+                if self.kept.meta["round"] == counted:
                     view.add_(kept[f"{PENDING}{name}"])
         return flat
 
@@ -152,7 +152,7 @@ class Scaffold(fedavg.FedAvg):
         layout = self.model.adapter.layout
         mean = self._path.cpu().double() / max(1, self._steps)  # c_k⁺
         change = layout.views((mean - self._own).float())
-        self.personal = Payload(
+        self.kept = Payload(
             {**_prefixed(CONTROL, layout.views(self._own)), **_prefixed(PENDING, change)}, {"round": self.round}
         )
         return Payload({**self.model.adapter.tensors(), **_prefixed(CONTROL, change)})

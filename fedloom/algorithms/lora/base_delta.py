@@ -98,5 +98,5 @@ class DeltaAlgorithm(LoRAAlgorithm):
         return Payload({**super().server_state().tensors, **self.delta.prefixed()})
 
     def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
+        self.load_shared(state)
         self.delta = BaseDelta.of(state.tensors)

@@ -54,10 +54,10 @@ class FedSALoRA(LoRAAlgorithm):
     def receive(self, payload: Payload) -> None:
         self.model.adapter.copy_(self.model.initial)
         fill(self.model.adapter, self.part, payload.tensors)
-        if self.personal.tensors:
-            fill(self.model.adapter, self.own, self.personal.tensors)
+        if self.kept.tensors:
+            fill(self.model.adapter, self.own, self.kept.tensors)
 
     def shared_state(self) -> Payload:
         views = self.model.adapter.views
-        self.personal = Payload({n: views[n].detach().cpu().clone() for n in self.own.names})
+        self.kept = Payload({n: views[n].detach().cpu().clone() for n in self.own.names})
         return Payload({n: views[n] for n in self.part.names})

@@ -34,9 +34,10 @@ RANK = "rank/"
 
 
 class HetLoRA(LoRAAlgorithm):
-    """Attributes:
-    ranks: server half: the ranks of clients that have pruned.
-    own: client half: this client's rank.
+    """Both halves keep the ranks of clients that have pruned: the server one for each of them, a client its own.
+
+    Attributes:
+        own: client half: this client's rank.
     """
 
     properties: ClassVar = base.Properties(mixed_ranks=True, methods=METHODS, neutral={})
@@ -60,13 +61,12 @@ class HetLoRA(LoRAAlgorithm):
 
     def __init__(self, options: base.AlgorithmOptions, seed: int, adapter: AdapterConfig) -> None:
         super().__init__(options, seed, adapter)
-        self.ranks: dict[str, int] = {}
         self.own = adapter.rank
 
     # ------------------------------------------------------------------ server
 
     def rank_of(self, client: str) -> int:
-        return min(super().rank_of(client), self.ranks.get(client, self.adapter.rank))
+        return min(super().rank_of(client), int(self.kept.tensors.get(RANK + client, self.adapter.rank)))
 
     def layout_for(self, client: str) -> Layout:
         return at_rank(self.shared.layout, self.rank_of(client))
@@ -100,28 +100,20 @@ class HetLoRA(LoRAAlgorithm):
             rank = rank_in(update.payload.tensors)
             size, count, highest, lowest = size + weight, count + 1, max(highest, rank), min(lowest, rank)
             if rank < super().rank_of(update.client):
-                pruned[update.client] = rank
-        self.ranks = {**self.ranks, **pruned}
+                pruned[RANK + update.client] = torch.tensor(rank)
+        self.kept.tensors.update(pruned)
         mean = layout.views(by_norm / size if size else alike / count)
         for name, view in of_rank(self.shared.tensors(), highest).items():
             target = self.shared.views[name][tuple(slice(0, n) for n in view.shape)]
             target.copy_(of_rank({name: mean[name]}, highest)[name])
         return {"highest_rank": float(highest), "lowest_rank": float(lowest)}
 
-    def server_state(self) -> Payload:
-        ranks = {RANK + client: torch.tensor(rank) for client, rank in self.ranks.items()}
-        return Payload({**super().server_state().tensors, **ranks})
-
-    def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
-        self.ranks = {n.removeprefix(RANK): int(t) for n, t in state.tensors.items() if n.startswith(RANK)}
-
     # ------------------------------------------------------------------ client
 
     def receive(self, payload: Payload) -> None:
         self.own = rank_in(payload.tensors)
-        if RANK in self.personal.tensors:  # it pruned, and its update may not have reached the server
-            self.own = min(self.own, int(self.personal.tensors[RANK]))
+        if RANK in self.kept.tensors:  # it pruned, and its update may not have reached the server
+            self.own = min(self.own, int(self.kept.tensors[RANK]))
         super().receive(Payload(of_rank(payload.tensors, self.own)))
         self.before = self._tail_size()
 
@@ -151,7 +143,7 @@ class HetLoRA(LoRAAlgorithm):
     def shared_state(self) -> Payload:
         if self.options.gamma is not None and self._tail_size() < self.before:
             self.own = self._pruned()
-            self.personal = Payload({RANK: torch.tensor(self.own)})
+            self.kept = Payload({RANK: torch.tensor(self.own)})
         return Payload(of_rank(self.model.adapter.tensors(), self.own))
 
 

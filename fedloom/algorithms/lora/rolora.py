@@ -24,14 +24,16 @@ from fedloom.models.layout import Layout, WeightedMean
 
 
 class RoLoRA(LoRAAlgorithm):
-    """Attributes: finished: server half: rounds aggregated."""
+    """The server keeps `finished`, the number of rounds that it aggregated."""
 
     properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
     about: ClassVar = About(
         "lora", "A or B; both down", "Chen et al. 2025, arXiv 2502.01755", up=lambda s: s.b if s.round % 2 else s.a
     )
 
-    finished = 0
+    @property
+    def finished(self) -> int:
+        return int(self.kept.meta.get("finished", 0))
 
     def trained(self, round: int) -> Layout:
         """The factor that `round` trains."""
@@ -46,15 +48,8 @@ class RoLoRA(LoRAAlgorithm):
         for update in updates:
             mean.add(update.payload.tensors, self.options.weight(update))
         fill(self.shared, part, part.views(mean.result()))
-        self.finished += 1
+        self.kept.meta["finished"] = self.finished + 1
         return {}
-
-    def server_state(self) -> Payload:
-        return Payload(super().server_state().tensors, {"finished": self.finished})
-
-    def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
-        self.finished = int(state.meta["finished"])
 
     def receive(self, payload: Payload) -> None:
         super().receive(payload)

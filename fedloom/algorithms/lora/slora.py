@@ -169,7 +169,7 @@ class SLoRA(LoRAAlgorithm):
         return Payload(tensors, {"finished": self.finished})
 
     def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
+        self.load_shared(state)
         self.sparse.load({n: t for n, t in state.tensors.items() if n.startswith(SPARSE)})
         self.finished = int(state.meta["finished"])
 

@@ -141,12 +141,12 @@ class Replayed(base.Algorithm):
     def receive(self, payload: Payload) -> None:
         self.history = History()
         try:
-            if self.personal.tensors:
-                self.history.extend(self.personal.tensors)
+            if self.kept.tensors:
+                self.history.extend(self.kept.tensors)
             self.history.extend(payload.tensors)
         except ValueError as error:
             raise ClientFailed("damaged_state", f"this client cannot catch up: {error}; --resume sends all") from None
         self.model.adapter.copy_(self._replay.at(self.history.coefficients(self.directions)))
 
-    def personal_state(self) -> Payload:
+    def client_state(self) -> Payload:
         return Payload(self.history.since(0))

@@ -214,7 +214,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         return Payload({**super().server_state().tensors, **latents}, {"version": self.version, "aligned": aligned})
 
     def load_server_state(self, state: Payload) -> None:
-        super().load_server_state(state)
+        self.load_shared(state)
         latents = {n.removeprefix(LATENT): t.clone() for n, t in state.tensors.items() if n.startswith(LATENT)}
         self.latents = {n: t.to(self.model.device) for n, t in latents.items()} or None
         self.version = int(state.meta["version"])

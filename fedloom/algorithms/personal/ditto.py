@@ -38,8 +38,8 @@ class Ditto(fedavg.FedAvg):
 
     def receive(self, payload: Payload) -> None:
         super().receive(payload)
-        if self.evaluating and self.personal.tensors:
-            self.model.adapter.load(self.personal.tensors)
+        if self.evaluating and self.kept.tensors:
+            self.model.adapter.load(self.kept.tensors)
 
     def local_training(self, run: LocalRun) -> FitResult:
         live = run.model.adapter
@@ -48,12 +48,12 @@ class Ditto(fedavg.FedAvg):
         if not shared.steps:
             return joined({"shared": shared}, shared.loss)  # nothing was learned: the client fails
         trained = live.flat.clone()
-        if self.personal.tensors:
-            live.load(self.personal.tensors)
+        if self.kept.tensors:
+            live.load(self.kept.tensors)
         else:
             live.copy_(received)
         own = turn(run, "own").fit(_Near(self, received, self.options.lam))
-        self.personal = Payload(copies(live.tensors()))
+        self.kept = Payload(copies(live.tensors()))
         live.copy_(trained)  # `shared_state` sends what stands in the live buffer
         return joined({"shared": shared, "own": own}, shared.loss)
 

@@ -84,7 +84,7 @@ class FedDPA(fedavg.FedAvg):
             self._put_local()
 
     def _put_local(self) -> None:
-        for name, tensor in self.personal.tensors.items():
+        for name, tensor in self.kept.tensors.items():
             self._local(name, self.model.adapter.views[name]).copy_(tensor)
 
     def local_training(self, run: LocalRun) -> FitResult:
@@ -97,7 +97,7 @@ class FedDPA(fedavg.FedAvg):
         live.copy_(received)
         self._put_local()
         own = turn(run, "local").fit(Holding(self, Frozen(run.model, live.views, self._global)))
-        self.personal = Payload(copies({n: self._local(n, t) for n, t in live.views.items()}))
+        self.kept = Payload(copies({n: self._local(n, t) for n, t in live.views.items()}))
         live.copy_(trained)
         return joined({"global": shared, "local": own}, shared.loss)
 

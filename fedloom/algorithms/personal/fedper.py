@@ -120,12 +120,12 @@ class FedPer(fedavg.FedAvg):
 
     def receive(self, payload: Payload) -> None:
         check_names(self.shared.layout, payload.tensors)
-        own = self.personal.tensors or self._as_made()
+        own = self.kept.tensors or self._as_made()
         self.model.adapter.load({**payload.tensors, **own})
 
     def shared_state(self) -> Payload:
         live = self.model.adapter.tensors()
-        self.personal = Payload(copies({n: t for n, t in live.items() if n in self.private}))
+        self.kept = Payload(copies({n: t for n, t in live.items() if n in self.private}))
         return Payload({n: t for n, t in live.items() if n not in self.private})
 
     def deployed(self, client: str | None = None) -> base.Deployed:

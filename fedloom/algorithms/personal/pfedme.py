@@ -46,8 +46,8 @@ class PFedMe(fedavg.FedAvg):
 
     def receive(self, payload: Payload) -> None:
         super().receive(payload)
-        if self.evaluating and self.personal.tensors:
-            self.model.adapter.load(self.personal.tensors)
+        if self.evaluating and self.kept.tensors:
+            self.model.adapter.load(self.kept.tensors)
 
     def local_training(self, run: LocalRun) -> FitResult:
         self._seen: dict[int, tuple[Batch, int]] = {}  # a step that a loss scale has computed again shows a batch twice
@@ -58,7 +58,7 @@ class PFedMe(fedavg.FedAvg):
         result = run.fit(self)
         if result.steps:
             live = run.model.adapter
-            self.personal = Payload(copies(live.layout.views(self._theta)))
+            self.kept = Payload(copies(live.layout.views(self._theta)))
         tokens, flops = run.ranks.counts(self._extra.tokens, self._extra.flops)
         result.tokens, result.flops = result.tokens + tokens, result.flops + flops
         return result

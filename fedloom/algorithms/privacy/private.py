@@ -235,10 +235,10 @@ class Private(base.Algorithm):
 
     # ------------------------------------------------------------------ client
 
-    def begin(self, client: str, round: int, personal: Payload | None) -> None:
-        super().begin(client, round, personal)
+    def begin(self, client: str, round: int, kept: Payload | None) -> None:
+        super().begin(client, round, kept)
         self.inner.evaluating = self.evaluating
-        self.inner.begin(client, round, personal)
+        self.inner.begin(client, round, kept)
 
     def receive(self, payload: Payload) -> None:
         clip = payload.tensors.get(CLIP)
@@ -293,8 +293,8 @@ class Private(base.Algorithm):
     def compared_with(self) -> Mapping[str, Any] | None:
         return self.inner.compared_with()
 
-    def personal_state(self) -> Payload:
-        return self.inner.personal_state()
+    def client_state(self) -> Payload:
+        return self.inner.client_state()
 
 
 def flattened(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from fedloom.common.errors import UserError, suggest
 from fedloom.data.batching import Batch
 from fedloom.data.corpus import Partition
 from fedloom.federation.hooks.base import CLIENT_POINTS, SERVER_POINTS, Hook, Pass, ServerRound, Step
+from fedloom.messages.kept import check_kept
 from fedloom.messages.types import Payload
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.layout import exchange
@@ -121,7 +122,9 @@ class Hooks:
     # ------------------------------------------------------------------ state
 
     def state(self) -> Payload:
-        """What all of them kept, by ``hook/tensor``."""
+        """What all of them kept, by ``hook/tensor``. Raises ValueError where something cannot be stored."""
+        for name, hook in self._hooks.items():
+            check_kept(hook.kept, f"self.kept of the hook {name}")
         tensors = {f"{n}/{key}": t for n, hook in self._hooks.items() for key, t in hook.kept.tensors.items()}
         return Payload(tensors, {n: hook.kept.meta for n, hook in self._hooks.items() if hook.kept.meta})
 
