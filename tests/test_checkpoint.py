@@ -128,7 +128,7 @@ def test_rounds_after_the_one_that_is_saved_are_not_kept_in_its_place(tmp_path):
 def test_another_version_is_refused(tmp_path):
     store = Checkpoints(tmp_path / "c")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedloom.messages.at_rest.VERSION", 99)
+        patch.setattr("fedloom.federation.record.checkpoints.VERSION", 99)
         store.save(state(1))
     with pytest.raises(UserError, match="version 99"):
         store.load(1)
@@ -210,3 +210,46 @@ def test_a_damaged_tensor_file_is_said(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(Damaged, match="cannot be read"):
         load_tensors(path)
+
+
+# ------------------------------------------------------------------ files that belong to a checkpoint
+
+
+def with_files(tmp_path: Path, round: int) -> RoundState:
+    """A state with two files, such as updates in flight."""
+    files = {}
+    for number in (1, 2):
+        path = tmp_path / f"waits-{round}-{number}"
+        path.write_bytes(to_bytes(Payload({"w": torch.full((3,), float(10 * round + number))})))
+        files[f"in-flight-{number}.safetensors"] = path
+    return RoundState(round, state(round).server, state(round).notes, files)
+
+
+def test_files_lie_in_the_checkpoint_and_come_back(tmp_path):
+    store = Checkpoints(tmp_path / "c")
+    folder = store.save(given := with_files(tmp_path, 1))
+    for path in given.files.values():
+        path.unlink()  # the run goes on
+    got = store.load(1)
+    assert {name: path.parent for name, path in got.files.items()} == dict.fromkeys(given.files, folder)
+    values = [float(from_bytes(path.read_bytes()).tensors["w"][0]) for _, path in sorted(got.files.items())]
+    assert values == [11.0, 12.0]
+
+
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("how", ["gone", "torn", "altered"])
+def test_a_checkpoint_is_damaged_where_any_of_its_files_is(tmp_path, number, how):
+    store = Checkpoints(tmp_path / "c")
+    for round in (1, 2):
+        store.save(with_files(tmp_path, round))
+    name = f"in-flight-{number}.safetensors"
+    path = store.path(2) / name
+    data = path.read_bytes()
+    path.unlink()
+    if how != "gone":
+        path.write_bytes(data[:-1] if how == "torn" else data[:-1] + bytes([data[-1] ^ 1]))
+    with pytest.raises(Damaged, match=f"{name} cannot be read"):
+        store.load(2)
+    found, said = store.newest()
+    assert found.round == 1 and len(found.files) == 2
+    assert said == [f"the checkpoint of round 2 is damaged: {name} cannot be read; using the one before it"]

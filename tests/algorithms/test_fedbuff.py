@@ -147,3 +147,9 @@ def test_rounding_is_all_that_differs_from_fedavg():
     )  # fmt: skip
     unit = 2.0**-23 * max(float(rounds.flat(t).abs().max()) for t in trained)
     assert (theirs.shared.flat - ours.shared.flat).abs().max() <= unit
+
+
+@pytest.mark.parametrize("buffer", [0, 0.0, -1, 1.5, 2.25])
+def test_a_buffer_is_a_number_or_a_fraction(buffer):
+    with pytest.raises(ValueError, match="buffer"):
+        rounds.made("fedbuff", buffer=buffer)

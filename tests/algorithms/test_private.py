@@ -326,3 +326,49 @@ def test_with_noise_no_number_of_a_round_is_a_clients(federation):
     updates = [federation.train(c, 1) for c in federation.clients]
     for sent in ([], updates):
         assert set(federation.server.aggregate(iter(sent))) == {"distance_moved", "clip", "epsilon", "delta"}
+
+
+# ------------------------------------------------------------------ rounds done again, and the ledger on disk
+
+
+@pytest.mark.parametrize(("rounds", "again"), [(0, False), (1, True), (3, True)])
+def test_rounds_that_are_done_again_count_again(rounds, again, federation):
+    server = federation({"noise": 1.1, "seeded": False}).server
+    server.aggregate(iter([]))
+    assert server.repeated(rounds) is again
+    assert server.ledger.entries == [(1 + rounds, 1.1, 1.0)]
+    assert server.guarantee()["releases"] == 1 + rounds
+    seeded = federation({"noise": 1.1, "seeded": True}).server
+    seeded.aggregate(iter([]))
+    assert seeded.repeated(rounds) is False and seeded.ledger.entries == [(1, 1.1, 1.0)]
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 3])
+def test_with_noise_at_the_clients_the_round_that_was_cut_off_counts_too(rounds, federation):
+    """Some may have sent in it: against the server one release more than rounds; of the models there is none of it."""
+    server = federation({"noise": 3.0, "where": "client", "seeded": False}).server
+    assert server.repeated(rounds) is True
+    assert server.ledger.entries == [(rounds + 1, 1.5, 1.0)]
+    assert server.joint.entries == ([(rounds, 3.0, 1.0)] if rounds else [])
+
+
+def test_the_ledgers_come_back_from_disk(federation):
+    """Two kinds of entries in each: what was spent goes on, bit for bit."""
+    federation = federation({"noise": 3.0, "where": "client", "adaptive": {}})
+    server, other = (
+        federation.server,
+        federation.server.__class__(federation.server.inner, federation.server.privacy, federation.server.expected),
+    )
+    updates = [federation.train(c, 1) for c in federation.clients]
+    for sent in (updates, updates[:2], updates[:2]):
+        server.aggregate(iter(sent))
+    server.ledger.add(0.1 + 0.2, 1 / 3, 7)
+    kept = from_bytes(to_bytes(server.server_state()))
+    other.load_server_state(kept)
+    assert other.ledger.entries == server.ledger.entries and len(server.ledger.entries) == 2
+    assert other.joint.entries == server.joint.entries == [(1, 3.0 * math.sqrt(3), 1.0), (2, 3.0 * math.sqrt(2), 1.0)]
+    assert all(type(count) is int for count, *_ in other.ledger.entries)
+    assert (other.finished, other.clip) == (3, server.clip)
+    assert other.ledger.releases == 10
+    empty = accounting.Ledger.of(from_bytes(to_bytes(Payload({"x": accounting.Ledger().tensor()}))).tensors["x"])
+    assert empty.entries == [] and empty.epsilon(1e-5) == 0.0

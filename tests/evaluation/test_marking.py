@@ -144,3 +144,12 @@ def test_questions_take_turns_and_examples_are_not_among_them(tmp_path, monkeypa
 )  # fmt: skip
 def test_what_follows_the_function_is_left_out(language, prompt, answer, kept):
     assert completed({"task_id": f"{language}/0", "prompt": prompt}, answer) == kept
+
+
+def test_no_accepted_answer_is_never_met():
+    assert f1("anything", []) == 0.0
+    assert f1("", []) == 0.0
+    assert exact_match("anything", []) == 0.0
+    assert f1("", [""]) == 1.0
+    assert f1("the a an", ["?!"]) == 1.0  # nothing is left of either
+    assert f1("owl", [""]) == f1("", ["owl"]) == 0.0

@@ -20,7 +20,7 @@ from fedloom.federation.rounds.collection import in_order
 from fedloom.federation.watch import Watch
 from fedloom.messages import wire
 from fedloom.messages.operators.channel import Chains, ClientChannel, ServerChannel
-from fedloom.messages.types import Assignment, Failure, Payload, Update
+from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
 
 INT8 = {"name": "quantize", "bits": 8}
 INT4 = {"name": "quantize", "bits": 4, "error_feedback": True, "rounding": "stochastic"}
@@ -405,3 +405,63 @@ def test_a_residual_never_leaves_the_client(tiny_recipe, tmp_path, monkeypatch):
 
     kept = ClientStore(tmp_path / "run" / "clients").load("copy", 2)["operators"].tensors
     assert kept and all(t.dtype == torch.float32 for t in kept.values())
+
+
+# ------------------------------------------------------------------ a reference is the broadcast of its round, in every tensor
+
+
+@pytest.mark.parametrize("changed", ["a", "b"])
+def test_a_reference_is_taken_anew_where_only_one_tensor_changed(tiny_recipe, changed):
+    """The other one is the same in every bit, as where one factor of LoRA rests for a round."""
+    server, client = ends(tiny_recipe, up=["delta"])
+    live = weights(0)
+    a_round(server, client, "x", 1, Payload({n: t.clone() for n, t in live.items()}), Payload(weights(1)))
+    live[changed][0] += 1
+    got, outcome = a_round(server, client, "x", 2, Payload(live), Payload(answer := weights(2)))
+    assert same(got.tensors, live)
+    assert isinstance(outcome, Update) and same(outcome.payload.tensors, answer)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        {"a": torch.tensor([1.0, 0.0]), "b": torch.zeros(2)},  # -0 → 0
+        {"a": torch.tensor([1.0, -0.0])},  # a name less
+        {"a": torch.tensor([1.0, -0.0]), "b": torch.zeros(2), "c": torch.ones(1)},  # a name more
+        {"a": torch.tensor([1.0, -0.0]), "b": torch.zeros(1, 2)},  # another shape
+        {"a": torch.tensor([1.0, -0.0]), "b": torch.zeros(2, dtype=torch.int32)},  # another type, the same bits
+    ],
+    ids=["sign", "less", "more", "shape", "dtype"],
+)
+def test_what_is_held_is_held_again_only_where_every_bit_is_the_same(tiny_recipe, after):
+    server, _ = ends(tiny_recipe, up=["delta"])
+    before = {"a": torch.tensor([1.0, -0.0]), "b": torch.zeros(2)}
+    first = server._held(before)
+    assert server._held({n: t.clone() for n, t in before.items()}) is first
+    again = server._held(after)
+    assert again is not first and same(again, after)
+    nan = {"a": torch.tensor([float("nan")])}
+    assert server._held(nan) is server._held({"a": nan["a"].clone()})
+
+
+def test_the_last_four_broadcasts_of_a_client_are_held(tiny_recipe):
+    server, client = ends(tiny_recipe, up=["delta"])
+    answers = {}
+    for round in range(1, 7):
+        client.received(server.sent(Assignment("train", "a", round, 9, Payload(weights(round))), False))
+        answers[round] = client.encoded(Payload(weights(10 + round)), "a", round)
+    got = {round: server.opened(Update("a", round, payload)) for round, payload in answers.items()}
+    assert [round for round, outcome in got.items() if isinstance(outcome, Failure)] == [1, 2]
+    assert all(same(got[round].payload.tensors, weights(10 + round)) for round in (3, 4, 5, 6))
+
+
+def test_a_failure_passes_as_it_is_and_keeps_its_cost(tiny_recipe):
+    server, client = ends(tiny_recipe, up=["delta"])
+    failure = Failure("a", 1, "odd", "as asked")
+    assert server.opened(failure) is failure
+    client.received(server.sent(Assignment("train", "a", 1, 9, Payload(weights(1))), False))
+    coded = client.encoded(Payload(weights(2)), "a", 1)
+    del coded.tensors[next(iter(coded.tensors))]
+    refused = server.opened(Update("a", 1, coded, cost=Cost(upload_bytes=5)))
+    assert isinstance(refused, Failure)
+    assert (refused.reason, refused.client, refused.round, refused.cost.upload_bytes) == ("bad_payload", "a", 1, 5)

@@ -129,3 +129,41 @@ def test_what_has_nothing_to_offload_is_refused(tiny_recipe):
         Recipe.parse({"train": {"optimizer": "sgd", "optimizer_offload": "disk"}})
     with pytest.raises(UserError, match=r"train\.optimizer_offload=cpu but the model is on the CPU"):
         prepare(tiny_recipe({"train.optimizer_offload": "cpu"}), Watch())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_rests_on_disk_and_nobody_keeps_is_not_read(kind):
+    """Under `reset` the moments are gone with the client; reading them back would bring them into memory."""
+    for offload, state, names in (("disk", "reset", 0), ("disk", "keep", 1), (None, "reset", 1)):
+        config = TrainConfig(steps=1, optimizer=kind, optimizer_offload=offload, optimizer_state=state, **KINDS[kind])
+        parameter = torch.nn.Parameter(FLAT.clone())
+        parameter.grad = torch.ones_like(parameter)
+        made = FlatOptimizer(config, parameter)
+        assert made.step(1e-2) is None
+        assert bool(made.tensors()) == bool(names), (offload, state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("offload", [None, "disk"])
+def test_state_is_copied_on_its_way_in_and_out(kind, offload):
+    """What a client keeps is as it was, whatever steps follow; and a given state is not stepped in place."""
+    _, first = stepped(offload, kind, range(2), FLAT)
+    kept = first.tensors()
+    assert all(t.device.type == "cpu" and not t.requires_grad for t in kept.values())
+    before = {n: t.clone() for n, t in kept.items()}
+    first._live.grad.fill_(1.0)
+    first.step(1e-2)
+    assert all(torch.equal(kept[n], before[n]) for n in before)
+    assert any(not torch.equal(t, before[n]) for n, t in first.tensors().items())
+    _, second = stepped(offload, kind, range(2, 4), FLAT, kept)
+    assert all(torch.equal(kept[n], before[n]) for n in before)
+    assert any(not torch.equal(t, before[n]) for n, t in second.tensors().items())
+
+
+def test_an_offloaded_parameter_is_no_alias_of_the_live_one(monkeypatch):
+    monkeypatch.setattr(module, "_has_memory_of_its_own", lambda device: True)
+    _, away = stepped("cpu", "adamw", range(1), FLAT)
+    assert away._own.data_ptr() != away._live.data_ptr()
+    assert away._own.grad.data_ptr() != away._live.grad.data_ptr()
+    _, plain = stepped(None, "adamw", range(1), FLAT)
+    assert plain._own is plain._live
