@@ -73,6 +73,17 @@ def page(monkeypatch) -> dict[str, Any]:
     return space
 
 
+def test_the_docs_import_from_the_packages_faces_only():
+    """An inner module may move; what `tests/test_public_names.py` pins may not."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    code = [
+        b for p in pages for b in re.findall(r"^```python\n(.*?)^```$", p.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    ]
+    imports = re.findall(r"^(?:from|import) (fedloom[\w.]*)", "\n".join(code), re.MULTILINE)
+    assert len(imports) >= 10
+    assert [m for m in imports if m.count(".") > 1] == []
+
+
 def test_the_algorithm_is_short():
     (code,) = [b for b in blocks("python") if "class SignMean" in b]
     lines = [line for line in code.splitlines() if line.strip()]
