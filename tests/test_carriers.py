@@ -161,7 +161,7 @@ def handle(request, tmp_path, monkeypatch):
 def test_members_are_read_and_extracted(handle, tmp_path):
     assert handle.members("fake_carrier/data") == ["fake_carrier/data/a.jsonl", "fake_carrier/data/b.jsonl"]
     assert handle.read(MEMBER) == CONTENT == carriers.read_member(handle.path, MEMBER)
-    out = carriers.extract_member(handle, MEMBER, tmp_path / "out" / "model.bin")
+    out = handle.extract(MEMBER, tmp_path / "out" / "model.bin")
     assert out.read_bytes() == CONTENT and list(out.parent.iterdir()) == [out]
     with pytest.raises(UserError, match=r"has no member fake_carrier/none: delete it and fetch it again"):
         handle.read("fake_carrier/none")

@@ -214,11 +214,6 @@ def read_member(path: Path, member: str) -> bytes:
         return stream.read()
 
 
-def extract_member(handle: Handle, member: str, to: Path) -> Path:
-    """`Handle.extract` as a function."""
-    return handle.extract(member, to)
-
-
 def file_sha256(path: Path) -> str:
     """sha256 of a file, as hex."""
     with path.open("rb") as stream:

@@ -80,7 +80,7 @@ class Batch:
 
     Attributes:
         ids: [1, T] packed, [N, L] padded.
-        positions: position ids of the same shape; restarted at every sequence.
+        positions: [1, T] position ids when packed, restarted at every sequence; None under padding, where `mask` says it.
         lengths: the N sequence lengths.
         mask: [N, L] of 0 and 1 under padding, None when packed.
         where: [S], index into the flattened ids of the position *before* each supervised token: where its logits are.
@@ -90,7 +90,7 @@ class Batch:
     """
 
     ids: torch.Tensor
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     lengths: tuple[int, ...]
     mask: torch.Tensor | None
     where: torch.Tensor
@@ -152,15 +152,13 @@ def collate(sequences: Sequence[TokenSequence], *, packed: bool, pad: int, examp
         offset += len(sequence)
     if packed:
         ids = torch.from_numpy(np.concatenate([s.ids for s in sequences]).astype(np.int64))[None]
-        positions = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None]
-        mask = None
+        positions, mask = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths]))[None], None
     else:
         ids = torch.full((len(sequences), stride), pad, dtype=torch.int64)
         mask = torch.zeros((len(sequences), stride), dtype=torch.int64)
-        positions = torch.zeros((len(sequences), stride), dtype=torch.int64)
+        positions = None
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = torch.from_numpy(sequence.ids.astype(np.int64))
             mask[row, : len(sequence)] = 1
-            positions[row, : len(sequence)] = torch.arange(len(sequence))
     flat = [torch.from_numpy(np.concatenate(parts).astype(np.int64)) for parts in (where, labels, owners)]
     return Batch(ids, positions, lengths, mask, flat[0], flat[1], flat[2], tuple(examples))

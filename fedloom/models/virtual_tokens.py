@@ -34,6 +34,7 @@ PREFIX_SPREAD = 0.02
 
 def packed_inputs(model: AdaptedModel, batch: Batch) -> dict[str, Any]:
     """What the base model's forward takes for a packed batch with this model's virtual tokens in it."""
+    assert batch.positions is not None, "the batch is packed"
     inputs: dict[str, Any] = {
         "position_ids": batch.positions,
         "segment_lengths": batch.lengths,

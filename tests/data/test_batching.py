@@ -152,7 +152,8 @@ def test_what_was_pad_is_never_a_label():
 def test_moving_a_batch_keeps_everything():
     batch = collate(SEQUENCES, packed=False, pad=2, examples=(1, 2, 3))
     moved = batch.to("meta")
-    assert {
-        t.device.type for t in (moved.ids, moved.positions, moved.mask, moved.where, moved.labels, moved.owners)
-    } == {"meta"}
+    assert {t.device.type for t in (moved.ids, moved.mask, moved.where, moved.labels, moved.owners)} == {"meta"}
     assert (moved.lengths, moved.examples) == (batch.lengths, batch.examples)
+    packed = collate(SEQUENCES, packed=True, pad=2).to("meta")
+    assert packed.positions.device.type == "meta"
+    assert (packed.mask, moved.positions) == (None, None)
