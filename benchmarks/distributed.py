@@ -161,8 +161,8 @@ class Federation:
 
 def rounds(federation: Federation) -> dict[str, float]:
     """A run as `fedloom serve` has it, in one job."""
-    sys.path.insert(0, str(HERE.parent / "tests"))
-    import tiny
+    sys.path.insert(0, str(HERE.parent))
+    from tests.helpers import tiny
 
     with quiet_transformers():
         model = tiny.save_model(

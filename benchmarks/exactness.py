@@ -156,8 +156,8 @@ def recipe_for(model: str, name: str, rounds: int, scratch: Path) -> Recipe:
         "evaluation": {"suite": None, "answers": 0, "every": 0},
     }
     if model == "tiny":
-        sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-        import tiny
+        sys.path.insert(0, str(Path(__file__).parent.parent))
+        from tests.helpers import tiny
 
         with quiet_transformers():
             folder = tiny.save_model(scratch / "model")

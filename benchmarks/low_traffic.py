@@ -50,8 +50,8 @@ def recipe_for(model: str, lr: float, scratch: Path) -> dict[str, Any]:
     if model != "tiny":
         data = {"corpus": "fed-gsm-symbolic", "max_length": 256, "limit": 450}
         return values | {"model": model, "data": data, "split": {"splitter": "uniform", "num_clients": 3}}
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import tiny
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.helpers import tiny
 
     with quiet_transformers():
         folder = tiny.save_model(scratch / "model")

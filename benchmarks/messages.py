@@ -203,8 +203,8 @@ def recipe_for(model: str, scratch: Path) -> dict[str, Any]:
         data = {"corpus": "fed-skills", "max_length": 128, "limit": 400, "template": "plain"}
         train = {"steps": 1, "batch_size": 4, "lr": 1e-3, "schedule": "constant"}
         return values | {"model": model, "data": data, "train": train, "federation": {"rounds": 16}}
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import tiny
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.helpers import tiny
 
     with quiet_transformers():
         folder = tiny.save_model(scratch / "model")

@@ -108,8 +108,8 @@ def small() -> Base:
 
 def named_s() -> Base:
     """S."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import tiny
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.helpers import tiny
 
     return Base(tiny.causal_lm(spread=0.05, **S).requires_grad_(False), None, "")  # type: ignore[arg-type]
 

@@ -32,8 +32,8 @@ SHAPES = {
 
 
 def recipe_for(size: str, rounds: int, scratch: Path) -> Recipe:
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import tiny
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.helpers import tiny
 
     with quiet_transformers():
         folder = tiny.save_model(scratch / size, tiny.causal_lm(**SHAPES[size]))

@@ -78,8 +78,8 @@ def recipe_for(model: str, rule: str, scratch: Path) -> Recipe:
         data = {"corpus": "fed-skills", "max_length": 128, "template": "plain"}
         train = {"steps": 4, "batch_size": 4, "lr": 2e-3, "schedule": "linear"}
         return Recipe.parse(values | {"model": model, "data": data, "train": train, "federation": {"rounds": 3}})
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import tiny
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.helpers import tiny
 
     with quiet_transformers():
         folder = tiny.save_model(scratch / "model")

@@ -18,8 +18,8 @@ S = {
 
 def small_model(folder: Path) -> Path:
     """A folder that a recipe's `model: FOLDER` loads."""
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import tiny
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from tests.helpers import tiny
 
     with quiet_transformers():
         return tiny.save_model(folder, tiny.causal_lm(spread=0.05, **S))

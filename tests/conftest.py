@@ -11,13 +11,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub; read when 
 
 import fedloom  # isort: skip
 import pytest
-import tiny
 import torch
-from quick import loading_once, no_reports, no_waiting  # noqa: F401
 
 from fedloom.common import registry
 from fedloom.models.loading import locate
 from fedloom.recipe.recipe import ModelConfig, Recipe
+from tests.helpers import tiny
+from tests.helpers.launch import cli, launch_folder, recipe_file  # noqa: F401
+from tests.helpers.quick import loading_once, no_reports, no_waiting  # noqa: F401
 
 #: The cache that downloads go to; every other test has an empty one of its own.
 REAL_HOME = os.environ.get("FEDLOOM_HOME")

@@ -1,4 +1,4 @@
-"""Nothing here is about loading a model, a disk or a report (quick.py)."""
+"""Nothing here is about loading a model, a disk or a report (helpers/quick.py)."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from federation import Federation
 
 from fedloom.algorithms import about, catalogue
 from fedloom.algorithms.about import About, Sizes
@@ -22,6 +21,7 @@ from fedloom.messages import wire
 from fedloom.messages.types import Payload, Update
 from fedloom.models.attach import Models
 from fedloom.recipe.recipe import AdapterConfig, ModelConfig
+from tests.helpers.federation import Federation
 
 NAMES = registry.algorithms.names()
 

@@ -1,6 +1,6 @@
 """The contract: whatever an algorithm declares of itself is tested here, for every registered name.
 
-Two small algorithms of the tests' own (merging.py) go through the same suite; they use what no shipped one uses yet: the
+Two small algorithms of the tests' own (helpers/merging.py) go through the same suite; they use what no shipped one uses yet: the
 base-weight delta, and personal tensors beside shared ones.
 """
 
@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import merging
 import pytest
 import torch
 
@@ -38,6 +37,9 @@ from fedloom.models.saved import load_adapted
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.simulator import Simulator
 from fedloom.training.trainer import LocalRun, fit
+from tests.helpers import merging
+
+pytestmark = pytest.mark.usefixtures("loading_once", "no_waiting", "no_reports")
 
 #: Trained without an optimiser of torch's.
 ZEROTH_ORDER = {"fedkseed", "fedmezo", "decomfl"}

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import merging
 import pytest
 import torch
 
@@ -20,6 +19,9 @@ from fedloom.federation.workplace import find_data
 from fedloom.messages.types import Assignment, Outcome, Update
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.simulator import Simulator
+from tests.helpers import merging
+
+pytestmark = pytest.mark.usefixtures("loading_once", "no_waiting", "no_reports")
 
 OWN = {"test-merging": merging.Merging, "test-keeping": merging.Keeping}
 ALL = {n: registry.algorithms.get(n) for n in registry.algorithms.names()} | OWN

@@ -20,6 +20,8 @@ from fedloom.messages.types import Assignment, Update
 from fedloom.recipe.adapter import METHODS
 from fedloom.recipe.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("loading_once", "no_waiting", "no_reports")
+
 NAMES = registry.algorithms.names()
 
 #: A whole prompt or prefix lies in no layer, and these two keep the last layers to each client.

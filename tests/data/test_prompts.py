@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,6 +20,7 @@ from fedloom.models.attach import attach
 from fedloom.models.attention import packed as attention
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig
+from tests.helpers import tiny
 
 CHAT = (
     "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>\n{% endfor %}"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +14,7 @@ from fedloom.data import tokenization
 from fedloom.data.corpus import Corpus, Example
 from fedloom.data.prompts import Template
 from fedloom.data.tokenization import MIN_ANSWER, encode, fit, fit_prompt, tokenise, tokenizer_digest
+from tests.helpers import tiny
 
 PLAIN = Template(tiny.tokenizer(), "plain")
 

@@ -6,7 +6,6 @@ import dataclasses
 import json
 
 import pytest
-import tiny
 import torch
 
 import fedloom
@@ -20,6 +19,7 @@ from fedloom.models.attach import attach
 from fedloom.models.forward import release
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig, Recipe
+from tests.helpers import tiny
 
 HOW = {"batch_size": 3, "max_length": 200}
 

@@ -12,18 +12,9 @@ import pytest
 
 from fedloom.federation.record.checkpoints import Checkpoints
 from fedloom.federation.record.events import read_events
+from tests.helpers.disks import mount, remount
 
 RECIPE = {"federation.rounds": 3, "train.optimizer_state": "keep", "evaluation.answers": 1, "adapter.rank": 8}
-
-
-def mount(place: Path, options: str) -> None:
-    place.mkdir(exist_ok=True)
-    try:
-        subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"mounting a tmpfs is not permitted here: {getattr(error, 'stderr', error)}")
 
 
 @pytest.fixture
@@ -33,10 +24,6 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     mount(place, "size=16m")
     yield place
     subprocess.run(["umount", place], check=True)
-
-
-def remount(disk: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True, capture_output=True)
 
 
 def digest(folder: Path) -> str:

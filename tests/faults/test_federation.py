@@ -20,12 +20,12 @@ from typing import Any
 
 import psutil
 import pytest
-import tiny
 
 from fedloom.experiment.run import run
 from fedloom.federation.record.events import read_events
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.sites.project import Project
+from tests.helpers import tiny
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.faults, pytest.mark.xdist_group("federation")]

@@ -14,12 +14,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sites import between_sites
 
 from fedloom.federation.record.events import read_events
 from fedloom.messages import wire
 from fedloom.messages.types import Payload, Update
 from fedloom.runtimes.sites.runtime import SPARE_BYTES
+from tests.helpers.sites import between_sites
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("loading_once", "no_waiting", "no_reports")]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from sites import BRISK, Sites, between_sites
-from test_disk import mount, remount
 
 from fedloom.federation.record.events import read_events
 from fedloom.messages import wire
 from fedloom.messages.types import Assignment, Failure, Payload, Update
 from fedloom.runtimes.sites.runtime import Distributed
+from tests.helpers.disks import mount, remount
+from tests.helpers.sites import BRISK, Sites, between_sites
 
 pytest.importorskip("nvflare")
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("no_waiting", "no_reports")]

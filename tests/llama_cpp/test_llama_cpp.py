@@ -17,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from gguf_models import as_llama_3, model_of, saved
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom import run
 from fedloom.models.gguf import model as gguf_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.export import export_run
+from tests.helpers import tiny
+from tests.helpers.gguf_models import as_llama_3, model_of, saved
 
 pytestmark = pytest.mark.gguf
 

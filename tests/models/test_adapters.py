@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import tiny
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ from fedloom.models.attach import Models, attach
 from fedloom.models.loading import Base, load_base, pick_device
 from fedloom.models.saved import export_merged, load_adapted, load_base_delta, save_base_delta
 from fedloom.recipe.recipe import AdapterConfig, ModelConfig
+from tests.helpers import tiny
 
 IDS = torch.tensor([[1, 40, 50, 60, 70, 80]])
 Q = "model.layers.0.self_attn.q_proj.weight"

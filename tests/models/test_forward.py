@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
@@ -26,6 +25,7 @@ from fedloom.models.attention.packed import packed_attention
 from fedloom.models.forward import batches_by_length, plain_attention, supports_packing, token_losses
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig
+from tests.helpers import tiny
 
 SMALL = {
     "vocab_size": 300,

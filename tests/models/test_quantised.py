@@ -6,7 +6,6 @@ import json
 
 import numpy as np
 import pytest
-import tiny
 import torch
 import transformers
 from torch import nn
@@ -29,6 +28,7 @@ from fedloom.models.saved import load_adapted
 from fedloom.recipe.recipe import AdapterConfig, ModelConfig, Recipe
 from fedloom.reporting.export import export_run
 from fedloom.training.flops import Flops
+from tests.helpers import tiny
 
 DRAW = np.random.default_rng(0)
 BATCH = collate([TokenSequence(DRAW.integers(3, 259, n).astype(np.int32), 2) for n in (30, 17)], packed=True, pad=0)

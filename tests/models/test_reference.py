@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 
-import preferences
 import pytest
-import tiny
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -16,6 +14,7 @@ from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base
 from fedloom.models.reference import reference
 from fedloom.recipe.recipe import AdapterConfig
+from tests.helpers import preferences, tiny
 
 METHODS = {
     "lora": {"dropout": 0.5},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import preferences
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ from fedloom.federation.checks import check_recipe
 from fedloom.federation.watch import Watch
 from fedloom.messages.at_rest import load_tensors
 from fedloom.training.cohort import Cohort
+from tests.helpers import preferences
 
 #: At this ε rounding stays rounding.
 VALUES = {"train.eps": 1e-4, "train.cohort": 2}

@@ -7,7 +7,6 @@ import json
 from statistics import median
 
 import pytest
-import tiny
 
 from fedloom import run
 from fedloom.common.errors import UserError
@@ -15,6 +14,7 @@ from fedloom.experiment.prepare import prepare
 from fedloom.federation.record.client_table import MANY, Tables, quantile, spread
 from fedloom.federation.record.events import read_events
 from fedloom.federation.watch import Watch
+from tests.helpers import tiny
 
 CROWD = {
     "split.splitter": "uniform", "split.num_clients": 2000, "split.test": 0.4, "split.validation": 0.0,

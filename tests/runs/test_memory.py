@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-import tiny
+from tests.helpers import tiny
 
 
 def test_a_further_client_costs_next_to_nothing(cli, recipe_file, tmp_path):

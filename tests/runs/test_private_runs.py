@@ -6,7 +6,6 @@ import io
 import json
 import math
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,6 +21,7 @@ from fedloom.federation.record.events import read_events
 from fedloom.federation.rounds.schedule import Schedule
 from fedloom.federation.watch import Watch
 from fedloom.recipe.recipe import FederationConfig
+from tests.helpers import ROOT
 
 #: Of its three rounds the second has no client.
 SAMPLED = {
@@ -166,7 +166,7 @@ def test_epsilon_is_in_events_summary_report_and_on_the_terminal(tiny_recipe, tm
     stored = (tmp_path / "run" / "recipe.yaml").read_text()
     assert f"noise: {noise}" in stored and "population: 3" in stored
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["privacy"] == summary
-    docs = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text()
+    docs = (ROOT / "docs" / "run-folder.md").read_text()
     assert set(summary) == set(re.findall(r"`privacy\.(\w+)`", docs))
 
 

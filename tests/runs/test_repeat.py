@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import tiny
+
+from tests.helpers import tiny
 
 
 def digest(folder) -> str:

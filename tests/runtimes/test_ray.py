@@ -21,14 +21,14 @@ from fedloom.federation.watch import Watch
 from fedloom.messages.operators.flat import raw_bytes
 from fedloom.messages.types import Failure
 from fedloom.runtimes.simulator import Simulator
+from tests.helpers import ROOT
 
 psutil = pytest.importorskip("psutil")
 ray = pytest.importorskip("ray")
 
-from ray_host import Faulty  # noqa: E402
-
 from fedloom.recipe.recipe import RayConfig  # noqa: E402
 from fedloom.runtimes import ray as runtime  # noqa: E402
+from tests.helpers.ray_host import Faulty  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -39,7 +39,7 @@ def faults(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("faults")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDLOOM_TEST_FAULTS", str(folder))
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent.parent), prepend=os.pathsep)  # where actors find Faulty
+        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # where actors find Faulty
         own = runtime._start(RayConfig())
         yield folder
         assert own.folder

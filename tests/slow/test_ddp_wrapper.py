@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +15,7 @@ from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.objectives import unit_losses
 from fedloom.training.parallel import deal, joined
 from fedloom.training.trainer import fit
+from tests.helpers import tiny
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,6 @@ from functools import partial
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -24,6 +23,7 @@ from fedloom.training.cohort import Cohort
 from fedloom.training.cohort_probe import refusal, speedups
 from fedloom.training.lockstep import Runner, Stopped
 from fedloom.training.trainer import fit
+from tests.helpers import tiny
 
 
 class Plain:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -32,6 +31,7 @@ from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training import compiling
 from fedloom.training.compiling import compiled, trouble
+from tests.helpers import tiny
 
 LORA = {"rank": 2, "alpha": 4, "dropout": 0.1}
 DRAW = np.random.default_rng(0)

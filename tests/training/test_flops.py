@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,6 +21,7 @@ from fedloom.models.loading import Base
 from fedloom.models.reference import reference
 from fedloom.recipe.recipe import AdapterConfig
 from fedloom.training.flops import Flops
+from tests.helpers import tiny
 
 #: (length, prompt) of each sequence.
 SHAPES = {

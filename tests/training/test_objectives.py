@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import preferences
 import pytest
 import torch
-from peft_by_hand import VARIANTS, attached, base_model, moved, plain_peft
 from torch.nn.functional import logsigmoid
 
 from fedloom import run
@@ -21,6 +19,8 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.recipe.recipe import Recipe, TrainConfig
 from fedloom.training import objectives
 from fedloom.training.objectives import Dpo, unit_losses
+from tests.helpers import preferences
+from tests.helpers.peft_by_hand import VARIANTS, attached, base_model, moved, plain_peft
 
 BETA = 0.3
 EXAMPLES = [
@@ -31,7 +31,7 @@ EXAMPLES = [
 
 
 def corpus(examples=EXAMPLES, max_length: int = 96) -> TokenisedCorpus:
-    import tiny
+    from tests.helpers import tiny
 
     return TokenisedCorpus(encode(examples, Template.choose(tiny.tokenizer(), "plain", None), max_length))
 

@@ -1,15 +1,13 @@
 """Several ranks are one client: who does what of a step, what is summed, and every algorithm's update as one process makes it.
 
-The ranks are threads here (together.py); tests/runtimes/test_ranks.py has them as processes.
+The ranks are threads here (helpers/together.py); tests/runtimes/ranks/test_pool.py has them as processes.
 """
 
 from __future__ import annotations
 
 import pytest
-from algorithms.federation import Federation
 from hypothesis import given
 from hypothesis import strategies as st
-from together import Meeting, together
 
 from fedloom.algorithms.averaging.fedavg import FedAvg
 from fedloom.algorithms.base import Algorithm
@@ -23,6 +21,8 @@ from fedloom.messages.types import Update
 from fedloom.models.attach import Models
 from fedloom.models.layout import Layout
 from fedloom.training.parallel import Ranks, bystander, deal
+from tests.helpers.federation import Federation
+from tests.helpers.together import Meeting, together
 
 #: Eight examples in steps of seven: the ranks' parts are uneven, and in the second step one rank has nothing.
 UNEVEN = {"train.epochs": 1, "train.batch_size": 7, "train.lr": 5e-3, "train.eps": 1e-4, "adapter.rank": 2}

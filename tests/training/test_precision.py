@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
 import fedloom
@@ -23,6 +22,7 @@ from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training import precision
 from fedloom.training.trainer import Stepper, fit
+from tests.helpers import tiny
 
 DRAW = np.random.default_rng(0)
 STEPS = [

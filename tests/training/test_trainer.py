@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from transformers import get_constant_schedule, get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
@@ -24,6 +23,7 @@ from fedloom.models.attach import attach
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig, TrainConfig
 from fedloom.training.trainer import FitResult, fit, learning_rate
+from tests.helpers import tiny
 
 
 def adapted() -> AdaptedModel:
