@@ -144,7 +144,7 @@ def measure(name: str, recipe: Recipe, rounds: int) -> dict[str, float]:
         coordinator = assemble(setting, folder, False, Watch())
         coordinator.run()
         coordinator.events.close()
-        coordinator.runtime.close()
+        coordinator.close()
     return found
 
 

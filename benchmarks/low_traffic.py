@@ -76,7 +76,7 @@ def measure(values: dict[str, Any], rounds: int) -> dict[str, float]:
         indices = [i for client in clients for i in client.validation]
         packed = setting.recipe.train.packing == "on"
         loss, tokens = loss_sums(setting.model, setting.data.sequences, indices, batch_size=24, packed=packed)
-        coordinator.runtime.close()
+        coordinator.close()
     return {
         "validation": loss / tokens if math.isfinite(loss) else math.inf,
         "before": progress.evaluations[0]["loss"],

@@ -231,7 +231,7 @@ class Learning:
             coordinator = assemble(setting, folder, False, Watch())
             progress = coordinator.run()
             coordinator.events.close()
-            coordinator.runtime.close()
+            coordinator.close()
         first, last = progress.evaluations[0], progress.evaluations[progress.finished]
         return {"before": first["loss"], "after": last["loss"], "upload": progress.cost.upload_bytes}
 

@@ -101,7 +101,7 @@ class Rounds:
         with opened(folder, resume=False, overwrite=False) as out:
             coordinator = assemble(self.setting, out, resume=False, watch=Watch(event=self.event))
             coordinator.run()
-            coordinator.runtime.close()
+            coordinator.close()
 
 
 def round_batches(setting: Setting, round: int) -> list[list[list[Batch]]]:

@@ -1,6 +1,6 @@
 """The commands of a federation between organisations: provision, serve, join. Thin, as those of runs.py.
 
-They need the extra `distributed`; without it each says so (registry.py).
+They need the extra `distributed`; without it each says so (common/extras.py).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.app import Overrides, RecipeName, adapter_place, command, err, out, show_checks
-from fedloom.common.registry import federation
+from fedloom.common.extras import needing_extras
 from fedloom.recipe.overrides import parse_overrides
 
 
@@ -24,7 +24,9 @@ def provision(
     from fedloom.runtimes.sites.project import Project
 
     chosen = Project.load(project)
-    for folder in federation.get("provision")(chosen, out_):
+    with needing_extras():
+        from fedloom.runtimes.sites.flare import kits
+    for folder in kits.provision(chosen, out_):
         out.print(f"kit      {folder}", markup=False)
     out.print(
         f"keep     {out_ / 'authority'} where nobody else reads it: who holds it can let anybody in", markup=False
@@ -51,13 +53,14 @@ def serve(
     from fedloom.cli.console import Display, result_table
     from fedloom.federation.record.run_folder import RunFolder, recipe_and_folder
 
-    server = federation.get("server").open(kit, admin)
+    with needing_extras():
+        from fedloom.experiment import sites
+        from fedloom.runtimes.sites.supervisor import Server
+    server = Server.open(kit, admin)
     values = {**parse_overrides(overrides or []), "runtime.name": "distributed"}
     chosen, folder = recipe_and_folder(recipe, values, out_, resume)
     with Display(err, quiet=quiet) as display:
-        federation.get("serve")(
-            server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait
-        )
+        sites.serve(server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait)
     out.print(result_table(RunFolder(folder).read("summary.json") or {}))
     out.print(f"adapter  {adapter_place(folder)}", markup=False)
     out.print(f"report   {folder / 'report.html'}", markup=False)
@@ -93,11 +96,14 @@ def join(
         "batch_size": batch_size, "device": device, "threads": threads, "ranks": ranks, "parallel": parallel,
         "keep_runs": keep_runs,
     }  # fmt: skip
-    site = federation.get("settle")(kit, settings)
+    with needing_extras():
+        from fedloom.runtimes.sites.checks import checks
+        from fedloom.runtimes.sites.join import Joined, settle
+    site = settle(kit, settings)
     if check:
-        show_checks(federation.get("checks")(kit, site))
+        show_checks(checks(kit, site))
         return
-    joined = federation.get("joined")(kit, lambda text: err.print(text, markup=False))
+    joined = Joined(kit, lambda text: err.print(text, markup=False))
     out.print(f"joining  as {site.client}; audit log {Path(site.home) / 'audit.jsonl'}", markup=False)
     try:
         while True:

@@ -16,6 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from fedloom.common.errors import UserError, suggest
+from fedloom.common.extras import needing_extras
 
 
 class Registry:
@@ -139,20 +140,11 @@ class Registry:
 _SAID: set[str] = set()
 
 
-#: A library that is not installed → the extra that brings it.
-_EXTRAS = {"nvflare": "distributed", "ray": "ray"}
-
-
 def _imported(target: str) -> Any:
     """Raises UserError where an extra is missing."""
     module, _, attribute = target.partition(":")
-    try:
+    with needing_extras():
         return getattr(import_module(module), attribute)
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").partition(".")[0])
-        if extra is None:
-            raise
-        raise UserError(f"{module} needs what is not installed: pip install 'fedloom[{extra}]'") from None
 
 
 def _origins(claims: list[EntryPoint]) -> str:
@@ -293,32 +285,10 @@ runtimes = Registry(
     "runtimes",
     {
         "simulator": "fedloom.runtimes.simulator:Simulator",
-        "distributed": "fedloom.runtimes.sites.runtime:Distributed",
+        "distributed": "fedloom.experiment.local_federation:LocalFederation",
         "ray": "fedloom.runtimes.ray:Ray",
     },
-)
-
-
-#: Runtimes that make their clients in other processes: called with recipe, data, run folder and who is told.
-openers = Registry("runtime", "openers", {"ray": "fedloom.runtimes.ray:opened"})
-
-
-#: Runtimes whose clients are not in this process: what runs a whole recipe under them, with `experiment.run`'s arguments.
-drivers = Registry("runtime", "drivers", {"distributed": "fedloom.experiment.local_sites:run_here"})
-
-
-#: What the commands of a federation call, all of which needs the engine.
-federation = Registry(
-    "part of a federation",
-    "federation",
-    {
-        "provision": "fedloom.runtimes.sites.flare.kits:provision",
-        "server": "fedloom.runtimes.sites.supervisor:Server",
-        "serve": "fedloom.experiment.sites:serve",
-        "settle": "fedloom.runtimes.sites.join:settle",
-        "joined": "fedloom.runtimes.sites.join:Joined",
-        "checks": "fedloom.runtimes.sites.checks:checks",
-    },
+    "fedloom.federation.runtime:Runtime",
 )
 
 

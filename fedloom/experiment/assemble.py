@@ -6,17 +6,24 @@ from typing import Any
 
 from fedloom.common import registry
 from fedloom.experiment.prepare import Setting
-from fedloom.federation.coordinator import Coordinator
+from fedloom.federation.client import Client
+from fedloom.federation.coordinator import Coordinator, Record
+from fedloom.federation.evaluator import Evaluator
 from fedloom.federation.hooks.calls import Hooks, for_clients
 from fedloom.federation.record.checkpoints import Checkpoints
+from fedloom.federation.record.client_table import ClientTable
 from fedloom.federation.record.events import Events, open_trackers
 from fedloom.federation.record.run_folder import RunFolder
 from fedloom.federation.results import server_measure
+from fedloom.federation.rounds.asynchronous import AsynchronousRounds
+from fedloom.federation.rounds.collection import UpdateSource
+from fedloom.federation.rounds.dispatcher import Dispatcher, Terms
+from fedloom.federation.rounds.synchronous import SynchronousRounds
+from fedloom.federation.rounds.virtual_time import VirtualTime
 from fedloom.federation.runtime import Runtime
 from fedloom.federation.watch import Watch
 from fedloom.federation.workplace import open_client, open_store
 from fedloom.messages.operators.channel import Chains, ServerChannel
-from fedloom.runtimes.ranks.pool import Ranked
 
 
 def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Coordinator:
@@ -34,25 +41,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
     runtime = setting.runtime or _open_runtime(setting, folder, watch)
-    measure = server_measure(
-        recipe, setting.model, setting.template, setting.suite, setting.data,
-        offsite=setting.algorithm.properties.offsite,
-    )  # fmt: skip
-    coordinator = Coordinator(
-        setting.algorithm,
-        runtime,
-        setting.schedule,
-        checkpoints,
-        events,
-        for_clients(recipe),
-        channel=ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed),
-        score=setting.suite is not None,
-        server_measure=None if setting.runtime else measure,
-        tick=watch.tick,
-        pace=setting.pace,
-        hooks=Hooks.of_server(recipe.hooks),
-        validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
-    )
+    coordinator = _coordinator(setting, runtime, Record(checkpoints, events), watch)
     if state is None:
         events.write("run_started", **_headline(setting))
     else:
@@ -63,18 +52,40 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
 
 def _open_runtime(setting: Setting, folder: RunFolder, watch: Watch) -> Runtime:
     """The runtime that the recipe names, with its clients."""
-    recipe, name = setting.recipe, setting.recipe.runtime.name
-    if name in registry.openers:
-        opened: Runtime = registry.openers.get(name)(recipe, setting.data, folder.path, watch.say)
-        return opened
-    if recipe.runtime.ranks > 1:
-        client: Any = Ranked(recipe, folder.path)
-    else:
-        client = open_client(
-            recipe, setting.models, setting.data, setting.template, open_store(recipe, folder.path), folder / "adapters"
-        )
-    runtime: Runtime = registry.runtimes.get(name)(client, setting.data.partition.clients)
-    return runtime
+    recipe, data = setting.recipe, setting.data
+
+    def client() -> Client:
+        store = open_store(recipe, folder.path)
+        return open_client(recipe, setting.models, data, setting.template, store, folder / "adapters")
+
+    named: type[Runtime] = registry.runtimes.get(recipe.runtime.name)
+    return named.open(recipe, data, folder.path, client, watch.say)
+
+
+def _coordinator(setting: Setting, runtime: Runtime, record: Record, watch: Watch) -> Coordinator:
+    """The coordinator with its parts, before the first round."""
+    recipe, algorithm, schedule = setting.recipe, setting.algorithm, setting.schedule
+    folder, hooks = record.checkpoints.folder, Hooks.of_server(recipe.hooks)
+    virtual = VirtualTime(setting.pace) if setting.pace is not None and runtime.capabilities.virtual else None
+    channel = ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed)
+    terms = Terms(for_clients(recipe), recipe.federation.rounds, schedule.steps, score=setting.suite is not None)
+    dispatcher = Dispatcher(algorithm, runtime, terms, channel, record.events, watch.tick, virtual)
+    source: UpdateSource = SynchronousRounds(dispatcher, schedule, folder)
+    if algorithm.properties.asynchronous:
+        buffer = algorithm.buffer(schedule.sampled())
+        source = AsynchronousRounds(dispatcher, schedule, buffer, folder / "in-flight")
+    offsite = algorithm.properties.offsite
+    measure = server_measure(recipe, setting.model, setting.template, setting.suite, setting.data, offsite=offsite)
+    evaluator = Evaluator(
+        algorithm,
+        dispatcher,
+        schedule,
+        ClientTable(record.events.path.parent / "evaluations"),
+        hooks=hooks,
+        server_measure=None if setting.runtime else measure,
+        validating=[c for c, shard in setting.data.partition.shards.items() if shard.validation],
+    )
+    return Coordinator(algorithm, dispatcher, source, evaluator, record, hooks)
 
 
 def _headline(setting: Setting) -> dict[str, Any]:

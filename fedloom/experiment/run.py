@@ -77,9 +77,9 @@ def run(
     """
     path = Path(out) if out is not None else Path("runs") / (recipe.name or "run")
     watch = watch or Watch()
-    if source is None and recipe.runtime.name in registry.drivers:
-        driven: Result = registry.drivers.get(recipe.runtime.name)(recipe, path, resume, overwrite, watch)
-        return driven
+    if source is None and (runtime := registry.runtimes.get(recipe.runtime.name)).capabilities.conducts:
+        conducted: Result = runtime.conduct(recipe, path, resume, overwrite, watch)
+        return conducted
     try:
         with opened(path, resume=resume, overwrite=overwrite) as folder:
             setting = prepare(resumed(folder, recipe) if resume else recipe, watch, source)
@@ -103,7 +103,7 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
         return _results(setting, folder, coordinator, watch)
     finally:
         gc.unfreeze()
-        coordinator.runtime.close()  # processes too, where clients have some
+        coordinator.close()  # processes too, where clients have some
 
 
 def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch) -> Result:
@@ -127,7 +127,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
         watch.say("asking the same questions after training")
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
-    coordinator.runtime.close()
+    coordinator.close()
     spent = cost(progress)
     reference = None if setting.runtime else _reference(setting, folder, watch)
     load("")
@@ -136,7 +136,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
         setting.data,
         setting.clients,
         progress,
-        coordinator.tables,
+        coordinator.evaluator.table,
         adapter=algorithm.deployed().adapter,
         adapter_sha256=digest,
         suite=setting.suite.name if setting.suite else None,

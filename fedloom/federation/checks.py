@@ -117,7 +117,7 @@ def check_parallel(recipe: Recipe) -> None:
             "weights: use runtime.parallel=ddp"
         )
     cls = registry.algorithms.get(name)
-    if not getattr(registry.runtimes.get(runtime.name), "takes_ranks", False):
+    if not registry.runtimes.get(runtime.name).capabilities.ranks:
         raise UserError(f"{asked} cannot be used with runtime.name={runtime.name}, whose clients are single processes")
     if cls.properties.offsite:
         raise UserError(
@@ -163,12 +163,12 @@ def check_runtime(recipe: Recipe) -> None:
     """Refuse a runtime that is not there, or that the algorithm's clients cannot work in. Raises UserError."""
     name, runtime = recipe.algorithm.name, registry.runtimes.get(recipe.runtime.name)
     properties = registry.algorithms.get(name).properties
-    if properties.offsite and not getattr(runtime, "offsite", True):
+    if properties.offsite and not runtime.capabilities.keeps_clients:
         raise UserError(
             f"algorithm {name} sends an emulator once, which a client's process has to keep, and "
             f"runtime.name={recipe.runtime.name} moves clients between processes: use runtime.name=simulator"
         )
-    if properties.pooled and not runtime.pooled_tests:
+    if properties.pooled and not runtime.capabilities.pooled_tests:
         raise UserError(
             f"algorithm {name} pools all clients' data, which no federation of sites can: run it in the simulator "
             "(runtime.name=simulator)"

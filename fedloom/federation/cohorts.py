@@ -29,10 +29,9 @@ def alone_by_recipe(recipe: Recipe) -> str:
     """Why the recipe's own settings let no clients train together, as half a sentence; empty where they can."""
     adapter, train = recipe.adapter, recipe.train
     properties = registry.algorithms.get(recipe.algorithm.name).properties
+    capabilities = registry.runtimes.get(recipe.runtime.name).capabilities
     reasons = {
-        f"runtime.name={recipe.runtime.name} has its clients in processes of their own": not getattr(
-            registry.runtimes.get(recipe.runtime.name), "takes_cohorts", False
-        ),
+        f"runtime.name={recipe.runtime.name} has its clients in processes of their own": not capabilities.cohorts,
         f"runtime.ranks={recipe.runtime.ranks} trains each client in several processes": recipe.runtime.ranks > 1,
         f"clients of {recipe.algorithm.name} each need the base for themselves": not properties.cohorts,
         "all data is in one place": properties.pooled,

@@ -1,10 +1,10 @@
 """The only round loop in the project, the same for every runtime and every algorithm.
 
     before the first round, after every k-th and after the last: evaluate
-    each round: sample clients → send → gather → aggregate → server step → checkpoint
+    each round: sample clients → send → collect updates → aggregate → server step → checkpoint
 
-Who is asked and which updates make a round is the gathering's: all sampled clients behind one barrier
-(federation/rounds/synchronous.py), or those that have come back of clients who are always at work
+The `UpdateSource` decides who gets work and which updates make a round: all sampled clients behind one barrier
+(federation/rounds/synchronous.py), or those that have come back of clients that are always at work
 (federation/rounds/asynchronous.py).
 
 A round is finished once its checkpoint is on disk; whatever kills the process after that costs nothing of it. The
@@ -14,106 +14,62 @@ coordinator does not know where clients run nor what is in a payload.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.common.errors import RunFailed
-from fedloom.evaluation import means as measured
 from fedloom.evaluation.means import pooled_mean
-from fedloom.federation.evaluator import Evaluations, ServerMeasure
+from fedloom.federation.evaluator import Evaluator
 from fedloom.federation.hooks.base import ServerRound
 from fedloom.federation.hooks.calls import SECTION, Hooks
 from fedloom.federation.record.checkpoints import Checkpoints, RoundState
-from fedloom.federation.record.client_table import Tables
 from fedloom.federation.record.events import Events
 from fedloom.federation.record.progress import Progress
-from fedloom.federation.rounds.asynchronous import InFlight
-from fedloom.federation.rounds.collection import Gathering
-from fedloom.federation.rounds.dispatcher import Sender
-from fedloom.federation.rounds.schedule import Schedule
-from fedloom.federation.rounds.synchronous import AtOnce
-from fedloom.federation.rounds.virtual_time import Pace, Timed
-from fedloom.federation.runtime import Runtime, Tick
-from fedloom.messages.operators.channel import ServerChannel
+from fedloom.federation.rounds.collection import UpdateSource
+from fedloom.federation.rounds.dispatcher import Dispatcher
 from fedloom.messages.types import Cost, Failure, Outcome, Payload, Update
 
 
+@dataclass(frozen=True)
+class Record:
+    """What a run writes as it goes on: the state after each round, and what happened."""
+
+    checkpoints: Checkpoints
+    events: Events
+
+
 class Coordinator:
-    """Runs rounds until the recipe's last.
+    """Runs rounds until the recipe's last. It is given its parts, which experiment/run.py makes.
 
     Args:
-        recipe: the resolved recipe, sent with the first assignment of each client.
-        channel: the operators that payloads go through.
-        score: whether clients answer questions besides the loss.
-        server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
-        tick: called as clients come back.
-        pace: how long clients' work takes, where that counts; a runtime whose time is real needs none.
+        dispatcher: sends work to clients; the runtime is behind it.
+        source: where a round's updates come from.
+        evaluator: measures what is deployed.
         hooks: the server's.
-        validating: clients that hold validation data, in order.
     """
 
     def __init__(
         self,
         algorithm: Algorithm,
-        runtime: Runtime,
-        schedule: Schedule,
-        checkpoints: Checkpoints,
-        events: Events,
-        recipe: Mapping[str, Any],
-        *,
-        channel: ServerChannel,
-        score: bool,
-        server_measure: ServerMeasure | None = None,
-        tick: Tick = lambda what, round, done, total: None,
-        pace: Pace | None = None,
+        dispatcher: Dispatcher,
+        source: UpdateSource,
+        evaluator: Evaluator,
+        record: Record,
         hooks: Hooks | None = None,
-        validating: Sequence[str] = (),
     ) -> None:
-        timed = Timed(runtime, pace) if pace is not None and runtime.virtual else None
-        self.runtime: Runtime = timed or runtime
         self.algorithm = algorithm
-        self.schedule = schedule
-        self.checkpoints = checkpoints
-        self.events = events
-        self.tables = Tables(events.path.parent / "evaluations")
-        self.channel = channel
-        self.tick = tick
+        self.dispatcher = dispatcher
+        self.source = source
+        self.evaluator = evaluator
+        self.checkpoints, self.events = record.checkpoints, record.events
         self.hooks = hooks or Hooks()
-        self.validating = validating
+        self.rounds = dispatcher.terms.rounds
         self.progress = Progress()
-        self.sender = Sender(algorithm, self.runtime, schedule, channel, events, recipe, score, tick)
-        self.evaluations = Evaluations(
-            algorithm, self.hooks, self.sender, self.tables, schedule.measuring, score, server_measure
-        )
-        self.gathering = self._gathering(timed)
 
-    def _gathering(self, timed: Timed | None) -> Gathering:
-        """The algorithm's way of coming by a round's updates."""
-        sender = self.sender
-        if self.algorithm.properties.asynchronous:
-            return InFlight(
-                sender.trained,
-                lambda client, round: sender.assignment(client, "train", round),
-                self.schedule,
-                self.algorithm.buffer(self.schedule.sampled()),
-                timed,
-                lambda done, total: self.tick("train", self.progress.finished + 1, done, total),
-                self.checkpoints.folder / "in-flight",
-            )
-        return AtOnce(
-            sender,
-            self.schedule,
-            timed,
-            0.0 if self.runtime.virtual else self.schedule.federation.round_deadline or 0.0,
-            self.checkpoints.folder,
-        )
-
-    @property
-    def rounds(self) -> int:
-        return self.schedule.federation.rounds
+    def close(self) -> None:
+        """Close the runtime. A second call does nothing."""
+        self.dispatcher.runtime.close()
 
     def resume(self, state: RoundState, lost: int = 0) -> None:
         """Go on from a checkpoint. Clients are sent the recipe and the initial payload again.
@@ -127,8 +83,8 @@ class Coordinator:
         self.algorithm.load_server_state(Payload(server, state.server.meta))
         self.hooks.load(Payload(kept, state.notes.get(SECTION, {})))
         self.progress = Progress.from_notes(state.round, state.notes)
-        self.channel.load_notes(state.notes["channel"])
-        self.gathering.load(state.notes["gathering"], state.files)
+        self.dispatcher.channel.load_notes(state.notes["channel"])
+        self.source.load(state.notes["gathering"], state.files)
         if self.algorithm.repeated(lost):
             self._checkpoint()
 
@@ -139,11 +95,11 @@ class Coordinator:
         while True:
             finished = self.progress.finished
             over = self._over(finished)
-            if (over or self.schedule.evaluates(finished)) and not self._evaluated(finished):
+            if (over or self.evaluator.due(finished)) and not self._evaluated(finished):
                 self._evaluate(finished)
                 self.checkpoints.amend(self._state())
             if over:
-                self.gathering.close()
+                self.source.close()
                 self.hooks.deploy(self.algorithm)
                 return self.progress
             self._round(finished + 1)
@@ -157,18 +113,13 @@ class Coordinator:
         return done is not None and (done["pooled"] or not self._final_personal(finished))
 
     def _final_personal(self, finished: int) -> bool:
-        """Whether each client's own model is now measured on everybody's test data, which only a simulation has."""
-        return self.algorithm.properties.personal and self._over(finished) and self.runtime.pooled_tests
+        """Whether each client's own model is now measured on everybody's test data."""
+        return self._over(finished) and self.evaluator.pools
 
     def save_personal(self) -> dict[str, str]:
         """Have every testing client write its own adapter; returns client → sha256 of it."""
-        digests: dict[str, str] = {}
-        finished, assigned = self.progress.finished, self.sender.assignment
-        for outcome in self.sender.run(assigned(c, "save", finished) for c in self.schedule.testing):
-            self._measured(outcome.cost, 0)  # as the evaluation of personal models, which asks for the same
-            if isinstance(outcome, Failure):
-                raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")
-            digests[outcome.client] = str(outcome.payload.meta["adapter_sha256"])
+        digests, cost = self.evaluator.save_personal(self.progress.finished)
+        self._measured(cost, 0)  # as the evaluation of personal models, which asks for the same
         return digests
 
     # ------------------------------------------------------------------ one round
@@ -178,11 +129,11 @@ class Coordinator:
         tally = _Tally()
         at = ServerRound(number, self.rounds, self.algorithm)
         self.hooks.round_start(at)
-        self.events.write("round_started", round=number, clients=self.gathering.begin(number))
-        updates = self.gathering.gather(lambda outcomes: self._accepted(outcomes, number, tally))
+        self.events.write("round_started", round=number, clients=self.source.begin(number))
+        updates = self.source.updates(lambda outcome: self._accepted(outcome, number, tally))
         metrics = dict(self.algorithm.aggregate(updates))
-        if self.gathering.now is not None:
-            metrics["virtual_seconds"] = self.gathering.now
+        if self.source.now is not None:
+            metrics["virtual_seconds"] = self.source.now
         self.algorithm.server_step()
         stopped_by = self._hooks_after(at) if self.hooks else ""
         self.progress.finished = number
@@ -211,50 +162,42 @@ class Coordinator:
         """The server's hooks once a round is aggregated; the name of the one that ends the run, or the empty string."""
         self.hooks.call("aggregated", at)
         if self.hooks.validates(at.number):
-            sums, cost, failures = self.evaluations.measure(at.number, "validation", self.validating)
+            at.validation, cost, failures = self.evaluator.validate(at.number)
             self._measured(cost, failures)
-            at.validation = measured.together(sums)["loss"]
         return self.hooks.stopped_by(at)
 
-    def _accepted(self, outcomes: Iterator[Outcome], number: int, tally: _Tally) -> Iterator[Update]:
-        """The updates that may be aggregated; failures and refused updates become events. Raises below quorum."""
-        for outcome in outcomes:
-            tally.cost += outcome.cost
-            refused = self._refused(outcome)
-            if refused is not None:
-                tally.failures += 1
-                self.sender.failed(replace(refused, round=number), "train")  # the round that it is missing from
-                continue
-            assert isinstance(outcome, Update)
-            skipped = int(outcome.metrics.get("skipped_steps", 0))
-            tally.updates += 1
-            tally.skipped_steps += skipped
-            own = {k: v for k, v in outcome.metrics.items() if "/" in k}  # those of the client's hooks
-            tally.numbers.append((own, outcome.num_examples))
-            tally.losses.append((outcome.metrics["loss"] * outcome.num_examples, outcome.num_examples))
-            self.events.write(
-                "client_update",
-                round=number,
-                client=outcome.client,
-                examples=outcome.num_examples,
-                tokens=outcome.cost.train_tokens,
-                steps=outcome.cost.steps,
-                skipped_steps=skipped,
-                loss=outcome.metrics["loss"],
-                upload_bytes=outcome.cost.upload_bytes,
-                download_bytes=outcome.cost.download_bytes,
-                broadcast_bytes=outcome.cost.broadcast_bytes,
-                seconds=round(outcome.cost.wall_seconds, 3),
-                metrics=own,
-                **self.gathering.about(outcome),
-            )
-            yield outcome
-            del outcome
-        if tally.updates < self.schedule.federation.min_clients:
-            raise RunFailed(
-                f"round {number} got {tally.updates} usable updates and needs {self.schedule.federation.min_clients} "
-                f"(federation.min_clients): {self.progress.finished} finished rounds are kept"
-            )
+    def _accepted(self, outcome: Outcome, number: int, tally: _Tally) -> Update | None:
+        """The update where it may be aggregated, and its event; None for a failure or a refused update, and theirs."""
+        tally.cost += outcome.cost
+        refused = self._refused(outcome)
+        if refused is not None:
+            tally.failures += 1
+            self.dispatcher.failed(replace(refused, round=number), "train")  # the round that it is missing from
+            return None
+        assert isinstance(outcome, Update)
+        skipped = int(outcome.metrics.get("skipped_steps", 0))
+        tally.updates += 1
+        tally.skipped_steps += skipped
+        own = {k: v for k, v in outcome.metrics.items() if "/" in k}  # those of the client's hooks
+        tally.numbers.append((own, outcome.num_examples))
+        tally.losses.append((outcome.metrics["loss"] * outcome.num_examples, outcome.num_examples))
+        self.events.write(
+            "client_update",
+            round=number,
+            client=outcome.client,
+            examples=outcome.num_examples,
+            tokens=outcome.cost.train_tokens,
+            steps=outcome.cost.steps,
+            skipped_steps=skipped,
+            loss=outcome.metrics["loss"],
+            upload_bytes=outcome.cost.upload_bytes,
+            download_bytes=outcome.cost.download_bytes,
+            broadcast_bytes=outcome.cost.broadcast_bytes,
+            seconds=round(outcome.cost.wall_seconds, 3),
+            metrics=own,
+            **self.source.about(outcome),
+        )
+        return outcome
 
     def _refused(self, outcome: Outcome) -> Failure | None:
         if isinstance(outcome, Failure):
@@ -268,8 +211,8 @@ class Coordinator:
     # ------------------------------------------------------------------ evaluation
 
     def _evaluate(self, finished: int) -> None:
-        result, cost, failures = self.evaluations.after(finished, self._final_personal(finished))
-        result["virtual_seconds"] = self.gathering.now
+        result, cost, failures = self.evaluator.after(finished, self._final_personal(finished))
+        result["virtual_seconds"] = self.source.now
         self._measured(cost, failures)
         self.progress.evaluations[finished] = result
         self.events.write("evaluation", round=finished, **result)
@@ -283,14 +226,14 @@ class Coordinator:
 
     def _state(self) -> RoundState:
         notes = {
-            **self.progress.notes(), "channel": self.channel.notes(), "gathering": self.gathering.notes(),
+            **self.progress.notes(), "channel": self.dispatcher.channel.notes(), "gathering": self.source.notes(),
         }  # fmt: skip
         server = self.algorithm.server_state()
         if self.hooks:
             kept = self.hooks.state()
             server = Payload({**server.tensors, **{f"{SECTION}/{n}": t for n, t in kept.tensors.items()}}, server.meta)
             notes[SECTION] = kept.meta
-        return RoundState(self.progress.finished, server, notes, self.gathering.files())
+        return RoundState(self.progress.finished, server, notes, self.source.files())
 
     def _checkpoint(self) -> Path:
         return self.checkpoints.save(self._state())

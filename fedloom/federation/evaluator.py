@@ -12,10 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedloom.algorithms.base import Algorithm, Deployed
+from fedloom.common.errors import RunFailed
 from fedloom.evaluation import means as measured
 from fedloom.federation.hooks.calls import Hooks
-from fedloom.federation.record.client_table import Tables
-from fedloom.federation.rounds.dispatcher import Sender
+from fedloom.federation.record.client_table import ClientTable
+from fedloom.federation.rounds.dispatcher import Dispatcher
+from fedloom.federation.rounds.schedule import Schedule
 from fedloom.messages.types import Cost, Failure
 
 #: Measures a deployed model on data that the server holds: sums, as clients send them (without the loss's where only
@@ -26,27 +28,38 @@ ServerMeasure = Callable[[Deployed], Mapping[str, float]]
 Sums = Mapping[str, float]
 
 
-class Evaluations:
-    """One run's.
+class Evaluator:
+    """Measures what is deployed, and has personal results saved.
 
     Args:
-        clients: those that an evaluation measures, in order.
-        score: whether clients answer questions besides the loss.
+        schedule: when to evaluate, and which clients measure.
         server_measure: for a corpus whose test set the server holds, and for a result that no client holds.
+        validating: clients that hold validation data, in order.
     """
 
     def __init__(
         self,
         algorithm: Algorithm,
-        hooks: Hooks,
-        sender: Sender,
-        tables: Tables,
-        clients: Sequence[str],
-        score: bool,
-        server_measure: ServerMeasure | None,
+        dispatcher: Dispatcher,
+        schedule: Schedule,
+        table: ClientTable,
+        *,
+        hooks: Hooks | None = None,
+        server_measure: ServerMeasure | None = None,
+        validating: Sequence[str] = (),
     ) -> None:
-        self._algorithm, self._hooks, self._sender, self._tables = algorithm, hooks, sender, tables
-        self._clients, self._score, self._server_measure = clients, score, server_measure
+        self.table = table
+        self._algorithm, self._dispatcher, self._schedule = algorithm, dispatcher, schedule
+        self._hooks, self._server_measure, self._validating = hooks or Hooks(), server_measure, validating
+
+    def due(self, finished: int) -> bool:
+        """Whether an evaluation belongs after `finished` rounds."""
+        return self._schedule.evaluates(finished)
+
+    @property
+    def pools(self) -> bool:
+        """Whether each client's own model can be measured on everybody's test data, which only a simulation has."""
+        return self._algorithm.properties.personal and self._dispatcher.runtime.capabilities.pooled_tests
 
     def after(self, finished: int, pooled: bool) -> tuple[dict[str, Any], Cost, int]:
         """(loss and score after `finished` rounds as the event has them, what it cost, how many clients failed).
@@ -60,22 +73,22 @@ class Evaluations:
             pooled: measure each client's own model on everybody's test data, too.
         """
         started = time.perf_counter()
-        own, cost, failures = self.measure(finished, "test", self._clients)
+        own, cost, failures = self.measure(finished, "test", self._schedule.measuring)
         personal, emulator = self._algorithm.properties.personal, None
         if self._algorithm.properties.offsite:
             emulator = measured.together(own)
             found = measured.means(self._asked(self._server_measure) if self._server_measure else measured.total(()))
         elif pooled:
-            sums, spent, failed = self.measure(finished, "pooled", self._clients)
+            sums, spent, failed = self.measure(finished, "pooled", self._schedule.measuring)
             cost, failures = cost + spent, failures + failed
             found = measured.everywhere(sums)
         else:
-            asks = self._server_measure if self._score and not (personal and finished) else None
+            asks = self._server_measure if self._dispatcher.terms.score and not (personal and finished) else None
             found = measured.together(own, self._asked(asks) if asks else None)
         result = {
             **{key: found[key] for key in ("loss", "score", "questions")},
             "tokens": int(sum(m["tokens"] for m in own.values())),
-            **self._tables.told(finished, {name: measured.means(m) for name, m in own.items()}),
+            **self.table.told(finished, {name: measured.means(m) for name, m in own.items()}),
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
             "emulator": emulator,
@@ -88,14 +101,31 @@ class Evaluations:
         sums: dict[str, Sums] = {}
         cost, failures = Cost(), 0
         with self._hooks.deploying(self._algorithm):
-            for outcome in self._sender.outcomes("evaluate", finished, clients, dataset):
+            for outcome in self._dispatcher.outcomes("evaluate", finished, clients, dataset):
                 cost += outcome.cost
                 if isinstance(outcome, Failure):
-                    self._sender.failed(outcome, "evaluate")
+                    self._dispatcher.failed(outcome, "evaluate")
                     failures += 1
                 else:
                     sums[outcome.client] = outcome.metrics
         return {c: sums[c] for c in clients if c in sums}, cost, failures
+
+    def validate(self, finished: int) -> tuple[float | None, Cost, int]:
+        """(mean loss of a token on the clients' validation data, what it cost, how many clients failed)."""
+        sums, cost, failures = self.measure(finished, "validation", self._validating)
+        return measured.together(sums)["loss"], cost, failures
+
+    def save_personal(self, finished: int) -> tuple[dict[str, str], Cost]:
+        """Have every testing client write its own adapter: (client → sha256 of it, what it cost). Raises RunFailed."""
+        digests: dict[str, str] = {}
+        cost, dispatcher = Cost(), self._dispatcher
+        assignments = (dispatcher.assignment(client, "save", finished) for client in self._schedule.testing)
+        for outcome in dispatcher.received(assignments, "save"):
+            cost += outcome.cost
+            if isinstance(outcome, Failure):
+                raise RunFailed(f"client {outcome.client} could not save its adapter: {outcome.detail}")
+            digests[outcome.client] = str(outcome.payload.meta["adapter_sha256"])
+        return digests, cost
 
     def _asked(self, measure: ServerMeasure) -> Sums:
         with self._hooks.deploying(self._algorithm):

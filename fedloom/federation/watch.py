@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.federation.runtime import Tick
+#: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
+Tick = Callable[[str, int, int, int], None]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 from fedloom.common import environment
 from fedloom.data.corpus import Partition
 from fedloom.data.federated import FederatedData
-from fedloom.federation.record.client_table import MANY, Clients, Tables
+from fedloom.federation.record.client_table import MANY, Clients, ClientTable
 from fedloom.federation.record.progress import Progress
 from fedloom.models.layout import Adapter
 from fedloom.recipe.recipe import Recipe
@@ -21,7 +21,7 @@ def summarise(
     data: FederatedData,
     partition: Partition,
     progress: Progress,
-    tables: Tables,
+    tables: ClientTable,
     *,
     adapter: Adapter,
     adapter_sha256: str,

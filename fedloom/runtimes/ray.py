@@ -36,7 +36,9 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, OutOfMemoryError, R
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import folder_name, write_bytes
 from fedloom.data.federated import FederatedData
+from fedloom.federation.client import Client
 from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.federation.runtime import Capabilities, Runtime
 from fedloom.messages import wire
 from fedloom.messages.types import Assignment, Failure, Outcome
 from fedloom.recipe.recipe import RayConfig, Recipe
@@ -84,15 +86,13 @@ class Job:
     outbox: deque[Outcome]
 
 
-class Ray:
+class Ray(Runtime):
     """The runtime. Attributes:
 
     puts: how many payloads went into the object store.
     """
 
-    pooled_tests = True
-    virtual = True
-    offsite = False
+    capabilities = Capabilities(virtual=True, pooled_tests=True, keeps_clients=False)
 
     def __init__(
         self, orders: Orders, settings: RayConfig, folder: Path, keep: int, deadline: float | None, say: Say, own: Own
@@ -108,6 +108,26 @@ class Ray:
         self._actors = [self._started(number) for number in range(settings.actors)]
         while any(actor.opening is not None for actor in self._actors):
             self._wait()
+
+    @classmethod
+    def open(cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client], say: Say) -> Ray:
+        """The runtime with its actors open. Raises UserError where there is not enough of a machine for them."""
+        settings = recipe.runtime.ray
+        if recipe.runtime.device.startswith("cuda:"):
+            raise UserError(
+                f"runtime.device={recipe.runtime.device} under runtime.name=ray, which gives each actor GPUs of its own: "
+                "use runtime.device=cuda with runtime.ray.gpus"
+            )
+        own = _start(settings)
+        try:
+            _check(settings)
+            say(f"starting {settings.actors} Ray actors, each of which loads the base model")
+            orders = Orders(recipe.resolved(), data, max(1, int(settings.cpus)))
+            keep = recipe.tracking.keep_checkpoints + 1
+            return cls(orders, settings, folder, keep, recipe.federation.round_deadline, say, own)
+        except BaseException:
+            own.close()
+            raise
 
     @property
     def clients(self) -> tuple[str, ...]:
@@ -268,26 +288,6 @@ class Own:
             ray.shutdown()
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder = None
-
-
-def opened(recipe: Recipe, data: FederatedData, folder: Path, say: Say) -> Ray:
-    """The runtime with its actors open. Raises UserError where there is not enough of a machine for them."""
-    settings = recipe.runtime.ray
-    if recipe.runtime.device.startswith("cuda:"):
-        raise UserError(
-            f"runtime.device={recipe.runtime.device} under runtime.name=ray, which gives each actor GPUs of its own: use "
-            "runtime.device=cuda with runtime.ray.gpus"
-        )
-    own = _start(settings)
-    try:
-        _check(settings)
-        say(f"starting {settings.actors} Ray actors, each of which loads the base model")
-        orders = Orders(recipe.resolved(), data, max(1, int(settings.cpus)))
-        keep = recipe.tracking.keep_checkpoints + 1
-        return Ray(orders, settings, folder, keep, recipe.federation.round_deadline, say, own)
-    except BaseException:
-        own.close()
-        raise
 
 
 def _start(settings: RayConfig) -> Own:

@@ -10,14 +10,17 @@ fails here too; only their digest is left out, for they never leave this process
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from fedloom.data.federated import FederatedData
 from fedloom.federation.client import Client
+from fedloom.federation.runtime import Capabilities, Runtime
 from fedloom.messages import wire
 from fedloom.messages.types import Assignment, Cost, Outcome
 from fedloom.recipe.recipe import Recipe
@@ -25,11 +28,8 @@ from fedloom.runtimes.ranks.pool import Ranked
 from fedloom.training.cohort import Cohort
 
 
-class Simulator:
-    pooled_tests = True
-    virtual = True
-    takes_cohorts = True
-    takes_ranks = True
+class Simulator(Runtime):
+    capabilities = Capabilities(virtual=True, pooled_tests=True, cohorts=True, ranks=True)
 
     def __init__(self, client: Client | Ranked, clients: tuple[str, ...]) -> None:
         self._client = client
@@ -39,11 +39,32 @@ class Simulator:
         self._cohort: Cohort | None = None
         self._seated: list[Client] = []  # who plays whoever has the cohort's seat of the same number
 
+    @classmethod
+    def open(
+        cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client], say: Callable[[str], None]
+    ) -> Simulator:
+        return cls(Ranked(recipe, folder) if recipe.runtime.ranks > 1 else client(), data.partition.clients)
+
     @property
     def clients(self) -> tuple[str, ...]:
         return self._clients
 
     def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
+        for messages in self._sent(assignments):
+            received = [wire.decode_assignment(message, sealed=False) for message in messages]
+            outcomes = self._together(received) if len(received) > 1 else map(self._client.handle, received)
+            for message, done in zip(messages, outcomes, strict=True):
+                outcome = _replied(done, len(message))
+                del message, done
+                yield outcome
+                del outcome
+
+    def close(self) -> None:
+        self._cohort, self._seated = None, []
+        self._client.close()
+
+    def _sent(self, assignments: Iterable[Assignment | None]) -> Iterator[list[bytes]]:
+        """Encoded assignments, together where their clients train together."""
         waiting: list[bytes] = []
         for assignment in assignments:
             if assignment is None and not waiting:  # and nothing is ever under way here
@@ -55,26 +76,10 @@ class Simulator:
                 waiting.append(wire.encode_assignment(assignment, sealed=False))
                 if assignment.kind == "train" and len(waiting) < self._size:
                     continue
-            yield from self._replies(waiting)
+            yield waiting
             waiting = []
-        yield from self._replies(waiting)
-
-    def close(self) -> None:
-        self._cohort, self._seated = None, []
-        self._client.close()
-
-    def _replies(self, messages: Sequence[bytes]) -> Iterator[Outcome]:
-        """Outcomes of assignments that were sent, with what both messages weighed."""
-        received = [wire.decode_assignment(message, sealed=False) for message in messages]
-        outcomes = self._together(received) if len(received) > 1 else map(self._client.handle, received)
-        for message, done in zip(messages, outcomes, strict=True):
-            reply = wire.encode_outcome(done, sealed=False)
-            outcome = wire.decode_outcome(reply, sealed=False)
-            cost = replace(outcome.cost, upload_bytes=len(reply), download_bytes=len(message))
-            del message, reply
-            outcome = replace(outcome, cost=cost)
-            yield outcome
-            del outcome
+        if waiting:
+            yield waiting
 
     def _together(self, assignments: Sequence[Assignment]) -> Iterable[Outcome]:
         """Outcomes of several clients' training in one cohort; where memory is too small for it, one after another."""
@@ -90,6 +95,17 @@ class Simulator:
         except torch.OutOfMemoryError:
             return map(self._client.handle, assignments)
         return _shared(outcomes, time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def _replied(done: Outcome, sent: int) -> Outcome:
+    """The outcome as it comes out of its message, with the bytes of both messages.
+
+    Args:
+        sent: bytes of the assignment's message.
+    """
+    reply = wire.encode_outcome(done, sealed=False)
+    outcome = wire.decode_outcome(reply, sealed=False)
+    return replace(outcome, cost=replace(outcome.cost, upload_bytes=len(reply), download_bytes=sent))
 
 
 def _shared(outcomes: Sequence[Outcome], wall: float, cpu: float) -> list[Outcome]:

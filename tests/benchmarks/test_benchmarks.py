@@ -12,7 +12,7 @@ import time
 import pytest
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.federation.rounds.dispatcher import Sender
+from fedloom.federation.rounds.dispatcher import Dispatcher
 from tests.helpers import ROOT
 
 FOLDER = ROOT / "benchmarks"
@@ -53,7 +53,7 @@ def test_a_script_parses_help(path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith(f"usage: {path.name}")
 
 
-@pytest.mark.parametrize("place", [(Algorithm, "begin"), (Sender, "assignment")], ids=["turn", "between"])
+@pytest.mark.parametrize("place", [(Algorithm, "begin"), (Dispatcher, "assignment")], ids=["turn", "between"])
 def test_time_without_a_name_is_not_covered(monkeypatch, tmp_path, tiny_recipe, place):
     """Neither in a client's turn nor between the updates that an aggregation pulls."""
     monkeypatch.syspath_prepend(str(FOLDER))

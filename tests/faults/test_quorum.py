@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fedloom.common.errors import RunFailed
@@ -55,7 +57,7 @@ def losing(monkeypatch):
                 else:
                     yield from play(self, [assignment])
 
-        monkeypatch.setattr(Simulator, "virtual", False)
+        monkeypatch.setattr(Simulator, "capabilities", replace(Simulator.capabilities, virtual=False))
         monkeypatch.setattr("fedloom.federation.rounds.synchronous.PAUSE", PAUSE)
         monkeypatch.setattr("fedloom.federation.rounds.synchronous.time", clock)
         monkeypatch.setattr(Simulator, "run", run_with_losses)

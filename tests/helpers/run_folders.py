@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedloom.federation.record.client_table import MANY, Tables
+from fedloom.federation.record.client_table import MANY, ClientTable
 from fedloom.federation.record.events import Events
 from fedloom.recipe.recipe import Recipe
 
@@ -102,7 +102,7 @@ def _write_events(
         loss = sum(c["loss"] * c["tokens"] for c in clients.values()) / tokens
         mean = sum(c["score"] for c in clients.values()) / len(clients) if score else None
         counted = {"questions": 20 * len(names) if score else 0, "tokens": tokens}
-        counted |= Tables(path / "evaluations").told(done, clients)
+        counted |= ClientTable(path / "evaluations").told(done, clients)
         events.write(
             "evaluation",
             round=done,
@@ -152,7 +152,7 @@ def _summary(path: Path, recipe: Recipe, split: dict[str, Any], score: bool) -> 
     lines = (path / "events.jsonl").read_text(encoding="utf-8").splitlines()
     evaluations = [e for e in map(json.loads, lines) if e["event"] == "evaluation"]
     first, last = (
-        {**e, "clients": Tables(path / "evaluations").clients(e["round"], e)}
+        {**e, "clients": ClientTable(path / "evaluations").clients(e["round"], e)}
         for e in evaluations[:: len(evaluations) - 1]
     )
 

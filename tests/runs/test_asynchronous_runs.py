@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from fedloom.runtimes.simulator import Simulator
 class InThisOrder(Simulator):
     """The simulator's clients behind a runtime in real time: training comes back as `script` says."""
 
-    virtual = False
+    capabilities = replace(Simulator.capabilities, virtual=False)
     script: ClassVar[list[tuple[str, int]]] = []
 
     def run(self, assignments):

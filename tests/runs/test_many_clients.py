@@ -11,7 +11,7 @@ import pytest
 from fedloom import run
 from fedloom.common.errors import UserError
 from fedloom.experiment.prepare import prepare
-from fedloom.federation.record.client_table import MANY, Tables, quantile, spread
+from fedloom.federation.record.client_table import MANY, ClientTable, quantile, spread
 from fedloom.federation.record.events import read_events
 from fedloom.federation.watch import Watch
 from tests.helpers import tiny
@@ -38,7 +38,7 @@ def test_a_crowd_leaves_files_that_stay_small_and_say_everything(tiny_recipe, ro
 
     first, last = (e for e in events if e["event"] == "evaluation")
     assert first["clients"] == last["clients"] == {}
-    tables = Tables(folder / "evaluations")
+    tables = ClientTable(folder / "evaluations")
     before, after = tables.clients(0, first), tables.clients(3, last)
     assert list(before) == list(after) and len(after) == MANY + 1
     for event, clients in ((first, before), (last, after)):
@@ -92,7 +92,7 @@ def test_a_table_keeps_every_bit_and_what_was_not_measured(tmp_path):
         f"c,{i}\n": {"loss": 0.1 + i / 3, "tokens": i, "score": None if i % 2 else i / 7, "questions": i % 2}
         for i in range(MANY + 1)
     }
-    tables = Tables(tmp_path)
+    tables = ClientTable(tmp_path)
     told = tables.told(3, clients)
     assert tables.clients(3, told) == clients
     assert told["spread"]["score"]["highest"] == 200 / 7

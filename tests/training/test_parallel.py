@@ -17,9 +17,11 @@ from fedloom.common.errors import UserError
 from fedloom.federation.checks import check_algorithm
 from fedloom.federation.client import Client
 from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.federation.runtime import Capabilities
 from fedloom.messages.types import Update
 from fedloom.models.attach import Models
 from fedloom.models.layout import Layout
+from fedloom.runtimes.simulator import Simulator
 from fedloom.training.parallel import Ranks, bystander, deal
 from tests.helpers.federation import Federation
 from tests.helpers.together import Meeting, together
@@ -206,6 +208,12 @@ class Walking(FedAvg):
         return run.fit(self)
 
 
+class Single(Simulator):
+    """A plug-in whose clients are one process each."""
+
+    capabilities = Capabilities()
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -219,7 +227,7 @@ class Walking(FedAvg):
 )
 def test_what_ranks_cannot_do_is_refused_with_a_sentence(tiny_recipe, monkeypatch, overrides, words):
     monkeypatch.setitem(registry.algorithms._targets, "walking", Walking)
-    monkeypatch.setitem(registry.runtimes._targets, "single", lambda client, clients: None)
+    monkeypatch.setitem(registry.runtimes._targets, "single", Single)
     with pytest.raises(UserError, match=words):
         check_algorithm(tiny_recipe({"runtime.ranks": 2, **overrides}))
 

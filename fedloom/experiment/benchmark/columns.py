@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.federation.record.client_table import Tables
+from fedloom.federation.record.client_table import ClientTable
 from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import RunFolder
 
@@ -51,7 +51,7 @@ def measured(folder: Path) -> dict[str, Any] | None:
     if summary is None:
         return None
     events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
-    return {**summary, "messages": _messages(events), "own": _own(events, Tables(folder / "evaluations"))}
+    return {**summary, "messages": _messages(events), "own": _own(events, ClientTable(folder / "evaluations"))}
 
 
 def _messages(events: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
@@ -62,7 +62,7 @@ def _messages(events: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     }
 
 
-def _own(events: Sequence[Mapping[str, Any]], tables: Tables) -> dict[str, list[float]]:
+def _own(events: Sequence[Mapping[str, Any]], tables: ClientTable) -> dict[str, list[float]]:
     last = next((e for e in reversed(events) if e["event"] == "evaluation"), None)
     clients = tables.clients(last["round"], last).values() if last else ()
     return {key: [c[key] for c in clients if c[key] is not None] for key in ("loss", "score")}

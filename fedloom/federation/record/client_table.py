@@ -28,8 +28,8 @@ EDGES = {"lowest": 0.0, "lower_quartile": 0.25, "median": 0.5, "upper_quartile":
 Clients = Mapping[str, Mapping[str, Any]]
 
 
-class Tables:
-    """The tables of one run, under `folder`."""
+class ClientTable:
+    """What each client measured in the evaluations of one run. Tables of many clients lie under `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

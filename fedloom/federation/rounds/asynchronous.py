@@ -20,17 +20,19 @@ and what was in flight when the server died is asked anew. This file knows no al
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fedloom.common.files import folder_name, link, write_bytes
-from fedloom.federation.rounds.collection import Accept, by_client
+from fedloom.federation.rounds.collection import Accept, below_quorum
+from fedloom.federation.rounds.dispatcher import Dispatcher
 from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule
-from fedloom.federation.rounds.virtual_time import Timed
+from fedloom.federation.rounds.virtual_time import VirtualTime
 from fedloom.messages.at_rest import from_bytes, to_bytes
 from fedloom.messages.types import VANISHED, Assignment, Cost, Failure, Outcome, Payload, Update
 
@@ -44,32 +46,21 @@ class Waiting:
     file: str | None
 
 
-class InFlight:
-    """Who works on what, and what came of it.
+class AsynchronousRounds:
+    """Who works on what, and which outcomes have arrived.
+
+    The runtime's `run` is called once, and goes on from round to round.
 
     Args:
-        run: the runtime's; it is called once, and goes on from round to round.
-        assign: (client, round) → an assignment that starts from the model as it is now.
         buffer: how many usable updates make a round.
-        timed: the runtime, where time is virtual; None where it hands outcomes over as they really arrive.
-        tick: called with (usable updates of the round so far, `buffer`).
         folder: where outcomes wait; emptied here and at the end.
     """
 
-    def __init__(
-        self,
-        run: Callable[[Iterable[Assignment | None]], Iterator[Outcome]],
-        assign: Callable[[str, int], Assignment],
-        schedule: Schedule,
-        buffer: int,
-        timed: Timed | None,
-        tick: Callable[[int, int], None],
-        folder: Path,
-    ) -> None:
+    def __init__(self, dispatcher: Dispatcher, schedule: Schedule, buffer: int, folder: Path) -> None:
         self.buffer = buffer
-        self.now = None if timed is None else 0.0
-        self._run, self._assign, self._schedule = run, assign, schedule
-        self._timed, self._tick, self._folder = timed, tick, folder
+        self._dispatcher, self._schedule, self._folder = dispatcher, schedule, folder
+        self._virtual = dispatcher.virtual_time
+        self.now = None if self._virtual is None else 0.0
         self._round = 0
         self._queue: deque[str] = deque()  # who may still be asked to start from this version, in the order of asking
         self._position = {client: i for i, client in enumerate(schedule.training)}
@@ -90,16 +81,32 @@ class InFlight:
         asked = islice(idle, max(0, self._schedule.sampled() - len(busy)))
         return sorted({*busy, *asked}, key=self._position.__getitem__)
 
-    def gather(self, accepted: Accept) -> Iterator[Update]:
-        """The round's updates in client order: the first `buffer` of those that `accepted` lets through."""
+    def updates(self, accept: Accept) -> Iterator[Update]:
+        """The first `buffer` updates that `accept` takes, then in client order, a client's older one first.
 
-        def counted() -> Iterator[Update]:
-            self._tick(0, self.buffer)
-            for done, update in enumerate(islice(accepted(self._arrivals()), self.buffer), 1):
-                self._tick(done, self.buffer)
-                yield update
-
-        return by_client(counted(), self._schedule.training, self._folder)
+        All of them are there before the first is handed over; until then their payloads lie under `folder`.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".buffer-") as scratch:
+            held: list[tuple[int, int, Update]] = []
+            self._tick(0)
+            arrivals = self._arrivals()
+            while len(held) < self.buffer and (outcome := next(arrivals, None)) is not None:
+                update = accept(outcome)
+                del outcome
+                if update is not None:
+                    key = (self._position[update.client], update.round)
+                    Path(scratch, "{}-{}".format(*key)).write_bytes(to_bytes(update.payload))
+                    held.append((*key, replace(update, payload=Payload())))
+                    self._tick(len(held))
+                del update
+            arrivals.close()  # it would hold on to the last outcome
+            if len(held) < self._schedule.federation.min_clients:
+                raise below_quorum(self._round, len(held), self._schedule.federation.min_clients)
+            for client, round, update in sorted(held, key=lambda item: item[:2]):
+                path = Path(scratch, f"{client}-{round}")
+                yield replace(update, payload=from_bytes(path.read_bytes()))
+                path.unlink()
 
     def about(self, outcome: Outcome) -> dict[str, Any]:
         """What an event says of the outcome that arrived last."""
@@ -112,6 +119,9 @@ class InFlight:
         if stream is not None and hasattr(stream, "close"):
             stream.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _tick(self, done: int) -> None:
+        self._dispatcher.tick("train", self._round, done, self.buffer)
 
     # ------------------------------------------------------------------ sending and receiving
 
@@ -134,15 +144,15 @@ class InFlight:
                 continue
             self._queue.remove(client)
             self._working[client] = self._round
-            yield self._assign(client, self._round)
+            yield self._dispatcher.assignment(client, "train", self._round)
 
-    def _arrivals(self) -> Iterator[Outcome]:
+    def _arrivals(self) -> Generator[Outcome]:
         """Outcomes as they arrive, for as long as any can. Below quorum, those whose devices vanished are asked again."""
         fewest, usable = self._schedule.federation.min_clients, 0
         gone: list[Failure] = []
         for attempt in range(ATTEMPTS):
             while self._busy() or self._free():
-                outcome = self._received() if self._timed is None else self._arrived(self._timed)
+                outcome = self._received() if self._virtual is None else self._arrived(self._virtual)
                 of_now = outcome.round == self._round
                 if isinstance(outcome, Failure) and outcome.reason in VANISHED and of_now and usable < fewest:
                     gone.append(outcome)
@@ -161,7 +171,7 @@ class InFlight:
 
     def _received(self) -> Outcome:
         """The next outcome that the runtime hands over."""
-        self._stream = self._stream or self._run(self._assignments())
+        self._stream = self._stream or self._dispatcher.received(self._assignments(), "train")
         outcome = next(self._stream, None)
         if outcome is None:
             raise RuntimeError(f"the runtime ended without an outcome for {sorted(self._working)}")
@@ -174,11 +184,11 @@ class InFlight:
             return Failure(client, asked, "bad_payload", detail, outcome.cost)
         return outcome
 
-    def _arrived(self, timed: Timed) -> Outcome:
+    def _arrived(self, virtual: VirtualTime) -> Outcome:
         """The next outcome in virtual time: all that is sent is done first, then the earliest is taken."""
         while self._working or self._free():
             outcome = self._received()
-            arrives = (self.now or 0.0) + timed.took(outcome.client)
+            arrives = (self.now or 0.0) + virtual.took(outcome.client)
             self._waiting[outcome.client] = self._kept(outcome, arrives)
         first = min(self._waiting.values(), key=lambda w: (w.arrives, w.outcome.round, w.outcome.client))
         del self._waiting[first.outcome.client]
@@ -209,7 +219,7 @@ class InFlight:
 
     def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
         """Go on from `notes` and `files` of a checkpoint. Where time is real, who was in flight is asked anew."""
-        if self._timed is None:
+        if self._virtual is None:
             return
         self.now = notes["now"]
         for name, path in files.items():

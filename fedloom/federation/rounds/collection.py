@@ -1,75 +1,20 @@
-"""Updates in client order, whatever order they arrive in: what makes an aggregate the same, bit for bit, every time."""
+"""How the updates of a round come together: the contract of its two ways, synchronous.py and asynchronous.py."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedloom.messages.at_rest import from_bytes, to_bytes
-from fedloom.messages.types import Failure, Outcome, Payload, Update
+from fedloom.common.errors import RunFailed
+from fedloom.messages.types import Outcome, Update
+
+#: Takes each outcome of a round; returns the update where it may be aggregated, None where it may not.
+Accept = Callable[[Outcome], Update | None]
 
 
-def in_order(outcomes: Iterator[Outcome], order: Sequence[str], folder: Path) -> Iterator[Outcome]:
-    """Outcomes in client order, whatever order they arrive in.
-
-    Payloads that arrive early wait on disk under `folder`, so memory holds one update at a time.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".early-") as scratch:
-        waiting: dict[str, Outcome] = {}
-        position = {client: i for i, client in enumerate(order)}
-        turn = 0
-        for outcome in outcomes:
-            if position[outcome.client] != turn:
-                if isinstance(outcome, Update):
-                    (Path(scratch) / str(position[outcome.client])).write_bytes(to_bytes(outcome.payload))
-                    outcome = replace(outcome, payload=Payload())
-                waiting[outcome.client] = outcome
-                continue
-            yield outcome
-            del outcome  # what was folded is let go of before the next one is decoded
-            turn += 1
-            while turn < len(order) and order[turn] in waiting:
-                yield _fetched(waiting.pop(order[turn]), Path(scratch) / str(turn))
-                turn += 1
-        for client in order[turn:]:
-            if client in waiting:
-                yield _fetched(waiting.pop(client), Path(scratch) / str(position[client]))
-
-
-def by_client(updates: Iterator[Update], order: Sequence[str], folder: Path) -> Iterator[Update]:
-    """All of `updates`, then in client order, a client's older one first; until then their payloads lie under `folder`."""
-    position = {client: i for i, client in enumerate(order)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".buffer-") as scratch:
-        held: list[tuple[int, int, Update]] = []
-        for update in updates:
-            key = (position[update.client], update.round)
-            Path(scratch, "{}-{}".format(*key)).write_bytes(to_bytes(update.payload))
-            held.append((*key, replace(update, payload=Payload())))
-        for client, round, update in sorted(held, key=lambda item: item[:2]):
-            path = Path(scratch, f"{client}-{round}")
-            yield replace(update, payload=from_bytes(path.read_bytes()))
-            path.unlink()
-
-
-def _fetched(outcome: Outcome, path: Path) -> Outcome:
-    if isinstance(outcome, Failure):
-        return outcome
-    payload = from_bytes(path.read_bytes())
-    path.unlink()
-    return replace(outcome, payload=payload)
-
-
-#: Lets through the updates that may be aggregated.
-Accept = Callable[[Iterator[Outcome]], Iterator[Update]]
-
-
-class Gathering(Protocol):
-    """One for a whole run; the coordinator does not know which.
+class UpdateSource(Protocol):
+    """Where the coordinator has a round's updates from. There is one for a whole run.
 
     Attributes:
         now: virtual seconds since the start of the run; None where time is real.
@@ -81,12 +26,15 @@ class Gathering(Protocol):
         """Begin a round. Returns the clients that are at work for it, in their fixed order."""
         ...
 
-    def gather(self, accepted: Accept) -> Iterator[Update]:
-        """The round's updates in client order, of the outcomes that `accepted` lets through."""
+    def updates(self, accept: Accept) -> Iterator[Update]:
+        """The round's updates in client order, of the outcomes that `accept` takes.
+
+        Raises RunFailed where they are fewer than federation.min_clients.
+        """
         ...
 
     def about(self, outcome: Update) -> dict[str, Any]:
-        """What an event says of when this update came; asked as `accepted` sees it."""
+        """What an event says of when this update came; called while `accept` has it."""
         ...
 
     def notes(self) -> dict[str, Any]:
@@ -94,13 +42,21 @@ class Gathering(Protocol):
         ...
 
     def files(self) -> dict[str, Path]:
-        """And as files."""
+        """What a checkpoint has to hold, as files."""
         ...
 
     def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """Go on from a checkpoint's."""
+        """Go on from the notes and files of a checkpoint."""
         ...
 
     def close(self) -> None:
         """The run is over."""
         ...
+
+
+def below_quorum(round: int, usable: int, fewest: int) -> RunFailed:
+    """The error of a round with fewer updates than federation.min_clients."""
+    return RunFailed(
+        f"round {round} got {usable} usable updates and needs {fewest} (federation.min_clients): "
+        f"{round - 1} finished rounds are kept"
+    )

@@ -48,7 +48,7 @@ def check_simulated_devices(recipe: Recipe) -> None:
         return
     name = recipe.algorithm.name
     properties = registry.algorithms.get(name).properties
-    if not getattr(registry.runtimes.get(recipe.runtime.name), "virtual", False):
+    if not registry.runtimes.get(recipe.runtime.name).capabilities.virtual:
         raise UserError(
             f"devices are simulated, and time is real with runtime.name={recipe.runtime.name}: use runtime.name=simulator, "
             "or leave devices out"

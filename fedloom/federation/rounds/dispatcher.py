@@ -1,50 +1,74 @@
-"""The server's side of every message: work that is sent, outcomes as they come back, and what is said of a failure.
+"""The server's side of every message: it sends assignments to clients and takes their outcomes.
 
     algorithm → payload → Assignment → operators → runtime → operators → Update | Failure
 
-A client that is met for the first time, or that was lost since, is sent the recipe and the initial broadcast. This file
-does not know rounds, and neither trains nor measures.
+A client that gets its first message, or that was lost since its last one, is sent the recipe and the initial broadcast. This
+file does not know rounds, and neither trains nor measures.
+
+An update passes four generators between the runtime's reply and the algorithm's `aggregate`, each of which lets go of it
+before it asks for the next, so that memory holds one update at a time:
+
+    Runtime.run  →  Dispatcher.received  →  the round's outcomes  →  UpdateSource.updates  →  Algorithm.aggregate
+    a reply         its cost, decoded       late, lost, asked again    refused ones out, in client order
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedloom.algorithms.base import Algorithm
 from fedloom.federation.record.events import Events
-from fedloom.federation.rounds.schedule import Schedule
-from fedloom.federation.runtime import Runtime, Tick
+from fedloom.federation.rounds.virtual_time import VirtualTime
+from fedloom.federation.runtime import Runtime
+from fedloom.federation.watch import Tick
 from fedloom.messages.operators.channel import ServerChannel
 from fedloom.messages.types import STARTED_ANEW, VANISHED, Assignment, Failure, Outcome
 
 
-class Sender:
-    """Sends assignments of one run.
+@dataclass(frozen=True)
+class Terms:
+    """What all assignments of a run have in common.
+
+    Attributes:
+        recipe: the resolved recipe as clients get it, sent with the first assignment of each client.
+        rounds: how many rounds the run has.
+        steps: optimiser steps of one training, None where clients count epochs.
+        score: whether clients answer questions besides the loss.
+    """
+
+    recipe: Mapping[str, Any]
+    rounds: int
+    steps: int | None
+    score: bool
+
+
+class Dispatcher:
+    """Sends the assignments of one run.
 
     Args:
-        recipe: the resolved recipe, sent with the first assignment of each client.
         channel: the operators that payloads go through.
-        score: whether clients answer questions besides the loss.
         tick: called as clients come back.
+        virtual_time: times the work, where the runtime does it at once; None where time is real.
     """
 
     def __init__(
         self,
         algorithm: Algorithm,
         runtime: Runtime,
-        schedule: Schedule,
+        terms: Terms,
         channel: ServerChannel,
         events: Events,
-        recipe: Mapping[str, Any],
-        score: bool,
         tick: Tick,
+        virtual_time: VirtualTime | None = None,
     ) -> None:
         self.runtime = runtime
+        self.terms = terms
         self.channel = channel
-        self._algorithm, self._schedule, self._events = algorithm, schedule, events
-        self._recipe, self._score, self._tick = recipe, score, tick
+        self.tick = tick
+        self.virtual_time = virtual_time
+        self._algorithm, self._events = algorithm, events
         self._contacted: set[str] = set()
         self._fresh: set[str] = set()  # whose first message is on its way
 
@@ -54,52 +78,70 @@ class Sender:
         self._contacted.add(client)
         if first:
             self._fresh.add(client)
-        algorithm = self._algorithm
+        algorithm, terms = self._algorithm, self.terms
         payload = algorithm.initial_payload(client) if first else algorithm.round_payload(client)
         assignment = Assignment(
             kind=kind,
             client=client,
             round=round,
-            rounds=self._schedule.federation.rounds,
+            rounds=terms.rounds,
             payload=payload,
-            steps=self._schedule.steps if kind == "train" else None,
+            steps=terms.steps if kind == "train" else None,
             dataset=dataset,
-            score=self._score,
-            recipe=self._recipe if first else None,
+            score=terms.score,
+            recipe=terms.recipe if first else None,
         )
         return self.channel.sent(assignment, first and algorithm.own_initial)
 
-    def trained(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
-        """Outcomes of training, their payloads decoded, as they arrive."""
-        return self.channel.opening(self.run(assignments))
-
-    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
-        """The runtime's outcomes, with the cost of first messages told apart, whatever a site says of it.
-
-        A client that starts anew, or that no message reached, is told everything when it is asked next.
-        """
-        for outcome in self.runtime.run(assignments):
-            first = outcome.cost.download_bytes if outcome.client in self._fresh else 0
-            self._fresh.discard(outcome.client)
-            if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW | VANISHED:
-                self._contacted.discard(outcome.client)
-            outcome = replace(outcome, cost=replace(outcome.cost, broadcast_bytes=first))
-            yield outcome
-            del outcome  # as in `outcomes`
-
     def outcomes(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
         """Send one assignment to each client; outcomes as they arrive."""
-        self._tick(kind, round, 0, len(clients))
+        total = len(clients)
+        self.tick(kind, round, 0, total)
         assignments = (self.assignment(client, kind, round, dataset) for client in clients)
-        done = 0
-        for outcome in self.trained(assignments) if kind == "train" else self.run(assignments):
-            done += 1  # noqa: SIM113  (its tuple would hold on to the outcome)
-            self._tick(kind, round, done, len(clients))
-            yield outcome
-            del outcome  # as everywhere on an update's way: two of them in memory would be one too many
+        return self.received(assignments, kind, lambda done: self.tick(kind, round, done, total))
+
+    def received(
+        self, assignments: Iterable[Assignment | None], kind: str, came: Callable[[int], None] | None = None
+    ) -> Iterator[Outcome]:
+        """Outcomes of `assignments` as they arrive, with payloads of training decoded.
+
+        Args:
+            came: called with the number of outcomes so far.
+        """
+        pending, time, count = iter(assignments), self.virtual_time, 0
+        while True:
+            for outcome in self.runtime.run(pending if time is None else time.until_lost(pending)):
+                count += 1
+                if time is not None:
+                    time.note(outcome)
+                outcome = self._taken(outcome, kind)
+                if came is not None:
+                    came(count)
+                yield outcome
+                del outcome  # here as everywhere on an update's way: two of them in memory would be one too many
+            gone = time.lost() if time is not None else None
+            if gone is None:
+                return
+            count += 1
+            failed = self._taken(gone, kind)
+            if came is not None:
+                came(count)
+            yield failed
+
+    def _taken(self, outcome: Outcome, kind: str) -> Outcome:
+        """The runtime's outcome with the cost of a first message told apart, whatever a site says of it, and decoded.
+
+        A client that starts anew, or that no message reached, is sent everything with its next message.
+        """
+        first = outcome.cost.download_bytes if outcome.client in self._fresh else 0
+        self._fresh.discard(outcome.client)
+        if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW | VANISHED:
+            self._contacted.discard(outcome.client)
+        outcome = replace(outcome, cost=replace(outcome.cost, broadcast_bytes=first))
+        return self.channel.opened(outcome) if kind == "train" else outcome
 
     def failed(self, failure: Failure, kind: str) -> None:
-        """The event of a failure."""
+        """Write the event of a failure."""
         self._events.write(
             "client_failed",
             round=failure.round,

@@ -1,16 +1,16 @@
 """Virtual time: how long a client's work would have taken, where a simulator does it at once.
 
-A `Pace` says how long work takes, `Timed` asks it about everything that a runtime carries, and whoever gathers a round
-(synchronous.py, asynchronous.py) turns seconds into arrivals. There is no other clock. No number that is trained
-comes from here; which updates count, and in which order, does. This file does not know who runs when.
+A `Pace` says how long work takes, `VirtualTime` asks it about everything that the dispatcher sends, and the source of a
+round's updates (synchronous.py, asynchronous.py) turns seconds into arrivals. There is no other clock. No number that is
+trained comes from here; which updates count, and in which order, does. This file does not know who runs when.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Protocol
 
 from fedloom.common.randomness import numpy_generator
 from fedloom.messages.types import Assignment, Cost, Failure, Outcome, Payload
@@ -65,70 +65,57 @@ class Speeds:
         return False
 
 
-class Timed:
-    """A runtime in virtual time, around one that does the work at once. Only training takes time.
+class VirtualTime:
+    """Times the training that a runtime does at once. Only training takes time.
 
     A failure is there at the moment at which its work was sent. A client that vanishes is sent nothing, and the server
-    hears of it.
+    gets a failure for it.
+
+    Attributes:
+        deadline: virtual seconds that a synchronous round waits for a client; None is as long as it takes.
     """
 
-    virtual = True
-
-    def __init__(self, runtime: Any, pace: Pace) -> None:
-        self._runtime = runtime
+    def __init__(self, pace: Pace) -> None:
+        self.deadline = pace.deadline
         self._pace = pace
+        self._down: dict[str, int] = {}  # client → bytes of the tensors that are on their way to it
         self._took: dict[str, float] = {}  # client → virtual seconds of its training that was handed over last
+        self._lost: list[Failure] = []
         self._vanished: Counter[tuple[str, int]] = Counter()  # (client, round) → how often
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        return tuple(self._runtime.clients)
-
-    @property
-    def pooled_tests(self) -> bool:
-        return bool(self._runtime.pooled_tests)
-
-    @property
-    def deadline(self) -> float | None:
-        return self._pace.deadline
 
     def took(self, client: str) -> float:
         """Virtual seconds of the training whose outcome this client handed over last."""
         return self._took.pop(client)
 
-    def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
-        pending, lost, down = iter(assignments), list[Failure](), dict[str, int]()
+    def until_lost(self, assignments: Iterator[Assignment | None]) -> Iterator[Assignment | None]:
+        """The assignments up to the next one whose client vanishes, which is left out: `lost` has its failure then."""
+        for a in assignments:
+            if a is not None and a.kind == "train":
+                if self._pace.vanishes(a.client, a.round, self._vanished[a.client, a.round]):
+                    self._vanished[a.client, a.round] += 1
+                    detail = "its device was lost in the middle of the work"
+                    self._lost.append(Failure(a.client, a.round, "vanished", detail))
+                    return
+                self._down[a.client] = tensor_bytes(a.payload)
+            yield a
 
-        def up_to_the_next_lost() -> Iterator[Assignment | None]:
-            for a in pending:
-                if a is not None and a.kind == "train":
-                    if self._pace.vanishes(a.client, a.round, self._vanished[a.client, a.round]):
-                        self._vanished[a.client, a.round] += 1
-                        detail = "its device was lost in the middle of the work"
-                        lost.append(Failure(a.client, a.round, "vanished", detail))
-                        return
-                    down[a.client] = tensor_bytes(a.payload)
-                yield a
+    def lost(self) -> Failure | None:
+        """The failure at which `until_lost` stopped, once; None where it came to its end."""
+        if not self._lost:
+            return None
+        gone = self._lost.pop()
+        self._took[gone.client] = 0.0
+        return gone
 
-        while True:
-            for outcome in self._runtime.run(up_to_the_next_lost()):
-                if outcome.client in down:
-                    self._took[outcome.client] = self._seconds(outcome, down.pop(outcome.client))
-                yield outcome
-                del outcome  # nobody holds on to what was handed over
-            if not lost:
-                return
-            gone = lost.pop()
-            self._took[gone.client] = 0.0
-            yield gone
-
-    def close(self) -> None:
-        self._runtime.close()
-
-    def _seconds(self, outcome: Outcome, down: int) -> float:
-        if isinstance(outcome, Failure):
-            return 0.0
-        return self._pace.seconds(outcome.client, outcome.cost, down, tensor_bytes(outcome.payload))
+    def note(self, outcome: Outcome) -> None:
+        """Note how long this client's training took, as its outcome comes from the runtime."""
+        down = self._down.pop(outcome.client, None)
+        if down is None:
+            return
+        seconds = 0.0
+        if not isinstance(outcome, Failure):
+            seconds = self._pace.seconds(outcome.client, outcome.cost, down, tensor_bytes(outcome.payload))
+        self._took[outcome.client] = seconds
 
 
 def tensor_bytes(payload: Payload) -> int:

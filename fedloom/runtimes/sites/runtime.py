@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.common.errors import RunFailed
+from fedloom.federation.runtime import Capabilities, Runtime
 from fedloom.messages import wire
 from fedloom.messages.types import STARTED_ANEW, Assignment, Failure, Outcome
 from fedloom.runtimes import versions
@@ -57,8 +58,8 @@ class Site:
     sent_most: int = 0
 
 
-class Distributed:
-    """The runtime between organisations.
+class Distributed(Runtime):
+    """The runtime between organisations. It is made where the link is, in the engine's job, and not opened by name.
 
     Args:
         link: the engine.
@@ -70,9 +71,7 @@ class Distributed:
         scratch: the folder for messages that wait on disk.
     """
 
-    virtual = False
-    pooled_tests = False
-    takes_ranks = True
+    capabilities = Capabilities(ranks=True)
 
     def __init__(
         self,

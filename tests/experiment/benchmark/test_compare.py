@@ -19,7 +19,7 @@ from fedloom.cli.app import app
 from fedloom.common.errors import UserError
 from fedloom.experiment.benchmark.columns import NAMED, measured
 from fedloom.experiment.benchmark.compare import Leaderboard, leaderboard
-from fedloom.federation.record.client_table import Tables
+from fedloom.federation.record.client_table import ClientTable
 from fedloom.recipe.overrides import set_dotted
 from fedloom.reporting import differences as settings
 
@@ -180,7 +180,7 @@ def test_what_is_no_finished_run_is_named(real, made, tmp_path):
 def test_of_many_clients_all_count_and_the_first_message_does_not(tmp_path):
     losses = [1.0 + 0.01 * (7 * i % 300) for i in range(300)]
     clients = {f"c{i}": {"loss": loss, "tokens": 5, "score": None, "questions": 0} for i, loss in enumerate(losses)}
-    told = Tables(tmp_path / "evaluations").told(3, clients)
+    told = ClientTable(tmp_path / "evaluations").told(3, clients)
     assert told["clients"] == {}
     updates = [
         {"event": "client_update", "round": r, "upload_bytes": u, "download_bytes": d, "broadcast_bytes": d * (r == 1)}

@@ -6,14 +6,18 @@ import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from fedloom.federation.rounds.asynchronous import InFlight
+from fedloom.common.errors import RunFailed
+from fedloom.federation.rounds.asynchronous import AsynchronousRounds
+from fedloom.federation.rounds.dispatcher import Dispatcher, Terms
 from fedloom.federation.rounds.schedule import Schedule
-from fedloom.federation.rounds.virtual_time import Speeds, Timed
+from fedloom.federation.rounds.virtual_time import Speeds, VirtualTime
+from fedloom.federation.runtime import Capabilities
 from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
 from fedloom.recipe.recipe import FederationConfig
 
@@ -22,7 +26,7 @@ class Durations:
     """A pace that takes each client's seconds from a table, or from a function of client and how often it was asked."""
 
     def __init__(self, seconds):
-        self.seconds_of, self.times = seconds, Counter()
+        self.seconds_of, self.times, self.deadline = seconds, Counter(), None
 
     def seconds(self, client, cost, down, up):
         self.times[client] += 1
@@ -34,6 +38,8 @@ class Durations:
 
 class Answers:
     """A virtual runtime whose clients answer at once; `fails` names (client, round) that do not. Counts what is sent."""
+
+    capabilities = Capabilities(virtual=True)
 
     def __init__(self, fails=()):
         self.fails, self.sent = set(fails), []
@@ -54,34 +60,32 @@ def schedule(clients: str, slots: int, seed: int = 0) -> Schedule:
     return Schedule(tuple(clients), (), FederationConfig(clients_per_round=slots), 1, 0, seed)
 
 
-def in_flight(folder: Path, runtime: Any, clients: str, slots: int, buffer: int, pace: Any, seed: int = 0) -> InFlight:
-    timed = Timed(runtime, pace) if pace else None
-
-    def assign(client: str, round: int) -> Assignment:
-        return Assignment("train", client, round, 9, Payload())
-
-    plan = schedule(clients, slots, seed)
-    return InFlight((timed or runtime).run, assign, plan, buffer, timed, lambda done, total: None, folder / "in-flight")
-
-
-def usable(outcomes):
-    return (o for o in outcomes if isinstance(o, Update))
+def in_flight(
+    folder: Path, runtime: Any, clients: str, slots: int, buffer: int, pace: Any, seed: int = 0
+) -> AsynchronousRounds:
+    algorithm: Any = SimpleNamespace(
+        own_initial=False, initial_payload=lambda client: Payload(), round_payload=lambda client: Payload()
+    )
+    channel: Any = SimpleNamespace(sent=lambda assignment, own: assignment, opened=lambda outcome: outcome)
+    terms, virtual = Terms({}, 9, 1, score=False), VirtualTime(pace) if pace else None
+    dispatcher = Dispatcher(algorithm, runtime, terms, channel, None, lambda *told: None, virtual)
+    return AsynchronousRounds(dispatcher, schedule(clients, slots, seed), buffer, folder / "in-flight")
 
 
-def play(flight: InFlight, round: int) -> list[tuple[str, int, float]]:
+def play(flight: AsynchronousRounds, round: int) -> list[tuple[str, int, float]]:
     """(client, staleness, virtual time) of each outcome of a round, in order of arrival; failures among them."""
     seen = []
 
-    def accepted(outcomes):
-        for outcome in outcomes:
-            told = flight.about(outcome)
-            seen.append((outcome.client, told["staleness"], told["arrived"]))
-            if isinstance(outcome, Update):
-                assert torch.equal(outcome.payload.tensors["w"], torch.full((2,), float(outcome.round)))
-                yield outcome
+    def accept(outcome):
+        told = flight.about(outcome)
+        seen.append((outcome.client, told["staleness"], told["arrived"]))
+        if not isinstance(outcome, Update):
+            return None
+        assert torch.equal(outcome.payload.tensors["w"], torch.full((2,), float(outcome.round)))
+        return outcome
 
     flight.begin(round)
-    list(flight.gather(accepted))
+    list(flight.updates(accept))
     return seen
 
 
@@ -217,20 +221,19 @@ def test_it_begins_where_as_many_are_there_as_a_round_needs(tmp_path):
     assert flight.begin(1) == ["a", "b", "c"]
     told = []
 
-    def accepted(arriving):
-        for outcome in arriving:
-            told.append((outcome.client, type(outcome)))
-            if isinstance(outcome, Update):
-                yield outcome
+    def accept(outcome):
+        told.append((outcome.client, type(outcome)))
+        return outcome if isinstance(outcome, Update) else None
 
-    assert len(list(flight.gather(accepted))) == 2
+    assert len(list(flight.updates(accept))) == 2
     assert {kind for _, kind in told} == {Update}
     told.clear()
     durations.vanishes = lambda client, round, attempt: client in "ab"
     never = in_flight(tmp_path / "never", Answers(), "abc", 3, 2, durations)
     never._schedule = replace(never._schedule, federation=federation)
     never.begin(1)
-    assert [u.client for u in never.gather(accepted)] == ["c"]
+    with pytest.raises(RunFailed, match=r"round 1 got 1 usable updates and needs 2 \(federation.min_clients\): 0 fin"):
+        list(never.updates(accept))
     assert sorted(told, key=str) == [("a", Failure), ("b", Failure), ("c", Update)]
 
 
@@ -240,15 +243,13 @@ def test_a_reply_that_was_not_asked_for_or_names_another_round_is_refused_and_bl
     flight = in_flight(tmp_path, wrong, "ab", 2, 2, None)
     outcomes = []
 
-    def all_seen(arriving):
-        for outcome in arriving:
-            outcomes.append(outcome)
-            if isinstance(outcome, Update):
-                yield outcome
+    def accept(outcome):
+        outcomes.append(outcome)
+        return outcome if isinstance(outcome, Update) else None
 
     for round in (1, 2):
         flight.begin(round)
-        assert [u.client for u in flight.gather(all_seen)] == ["b"]
+        assert [u.client for u in flight.updates(accept)] == ["b"]
     reasons = Counter((o.client, o.round, o.reason) for o in outcomes if isinstance(o, Failure))
     assert reasons[("a", 1, "bad_payload")] == reasons[("a", 2, "bad_payload")] == 1
     assert reasons[("z", 1, "unexpected")] == 4

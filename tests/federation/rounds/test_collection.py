@@ -9,7 +9,7 @@ import torch
 
 from fedloom import run
 from fedloom.common import registry
-from fedloom.federation.rounds.collection import in_order
+from fedloom.federation.rounds.synchronous import ClientOrder
 from fedloom.messages.types import Failure, Payload, Update
 from fedloom.runtimes.simulator import Simulator
 
@@ -24,6 +24,17 @@ def outcome(number: int):
     generator = torch.Generator().manual_seed(number)
     values = torch.randn(5, 4, generator=generator).to(DTYPES[number % 4])
     return Update(client, 1, Payload({"w": values, "empty": torch.zeros(0)}, {"n": number}), num_examples=number + 1)
+
+
+def in_order(outcomes, order, folder):
+    """Outcomes in client order, each handed on as soon as it is its turn."""
+    with ClientOrder(order, folder) as line:
+        for arrived in outcomes:
+            line.add(arrived)
+            while (ready := line.next()) is not None:
+                yield ready
+        while (ready := line.next(over=True)) is not None:
+            yield ready
 
 
 @pytest.mark.parametrize("seed", range(12))

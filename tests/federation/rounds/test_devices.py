@@ -8,6 +8,7 @@ import signal
 from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,15 +19,16 @@ from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.randomness import numpy_generator
 from fedloom.experiment.prepare import prepare
 from fedloom.federation.record.events import read_events
-from fedloom.federation.rounds import collection as arrival
+from fedloom.federation.rounds import synchronous
 from fedloom.federation.rounds.devices import Fleet
-from fedloom.federation.rounds.dispatcher import Sender
+from fedloom.federation.rounds.dispatcher import Dispatcher, Terms
 from fedloom.federation.rounds.schedule import Schedule
-from fedloom.federation.rounds.synchronous import AtOnce
-from fedloom.federation.rounds.virtual_time import Timed
+from fedloom.federation.rounds.synchronous import SynchronousRounds
+from fedloom.federation.rounds.virtual_time import VirtualTime
+from fedloom.federation.runtime import Capabilities
 from fedloom.federation.watch import Watch
 from fedloom.messages.at_rest import to_bytes
-from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
+from fedloom.messages.types import Cost, Failure, Payload, Update
 from fedloom.recipe.recipe import DevicesConfig, FederationConfig, Recipe
 from fedloom.reporting import charts
 from fedloom.reporting.formats import duration
@@ -157,7 +159,9 @@ class Exactly:
 
 
 class Answering:
-    """Sender and runtime in one, whose clients answer at once; `refuses` fails."""
+    """A virtual runtime whose clients answer at once; `refuses` fails."""
+
+    capabilities = Capabilities(virtual=True)
 
     def run(self, assignments):
         for a in assignments:
@@ -166,26 +170,33 @@ class Answering:
             else:
                 yield Update(a.client, a.round, Payload({"w": torch.ones(2)}), num_examples=1)
 
-    def outcomes(self, kind, round, clients):
-        return self.timed.run(Assignment(kind, c, round, 9, Payload()) for c in clients)
+
+def dispatcher(runtime: Any, pace: Any = None) -> Dispatcher:
+    """Sends what says whether it is a client's first message."""
+    algorithm: Any = SimpleNamespace(
+        own_initial=False,
+        initial_payload=lambda client: Payload(meta={"start": 1}),
+        round_payload=lambda client: Payload(),
+    )
+    channel: Any = SimpleNamespace(sent=lambda assignment, own: assignment, opened=lambda outcome: outcome)
+    terms, virtual = Terms({"name": "r"}, 9, 1, score=False), VirtualTime(pace) if pace else None
+    return Dispatcher(algorithm, runtime, terms, channel, None, lambda *told: None, virtual)
 
 
 def test_the_deadlines_edge_belongs_to_those_in_time_and_failures_take_none(tmp_path):
     table = {"edge": 8.0, "over": math.nextafter(8.0, 9.0), "quick": 2.0, "refuses": 5.0, "gone": 5.0}
     plan = Schedule(tuple(table), (), FederationConfig(), 1, 0, 0)
-    runtime = Answering()
-    runtime.timed = Timed(runtime, Exactly(table))
-    gathering = AtOnce(runtime, plan, runtime.timed, 0.0, tmp_path)
+    source = SynchronousRounds(dispatcher(Answering(), Exactly(table)), plan, tmp_path)
     for number, ends in ((1, 8.0), (2, 16.0)):
-        assert gathering.begin(number) == list(table)
-        seen = {o.client: o for o in gathering.gather(lambda outcomes: outcomes)}
+        assert source.begin(number) == list(table)
+        seen = {o.client: o for o in source.updates(lambda outcome: outcome)}
         assert {c for c, o in seen.items() if isinstance(o, Update)} == {"edge", "quick"}
         reasons = {c: o.reason for c, o in seen.items() if isinstance(o, Failure)}
         assert reasons == {"over": "too_late", "refuses": "test", "gone": "vanished"}
-        assert [gathering.about(seen[c])["arrived"] for c in ("edge", "quick")] == [ends, ends - 6.0]
-        assert gathering.now == ends
-    resumed = AtOnce(runtime, plan, runtime.timed, 0.0, tmp_path)
-    resumed.load(json.loads(json.dumps(gathering.notes())), {})
+        assert [source.about(seen[c])["arrived"] for c in ("edge", "quick")] == [ends, ends - 6.0]
+        assert source.now == ends
+    resumed = SynchronousRounds(dispatcher(Answering(), Exactly(table)), plan, tmp_path)
+    resumed.load(json.loads(json.dumps(source.notes())), {})
     assert resumed.now == 16.0
 
 
@@ -193,15 +204,13 @@ def test_of_those_that_vanish_only_a_round_below_quorum_waits(tmp_path, monkeypa
     """Above it, a failure is handed on at once, so that the updates behind it need not lie on disk."""
     table = {"gone": 1.0, "a": 1.0, "b": 1.0, "c": 1.0}
     written = []
-    monkeypatch.setattr(arrival, "to_bytes", lambda payload: written.append(1) or to_bytes(payload))
-    runtime = Answering()
-    runtime.timed = Timed(runtime, Exactly(table))
+    monkeypatch.setattr(synchronous, "to_bytes", lambda payload: written.append(1) or to_bytes(payload))
     for fewest, early in ((1, 0), (2, 1), (3, 2)):  # those that came below quorum wait behind the failure
         written.clear()
         plan = Schedule(tuple(table), (), FederationConfig(min_clients=fewest), 1, 0, 0)
-        gathering = AtOnce(runtime, plan, runtime.timed, 0.0, tmp_path)
-        gathering.begin(1)
-        assert [o.client for o in gathering.gather(lambda outcomes: outcomes)] == list(table)
+        source = SynchronousRounds(dispatcher(Answering(), Exactly(table)), plan, tmp_path)
+        source.begin(1)
+        assert [o.client for o in source.updates(lambda outcome: outcome)] == list(table)
         assert len(written) == early
 
 
@@ -223,18 +232,11 @@ class Vanishing:
 
 
 def test_a_client_that_no_message_reached_is_told_everything_when_it_is_asked_again():
-    algorithm = SimpleNamespace(
-        own_initial=False,
-        initial_payload=lambda client: Payload(meta={"start": 1}),
-        round_payload=lambda client: Payload(),
-    )
-    channel = SimpleNamespace(sent=lambda assignment, own: assignment, opening=lambda outcomes: outcomes)
-    plan = Schedule(("a", "b"), (), FederationConfig(), 1, 0, 0)
     runtime = Vanishing({"a": 2})
-    sender = Sender(algorithm, runtime, plan, channel, None, {"name": "r"}, False, lambda *told: None)
+    sending = dispatcher(runtime)
     first = []
     for asked in ("ab", "ab", "ab", "ab"):
-        first.append([o.cost.broadcast_bytes for o in sender.outcomes("train", 1, asked)])
+        first.append([o.cost.broadcast_bytes for o in sending.outcomes("train", 1, asked)])
     assert [told for told in runtime.told if told[0] == "a"] == [("a", True, True)] * 3 + [("a", False, False)]
     assert [told[1] for told in runtime.told if told[0] == "b"] == [True, False, False, False]
     assert first == [[0, 100], [0, 0], [100, 0], [0, 0]]
