@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fedloom.common.errors import RunFailed
 from fedloom.federation.rounds import synchronous as module
 from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule
-from fedloom.federation.rounds.synchronous import PAUSE, AtOnce
+from fedloom.federation.rounds.synchronous import PAUSE, SynchronousRounds
+from fedloom.federation.runtime import Capabilities
 from fedloom.messages.types import Failure, Payload, Update
 from fedloom.recipe.recipe import FederationConfig
 
@@ -44,6 +47,8 @@ class Sender:
     def __init__(self, answers: dict[str, list[str | None]], order: str | None = None):
         self.answers = {client: list(reasons) for client, reasons in answers.items()}
         self.order, self.asked, self.told = order, [], []
+        self.virtual_time: Any = None
+        self.runtime = SimpleNamespace(capabilities=Capabilities())
 
     def outcomes(self, kind, round, clients, dataset="test"):
         self.asked.append("".join(clients))
@@ -59,25 +64,37 @@ class Sender:
         self.told.append((failure.client, failure.reason, kind))
 
 
-def rounds(tmp_path, sender: Any, clients: str, fewest: int = 1, waits: float = 0.0, timed: Any = None) -> AtOnce:
-    federation = FederationConfig(min_clients=fewest)
-    return AtOnce(sender, Schedule(tuple(clients), (), federation, 1, 0, 0), timed, waits, tmp_path / "early")
+def rounds(
+    tmp_path, sender: Any, clients: str, fewest: int = 1, waits: float = 0.0, timed: Any = None
+) -> SynchronousRounds:
+    sender.virtual_time, sender.runtime = timed, SimpleNamespace(capabilities=Capabilities(virtual=timed is not None))
+    federation = FederationConfig(min_clients=fewest, round_deadline=waits or None)
+    return SynchronousRounds(sender, Schedule(tuple(clients), (), federation, 1, 0, 0), tmp_path / "early")
 
 
-def gathered(at_once: AtOnce, round: int = 1) -> list[tuple[str, str | None]]:
+def gathered(source: SynchronousRounds, round: int = 1) -> list[tuple[str, str | None]]:
     """(client, reason of its failure) of all outcomes of a round, in the order in which the coordinator sees them."""
     seen = []
 
-    def accepted(outcomes):
-        for outcome in outcomes:
-            seen.append((outcome.client, getattr(outcome, "reason", None)))
-            if isinstance(outcome, Update):
-                yield outcome
+    def accept(outcome):
+        seen.append((outcome.client, getattr(outcome, "reason", None)))
+        return outcome if isinstance(outcome, Update) else None
 
-    at_once.begin(round)
-    for update in at_once.gather(accepted):
-        assert torch.equal(update.payload.tensors["w"], torch.full((2,), float(ord(update.client))))
+    source.begin(round)
+    with suppress(RunFailed):  # below quorum, once all is seen
+        for update in source.updates(accept):
+            assert torch.equal(update.payload.tensors["w"], torch.full((2,), float(ord(update.client))))
     return seen
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_round_below_quorum_ends_with_an_error_whoever_is_missing(tmp_path, clock, refused):
+    """What is refused does not count, though it arrived."""
+    source = rounds(tmp_path, Sender({"a": [None], "b": [None if refused else "odd"]}), "ab", fewest=2)
+    source.begin(3)
+    with pytest.raises(RunFailed, match=r"^round 3 got 1 usable updates and needs 2 .*: 2 finished rounds are kept$"):
+        list(source.updates(lambda outcome: outcome if outcome.client == "a" else None))
+    assert list((tmp_path / "early").iterdir()) == []
 
 
 def test_updates_come_in_client_order_whatever_order_they_arrive_in(tmp_path, clock):
@@ -118,7 +135,7 @@ def test_nobody_behind_a_lost_client_waits_for_it_once_there_are_enough(tmp_path
     sender = Sender({"a": ["lost"], "b": [None], "c": [None]})
     at_once = rounds(tmp_path, sender, "abc", fewest=1, waits=10.0)
     at_once.begin(1)
-    arriving = at_once._insisted()
+    arriving = at_once._outcomes()
     assert [next(arriving).client for _ in range(2)] == ["a", "b"]
     assert [o.client for o in arriving] == ["c"]
 
@@ -184,7 +201,7 @@ def test_an_update_after_the_virtual_deadline_is_dropped_and_the_round_ends_ther
 def test_what_is_said_of_an_update_that_is_too_late(tmp_path, clock):
     at_once = rounds(tmp_path, Sender({"a": [None]}), "a", timed=timed({"a": 12.3456789}, 5.0))
     at_once.begin(1)
-    late = next(at_once._in_time(at_once._insisted(), at_once._timed))
+    late = at_once._in_time(next(at_once._outcomes()))
     assert isinstance(late, Failure)
     assert late.detail == "12.35 virtual seconds, and devices.deadline is 5"
 

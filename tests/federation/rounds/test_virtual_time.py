@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from fedloom.common.randomness import numpy_generator
-from fedloom.federation.rounds.virtual_time import SECONDS_PER_TOKEN, Speeds, Timed, tensor_bytes
+from fedloom.federation.rounds.dispatcher import Dispatcher, Terms
+from fedloom.federation.rounds.virtual_time import SECONDS_PER_TOKEN, Speeds, VirtualTime, tensor_bytes
 from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
 
 
@@ -32,11 +35,8 @@ class Pace:
 class Runtime:
     """Does the work at once. `fails` are clients that answer with a failure."""
 
-    clients = "abc"
-    pooled_tests = 1
-
     def __init__(self, fails=()):
-        self.fails, self.sent, self.closed = set(fails), [], 0
+        self.fails, self.sent = set(fails), []
 
     def run(self, assignments):
         for assignment in assignments:
@@ -49,8 +49,19 @@ class Runtime:
             else:
                 yield Update(client, round, Payload({"w": torch.zeros(3, dtype=torch.float64)}), cost=cost)
 
-    def close(self):
-        self.closed += 1
+
+class Timed:
+    """A dispatcher in virtual time in front of a runtime. It is handed its assignments."""
+
+    def __init__(self, runtime: Any, pace: Any):
+        time = VirtualTime(pace)
+        channel: Any = SimpleNamespace(opened=lambda outcome: outcome)
+        terms = Terms({}, 9, None, score=False)
+        self.took, self.deadline = time.took, time.deadline
+        self.dispatcher = Dispatcher(None, runtime, terms, channel, None, lambda *told: None, time)
+
+    def run(self, assignments):
+        return self.dispatcher.received(assignments, "train")
 
 
 def work(client, round=1, kind="train"):
@@ -94,12 +105,8 @@ def test_a_device_that_is_lost_is_sent_nothing_and_those_behind_it_are():
     assert again[1].detail == "its device was lost in the middle of the work"
 
 
-def test_it_stands_for_the_runtime_that_it_surrounds():
-    runtime = Runtime()
-    timed = Timed(runtime, Pace())
-    assert (timed.clients, timed.pooled_tests, timed.deadline, timed.virtual) == (("a", "b", "c"), True, 7.5, True)
-    timed.close()
-    assert runtime.closed == 1
+def test_the_deadline_is_the_pace_s():
+    assert Timed(Runtime(), Pace()).deadline == 7.5
 
 
 def test_bytes_are_those_of_tensors_as_they_travel():
