@@ -42,7 +42,7 @@ from small import equal_rows, recipe_values, small_model
 from fedloom import Recipe, run
 from fedloom.algorithms.averaging.fedavg import FedAvg
 from fedloom.algorithms.base import Algorithm
-from fedloom.federation.rounds.collection import in_order
+from fedloom.federation.rounds.synchronous import ClientOrder
 from fedloom.federation.watch import Watch
 from fedloom.messages import wire
 from fedloom.messages.types import Payload, Update
@@ -129,11 +129,13 @@ class Folding:
                 del received
                 assert isinstance(update, Update)
                 self.server.accept(update)
-                yield update
+                line.add(update)
                 del update
+                yield cast(Update, line.next())
 
         began = time.process_time()
-        self.server.aggregate(cast(Iterator[Update], in_order(arriving(), order, self.scratch)))
+        with ClientOrder(order, self.scratch) as line:
+            self.server.aggregate(arriving())
         self.spent.append((time.process_time() - began - receiving) / updates)
 
 

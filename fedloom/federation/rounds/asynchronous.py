@@ -22,10 +22,11 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fedloom.common.files import folder_name, link, write_bytes
@@ -44,6 +45,45 @@ class Waiting:
     arrives: float
     outcome: Outcome
     file: str | None
+
+
+class Buffer:
+    """Updates whose payloads lie on disk; iterated, they come in client order, a client's older one first.
+
+    Args:
+        order: all clients, in their fixed order.
+        folder: where payloads lie; nothing is left in it at the end of the block.
+    """
+
+    def __init__(self, order: Sequence[str], folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._position = {client: i for i, client in enumerate(order)}
+        self._scratch = tempfile.TemporaryDirectory(dir=folder, prefix=".buffer-")
+        self._held: list[tuple[int, int, Update]] = []
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._scratch.cleanup()
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def add(self, update: Update) -> None:
+        key = (self._position[update.client], update.round)
+        self._file(*key).write_bytes(to_bytes(update.payload))
+        self._held.append((*key, replace(update, payload=Payload())))
+
+    def __iter__(self) -> Iterator[Update]:
+        """Each update once, with its payload."""
+        for client, round, update in sorted(self._held, key=lambda item: item[:2]):
+            path = self._file(client, round)
+            yield replace(update, payload=from_bytes(path.read_bytes()))
+            path.unlink()
+
+    def _file(self, client: int, round: int) -> Path:
+        return Path(self._scratch.name, f"{client}-{round}")
 
 
 class AsynchronousRounds:
@@ -86,27 +126,20 @@ class AsynchronousRounds:
 
         All of them are there before the first is handed over; until then their payloads lie under `folder`.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self._folder, prefix=".buffer-") as scratch:
-            held: list[tuple[int, int, Update]] = []
+        fewest, arrivals = self._schedule.federation.min_clients, self._arrivals()
+        with Buffer(self._schedule.training, self._folder) as buffer:
             self._tick(0)
-            arrivals = self._arrivals()
-            while len(held) < self.buffer and (outcome := next(arrivals, None)) is not None:
+            while len(buffer) < self.buffer and (outcome := next(arrivals, None)) is not None:
                 update = accept(outcome)
                 del outcome
                 if update is not None:
-                    key = (self._position[update.client], update.round)
-                    Path(scratch, "{}-{}".format(*key)).write_bytes(to_bytes(update.payload))
-                    held.append((*key, replace(update, payload=Payload())))
-                    self._tick(len(held))
+                    buffer.add(update)
+                    self._tick(len(buffer))
                 del update
             arrivals.close()  # it would hold on to the last outcome
-            if len(held) < self._schedule.federation.min_clients:
-                raise below_quorum(self._round, len(held), self._schedule.federation.min_clients)
-            for client, round, update in sorted(held, key=lambda item: item[:2]):
-                path = Path(scratch, f"{client}-{round}")
-                yield replace(update, payload=from_bytes(path.read_bytes()))
-                path.unlink()
+            if len(buffer) < fewest:
+                raise below_quorum(self._round, len(buffer), fewest)
+            yield from buffer
 
     def about(self, outcome: Outcome) -> dict[str, Any]:
         """What an event says of the outcome that arrived last."""

@@ -11,7 +11,7 @@ This file does not know runtimes: what it makes is a payload like any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +100,10 @@ class ServerChannel:
         return replace(assignment, payload=coded)
 
     def opened(self, outcome: Outcome) -> Outcome:
-        """The outcome of training with its payload decoded, or a `Failure` that says what is wrong with it."""
+        """The outcome of training with its payload decoded, or a `Failure` that says what is wrong with it.
+
+        Called as it comes from the runtime: what waits anywhere after that is plain.
+        """
         if not isinstance(outcome, Update):
             return outcome
         try:
@@ -108,13 +111,6 @@ class ServerChannel:
             return replace(outcome, payload=self.chains.up.decode(outcome.payload, reference))
         except BadPayload as error:
             return Failure(outcome.client, outcome.round, "bad_payload", str(error), outcome.cost)
-
-    def opening(self, outcomes: Iterator[Outcome]) -> Iterator[Outcome]:
-        """`opened`, of each as it comes from the runtime: what waits or rests anywhere after that is plain."""
-        for outcome in outcomes:
-            outcome = self.opened(outcome)
-            yield outcome
-            del outcome  # nobody holds on to what was handed over
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint has to hold: who got a first payload, where that differs from later ones."""

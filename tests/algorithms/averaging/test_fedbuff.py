@@ -9,7 +9,7 @@ import torch
 
 import fedloom
 from fedloom.algorithms.averaging.fedbuff import FedBuff
-from fedloom.federation.rounds.collection import by_client
+from fedloom.federation.rounds.asynchronous import Buffer
 from fedloom.messages.at_rest import load_tensors
 from tests.helpers import averaging_rounds as rounds
 from tests.helpers.federation import Federation
@@ -90,7 +90,10 @@ def test_within_a_buffer_the_order_of_arrival_changes_no_bit(tmp_path):
     results = []
     for order in ([0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]):
         algorithm = after(2)
-        folded = list(by_client(iter([sent[i] for i in order]), ["c", "b", "a"], tmp_path))
+        with Buffer(["c", "b", "a"], tmp_path) as buffer:
+            for i in order:
+                buffer.add(sent[i])
+            folded = list(buffer)
         assert [(u.client, u.round) for u in folded] == [("c", 3), ("b", 3), ("a", 1), ("a", 2)]
         results.append(moved(algorithm, *folded))
     assert all(torch.equal(result, by_hand) for result in results)

@@ -14,7 +14,7 @@ from fedloom.common.errors import UserError
 from fedloom.experiment.prepare import prepare
 from fedloom.federation.client import Client
 from fedloom.federation.record.events import Events, read_events
-from fedloom.federation.rounds.collection import in_order
+from fedloom.federation.rounds.synchronous import ClientOrder
 from fedloom.federation.watch import Watch
 from fedloom.messages import wire
 from fedloom.messages.operators.channel import Chains, ClientChannel, ServerChannel
@@ -204,9 +204,12 @@ def test_updates_are_plain_before_they_wait_anywhere(tiny_recipe, tmp_path):
         updates[name] = Update(name, 1, client.encoded(Payload(weights(2), {"k": 1}), name, 1))
     expected = {name: server.chains.up.decode(u.payload, weights(1)).tensors for name, u in updates.items()}
     with pytest.raises(AssertionError, match="decoded first"):
-        list(in_order(iter([updates["b"]]), "ab", tmp_path))
-    waited = list(in_order(server.opening(iter([updates["b"], updates["a"]])), "ab", tmp_path))
-    for name, outcome in zip("ab", waited, strict=True):
+        ClientOrder("ab", tmp_path).add(updates["b"])
+    waiting = ClientOrder("ab", tmp_path)
+    for name in "ba":
+        waiting.add(server.opened(updates[name]))
+    for name in "ab":
+        outcome = waiting.next()
         assert isinstance(outcome, Update) and outcome.payload.meta == {"k": 1}
         assert same(outcome.payload.tensors, expected[name])
 
