@@ -1,19 +1,17 @@
-"""Imports point one way, each library has one home, and nothing that can carry code is read (DESIGN.md 4 and 5)."""
+"""Imports point one way and form no circle, each library has one home, and nothing that can carry code is read."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
-from functools import cache
+import shutil
 from pathlib import Path
 
 import pytest
 
 import fedloom
+from tests.helpers.imports import Source
 
-ROOT = Path(fedloom.__file__).parent
-
-#: Part → its layer; an import points to the same layer or to a lower one. Files at the top level have a part each.
+#: A package imports packages of lower layers; those of one layer do not know each other.
 LAYERS = [
     {"common"},
     {"recipe"},
@@ -24,9 +22,9 @@ LAYERS = [
     {"federation"},
     {"runtimes", "reporting"},
     {"experiment"},
-    {"cli", "__main__"},
+    {"cli"},
+    {"__main__"},
 ]
-LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
 #: Library → the files that may import it.
 HOMES = {
@@ -52,64 +50,24 @@ HOMES = {
 BANNED_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle", "joblib"}
 BANNED_CALLS = {("torch", "load"), ("torch", "save"), ("numpy", "load"), ("np", "load"), ("yaml", "load")}
 
-FILES = sorted(ROOT.rglob("*.py"))
+SOURCE = Source(Path(fedloom.__file__).parent)
+FILES, name, imported, parsed = SOURCE.files, SOURCE.name, SOURCE.imported, SOURCE.parsed
 
 
-@cache
-def parsed(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-def part(module: str) -> str:
-    """fedloom.data.hub → data; fedloom.cli.runs → cli."""
-    pieces = module.split(".")
-    return pieces[1] if len(pieces) > 1 else "fedloom"
-
-
-def imported(path: Path, *, at_runtime: bool = True) -> Iterator[tuple[str, int]]:
-    """(module, line) of every import, those inside functions too; not those under `if TYPE_CHECKING`."""
-    tree = parsed(path)
-    skipped: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if at_runtime and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            skipped.update(inner for statement in node.body for inner in ast.walk(statement))
-        if node in skipped:
-            continue
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{name(path)}:{node.lineno} imports relatively"
-            assert node.module
-            if node.module == "fedloom":
-                yield from ((f"fedloom.{alias.name}", node.lineno) for alias in node.names)
-            else:
-                yield node.module, node.lineno
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
-            (target, *_) = node.args
-            if isinstance(target, ast.Constant):
-                yield target.value, node.lineno
-
-
-def test_every_file_has_a_layer():
-    parts = {part("fedloom." + name(p).removesuffix(".py").replace("/", ".")) for p in FILES} - {"__init__"}
-    assert parts <= set(LEVEL), f"give {sorted(parts - set(LEVEL))} a place in LAYERS"
+def test_every_package_has_a_layer_and_every_layer_is_of_packages_that_exist():
+    parts = {SOURCE.part(SOURCE.module(p)) for p in FILES} - {"fedloom"}
+    assert parts == set().union(*LAYERS), "keep LAYERS in step with the packages"
+    assert sum(map(len, LAYERS)) == len(parts), "a package has one layer"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_imports_point_one_way(path):
-    own = part("fedloom." + name(path).removesuffix(".py").replace("/", "."))
-    if own == "__init__":
-        return
-    upwards = [
-        f"line {line}: {module}"
-        for module, line in imported(path)
-        if module.startswith("fedloom.") and LEVEL.get(part(module), -1) > LEVEL[own]
-    ]
-    assert not upwards, f"{name(path)} imports from a layer above it: {upwards}"
+    """Those inside functions too."""
+    assert not SOURCE.misplaced(path, LAYERS), f"{name(path)} imports from a layer above it, or from beside it"
+
+
+def test_modules_import_no_circle():
+    assert not SOURCE.circles()
 
 
 @pytest.mark.parametrize("library", HOMES)
@@ -189,11 +147,60 @@ def test_every_file_says_its_one_idea():
     assert not silent
 
 
-def test_the_test_finds_what_it_looks_for(tmp_path):
-    """The finder itself: an import in a function counts, one for the type checker does not."""
-    path = tmp_path / "x.py"
-    path.write_text(
+def source(tmp_path: Path, code: str) -> tuple[Source, Path]:
+    path = tmp_path / "fedloom" / "models" / "x.py"
+    path.parent.mkdir(parents=True)
+    path.write_text(code)
+    return Source(tmp_path / "fedloom"), path
+
+
+def test_an_import_in_a_function_counts_and_one_for_the_type_checker_does_not(tmp_path):
+    found, path = source(
+        tmp_path,
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import peft\n"
-        "def f():\n    import ray\n    from fedloom import cli\n    import_module('lm_eval')\n"
+        "def f():\n    import ray\n    from fedloom import cli\n    import_module('lm_eval')\n",
     )
-    assert [m for m, _ in imported(path)] == ["typing", "ray", "fedloom.cli", "lm_eval"]
+    (tmp_path / "fedloom" / "cli.py").touch()
+    assert [m for m, _ in Source(found.root).imported(path)] == ["typing", "ray", "fedloom.cli", "lm_eval"]
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """The package's own files, to break."""
+    return shutil.copytree(SOURCE.root, tmp_path / "fedloom", ignore=shutil.ignore_patterns("__pycache__"))
+
+
+BROKEN = {
+    "messages/types.py": "from fedloom.federation.client import Client",
+    "messages/at_rest.py": "def f():\n    from fedloom.federation import client",
+    "messages/wire.py": "from fedloom.data.corpus import Corpus",  # data is of the same layer
+    "data/corpus.py": "import_module('fedloom.cli.app')",
+    "common/files.py": "import fedloom",
+    "evaluation/loss.py": "import fedloom.training.trainer",
+}
+
+
+def test_an_import_from_above_or_beside_is_found(copied):
+    for file, line in BROKEN.items():
+        (copied / file).write_text(f"{(copied / file).read_text()}\n{line}\n")
+    found = Source(copied)
+    assert {found.name(p) for p in found.files if found.misplaced(p, LAYERS)} == set(BROKEN)
+
+
+def test_a_circle_is_found(copied):
+    """One that is closed in a function, and one of three new modules; an import for the type checker closes none."""
+    assert "from fedloom.messages.types import" in (copied / "messages" / "wire.py").read_text()
+    types = copied / "messages" / "types.py"
+    types.write_text(types.read_text() + "\n\ndef f():\n    from fedloom.messages import wire\n")
+    texts = {
+        "a": "from fedloom.recipe import b",
+        "b": "from fedloom.recipe import c",
+        "c": "if True:\n    import fedloom.recipe.a",
+        "d": "from fedloom.recipe import e",
+        "e": "if TYPE_CHECKING:\n    from fedloom.recipe import d",
+    }
+    for module, text in texts.items():
+        (copied / "recipe" / f"{module}.py").write_text(text)
+    first, second = Source(copied).circles()
+    assert first[0] == first[-1] and {"fedloom.messages.types", "fedloom.messages.wire"} <= set(first)
+    assert second == ["fedloom.recipe.a", "fedloom.recipe.b", "fedloom.recipe.c", "fedloom.recipe.a"]
