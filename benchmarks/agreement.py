@@ -86,7 +86,7 @@ def main() -> None:
     from fedloom.models.loading import locate
     from fedloom.recipe.recipe import ModelConfig
 
-    folder, _ = locate(ModelConfig(name=asked.model), lambda text: print(text, file=sys.stderr))
+    folder, _ = locate(ModelConfig(name=asked.model))
     results = [compare(suite, asked.model, folder, asked.limit, asked.batch_size) for suite in asked.suites]
     raise SystemExit(0 if all(results) else 1)
 

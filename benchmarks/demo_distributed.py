@@ -99,7 +99,7 @@ def demonstrate(recipes: dict[str, Recipe], folder: Path) -> bool:
 
 def dealt(recipe: Recipe, folder: Path) -> tuple[str, ...]:
     """The corpus, split as the simulator splits it, a file for each site; returns the clients."""
-    found = find_data(recipe, print)
+    found = find_data(recipe)
     clients = found.clients.clients
     files = {client: folder / "data" / f"{site}.jsonl" for site, client in zip(SITES, clients, strict=True)}
     deal(recipe, found, files)

@@ -125,7 +125,7 @@ def shown(recipe: Recipe, folder: Path) -> int:
 
 def between(recipe: Recipe, folder: Path, caches: dict[str, Path]) -> dict[str, Any]:
     """The run between sites, each with its part of the corpus and a cache of its own; its summary."""
-    found = find_data(recipe, print)
+    found = find_data(recipe)
     clients = found.clients
     data = {site: folder / "data" / f"{site}.jsonl" for site in SITES}
     deal(recipe, found, dict(zip(clients.clients, data.values(), strict=True)))

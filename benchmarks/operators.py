@@ -334,7 +334,7 @@ def main() -> int:
     given = parser.parse_args()
 
     def make() -> Base:
-        return load_base(ModelConfig(name=given.model), say=lambda text: None) if given.model else small()
+        return load_base(ModelConfig(name=given.model)) if given.model else small()
 
     base = make()
     model = attach(base, AdapterConfig(), 0)

@@ -8,6 +8,7 @@ result.summary["score"]["after"]
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from fedloom.common import environment  # first: settings that torch reads when it is imported
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from fedloom.recipe.recipe import Recipe as Recipe
 
 environment.prepare()
+#: A library says nothing unless its user asks for it (common/logs.py).
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 __all__, _find, __dir__ = lazy(
     __name__,

@@ -130,7 +130,7 @@ def dealt(tmp_path: Path) -> Callable[[Recipe], dict[str, Path]]:
         from fedloom.experiment.local_sites import deal as deal_shards
         from fedloom.federation.workplace import find_data
 
-        found = find_data(recipe, lambda text: None)
+        found = find_data(recipe)
         files = {c: tmp_path / "data" / f"{c}.jsonl" for c in found.clients.clients}
         deal_shards(recipe, found, files)
         return files
@@ -146,7 +146,7 @@ def smollm2(fedloom_home: Path) -> Path:
             patch.delenv("FEDLOOM_HOME")
         else:
             patch.setenv("FEDLOOM_HOME", REAL_HOME)
-        folder = Path(locate(ModelConfig(name="smollm2-135m"), print)[0])
+        folder = Path(locate(ModelConfig(name="smollm2-135m"))[0])
     link = fedloom_home / "models" / folder.name  # under its name it is found in the session's cache as well
     link.parent.mkdir(exist_ok=True)
     if not link.exists():

@@ -71,6 +71,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
+def note(text: str) -> None:
+    """A sentence that fedloom says while a command works."""
+    err.print(text, markup=False)
+
+
 def adapter_place(folder: Path) -> Path:
     return next((folder / n for n in ("adapter", "adapters") if (folder / n).is_dir()), folder)
 

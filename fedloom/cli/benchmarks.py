@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.app import command, err, out
+from fedloom.cli.app import command, note, out
+from fedloom.common.logs import heard_by
 
 
 @command
@@ -34,7 +35,8 @@ def benchmark(
     if dry:
         out.print(plan_table(chosen))
         return
-    outcomes = run_benchmark(chosen, folder, lambda text: err.print(text, markup=False), only=only, size=size)
+    with heard_by(note):
+        outcomes = run_benchmark(chosen, folder, only=only, size=size)
     found, stated = rows(outcomes), ratios(chosen, rows(outcomes))
     write_bytes(folder / "table.csv", to_csv(found).encode())
     write_bytes(folder / "table.tex", to_latex(found, chosen.description, list(alike(found).values())).encode())

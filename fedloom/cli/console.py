@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from fedloom.common.logs import heard_by
 from fedloom.data.heterogeneity import difference
 
 if TYPE_CHECKING:
@@ -42,15 +43,18 @@ class Display:
 
     def __enter__(self) -> Display:
         self._bars.start()
+        self._hearing = heard_by(self.say)
+        self._hearing.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hearing.__exit__(kind, error, at)
         self._bars.stop()
 
     def watch(self) -> Watch:
         from fedloom.federation.watch import Watch
 
-        return Watch(self.say, self.event, self.tick)
+        return Watch(event=self.event, tick=self.tick)
 
     def say(self, text: str) -> None:
         if not self._quiet:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from fedloom.common import cache_folder, registry
 from fedloom.common import pypi as carriers
 from fedloom.common.errors import UserError, suggest
-
-Say = Callable[[str], None]
 
 
 def fetchable() -> list[tuple[str, str, bool]]:
@@ -33,22 +29,22 @@ def fetchable() -> list[tuple[str, str, bool]]:
     return rows
 
 
-def fetch_named(name: str, say: Say) -> str:
+def fetch_named(name: str) -> str:
     """Get one model or corpus; returns where it lies. Raises UserError."""
     from fedloom.models.loading import BUILTIN, locate
 
     if name == "all":
-        return ", ".join(fetch_named(each, say) for each, _, there in fetchable() if not there)
+        return ", ".join(fetch_named(each) for each, _, there in fetchable() if not there)
     if name in BUILTIN:
         from fedloom.recipe.recipe import ModelConfig
 
-        return locate(ModelConfig(name=name), say)[0]
+        return locate(ModelConfig(name=name))[0]
     if name in carriers.CARRIERS:
-        return str(carriers.obtain(name, say).path)
+        return str(carriers.obtain(name).path)
     if name not in registry.corpora:
         raise UserError(f"nothing to fetch is called {name!r}: {suggest(name, [*BUILTIN, *registry.corpora.names()])}")
     from fedloom.data.loading import load_corpus
     from fedloom.recipe.recipe import DataConfig
 
-    corpus = load_corpus(DataConfig(corpus=name), by="category", seed=42, say=say)
+    corpus = load_corpus(DataConfig(corpus=name), by="category", seed=42)
     return f"{corpus.name}, {len(corpus.examples):,} examples from {corpus.source}"

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from fedloom.cli.app import Overrides, RecipeName, RunArgument, adapter_place, command, err, out, show_checks
+from fedloom.cli.app import Overrides, RecipeName, RunArgument, adapter_place, command, err, note, out, show_checks
 from fedloom.common.errors import UserError
+from fedloom.common.logs import heard_by
 from fedloom.recipe.overrides import parse_overrides
 
 if TYPE_CHECKING:
@@ -87,8 +88,8 @@ def algorithms(
         out.print(line, markup=False)
     for trouble in troubles:
         err.print(f"left out: {trouble}", markup=False)
-    for note in registry.notes():
-        err.print(note, markup=False)
+    for sentence in registry.notes():
+        note(sentence)
     if not name:
         out.print("one of them: fedloom algorithms NAME; all of them: docs/algorithms/README.md", markup=False)
 
@@ -107,7 +108,8 @@ def split(
     from fedloom.reporting.charts import split_picture
 
     chosen = Recipe.load(recipe, parse_overrides(overrides or []))
-    corpus, resolved = load_data(chosen, lambda text: err.print(text, markup=False))
+    with heard_by(note):
+        corpus, resolved = load_data(chosen)
     described = split_table(corpus, partition(corpus, resolved, chosen.seed))
     out.print(split_rows(described))
     out.print(f"{corpus.name}: {len(corpus.examples):,} examples from {corpus.source} ({corpus.license})", markup=False)
@@ -151,14 +153,12 @@ def evaluate(
     from fedloom.experiment.evaluate import evaluate as measure
     from fedloom.experiment.evaluate import evaluate_suite, measured_by_tasks
 
-    def say(text: str) -> None:
-        err.print(text, markup=False)
-
     values = parse_overrides(overrides or [])
     if suite is not None and measured_by_tasks(suite):
-        measured = evaluate_suite(
-            target, suite, recipe, values, client, say, limit=limit, shots=shots, allow_unsafe=allow_unsafe
-        )
+        with heard_by(note):
+            measured = evaluate_suite(
+                target, suite, recipe, values, client, limit=limit, shots=shots, allow_unsafe=allow_unsafe
+            )
         out.print(suite_table(measured))
     else:
         if shots is not None or allow_unsafe:
@@ -166,7 +166,8 @@ def evaluate(
             raise UserError(f"{option} is for public benchmarks: name one with --suite (docs/evaluation.md)")
         values |= {"evaluation.suite": suite} if suite else {}
         values |= {"evaluation.limit": limit} if limit else {}
-        measured = measure(target, recipe, values, client, say)
+        with heard_by(note):
+            measured = measure(target, recipe, values, client)
         out.print(evaluation_table(measured))
     if out_ is not None:
         from fedloom.common.files import write_json
@@ -208,9 +209,8 @@ def export(
     """Write a run's result for use elsewhere."""
     from fedloom.reporting.export import export_run
 
-    folder = export_run(
-        run, format_, out_ or run / f"export-{format_}", client, lambda text: err.print(text, markup=False), dtype
-    )
+    with heard_by(note):
+        folder = export_run(run, format_, out_ or run / f"export-{format_}", client, dtype)
     out.print(f"{format_:8} {folder}", markup=False)
 
 
@@ -228,9 +228,6 @@ def fetch(
     from fedloom.cli.fetch import fetch_named, fetchable
     from fedloom.common.cache_folder import clear_cache
 
-    def say(text: str) -> None:
-        err.print(text, markup=False)
-
     if clear is not None:
         out.print(f"cleared  {clear_cache(clear)}", markup=False)
     elif not names:
@@ -239,7 +236,9 @@ def fetch(
             table.add_row(name, what, "yes" if there else "no")
         out.print(table)
     for name in names or []:
-        out.print(f"fetched  {fetch_named(name, say)}", markup=False)
+        with heard_by(note):
+            place = fetch_named(name)
+        out.print(f"fetched  {place}", markup=False)
 
 
 @command

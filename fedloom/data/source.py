@@ -13,8 +13,6 @@ from fedloom.data.corpus import Example
 from fedloom.data.files import Row
 from fedloom.data.hub import HubRef
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Grouping:
@@ -45,7 +43,6 @@ class Request:
 
     source: Source
     seed: int
-    say: Say
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from fedloom.common import registry
@@ -25,6 +26,8 @@ from fedloom.federation.watch import Watch
 from fedloom.federation.workplace import open_client, open_store
 from fedloom.messages.operators.channel import Chains, ServerChannel
 
+log = logging.getLogger(__name__)
+
 
 def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Coordinator:
     """Connect a runtime with its clients to a coordinator, at the round where the run has to begin or to go on.
@@ -35,7 +38,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
     checkpoints = Checkpoints(folder / "checkpoints", recipe.tracking.keep_checkpoints)
     state, damages = checkpoints.newest() if resume else (None, [])
     for damage in damages:
-        watch.say(damage)
+        log.warning(damage)
     folder.write_recipe(recipe)
     folder.write("split.json", setting.split, rows="clients")
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
@@ -59,7 +62,7 @@ def _open_runtime(setting: Setting, folder: RunFolder, watch: Watch) -> Runtime:
         return open_client(recipe, setting.models, data, setting.template, store, folder / "adapters")
 
     named: type[Runtime] = registry.runtimes.get(recipe.runtime.name)
-    return named.open(recipe, data, folder.path, client, watch.say)
+    return named.open(recipe, data, folder.path, client)
 
 
 def _coordinator(setting: Setting, runtime: Runtime, record: Record, watch: Watch) -> Coordinator:

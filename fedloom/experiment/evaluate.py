@@ -5,6 +5,7 @@ suite of lm-eval tasks on public benchmarks.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,14 @@ from fedloom.recipe.recipe import AdapterConfig, Recipe
 from fedloom.reporting.export import result_folder
 from fedloom.training.objectives import OBJECTIVES
 
+log = logging.getLogger(__name__)
+
 
 def evaluate(
     target: str,
     recipe: str | None,
     values: Mapping[str, Any],
     client: str | None,
-    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Held-out loss and score, for all and for each client.
 
@@ -51,12 +53,12 @@ def evaluate(
         {"target", "loss", "score", "questions", "preference", "suite", "note",
         "clients": {client: {loss, score, questions}}}
     """
-    chosen, model = _loaded(target, recipe, values, client, say)
-    found = find_data(chosen, say)
+    chosen, model = _loaded(target, recipe, values, client)
+    found = find_data(chosen)
     template = open_template(chosen, model.tokenizer)
-    data = tokenise_data(chosen, found, template, say)
-    measured = _measure(chosen, model, template, found.suite, say)
-    say(f"measuring {target} on {found.corpus.name}, {len(data.measured)} clients")
+    data = tokenise_data(chosen, found, template)
+    measured = _measure(chosen, model, template, found.suite)
+    log.info(f"measuring {target} on {found.corpus.name}, {len(data.measured)} clients")
     sums = {name: measured(data.client(name)) for name in data.measured}
     everything = list(sums.values())
     if data.server_questions:
@@ -72,13 +74,13 @@ def evaluate(
 
 
 def _measure(
-    recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None, say: Callable[[str], None]
+    recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None
 ) -> Callable[[ClientData], dict[str, float]]:
     """What measures the live model on one client's data: sums of losses, right answers and preferences."""
     size, packed = recipe.evaluation.batch_size, supports_packing(model)
     objective = OBJECTIVES[recipe.train.objective](recipe.train)
     if recipe.train.objective == "dpo" and (model.full or recipe.adapter.trains_base):
-        say(
+        log.warning(
             "no preferences: this result has weights of the base in it, so the base that they would be held against is gone"
         )
         objective = OBJECTIVES["sft"](recipe.train)
@@ -121,7 +123,6 @@ def evaluate_suite(
     recipe: str | None,
     values: Mapping[str, Any],
     client: str | None,
-    say: Callable[[str], None],
     *,
     limit: int | None = None,
     shots: int | None = None,
@@ -141,7 +142,7 @@ def evaluate_suite(
     chosen_suite = registry.task_suites.get(suite)
     from fedloom.evaluation.public import harness
 
-    chosen, model = _loaded(target, recipe, values, client, say)
+    chosen, model = _loaded(target, recipe, values, client)
     template = open_template(chosen, model.tokenizer)
     batch_size = chosen.evaluation.batch_size
     measured = harness.score(
@@ -152,7 +153,6 @@ def evaluate_suite(
         limit=limit,
         shots=shots,
         allow_unsafe=allow_unsafe,
-        say=say,
     )
     return {
         "target": target,
@@ -166,7 +166,7 @@ def evaluate_suite(
 
 
 def _loaded(
-    target: str, recipe: str | None, values: Mapping[str, Any], client: str | None, say: Callable[[str], None]
+    target: str, recipe: str | None, values: Mapping[str, Any], client: str | None
 ) -> tuple[Recipe, AdaptedModel]:
     """The recipe that says how to measure, and the model, live."""
     run = RunFolder(Path(target))
@@ -177,17 +177,17 @@ def _loaded(
     torch.set_num_threads(chosen.runtime.threads or environment.available_cores())
     device = pick_device(chosen.runtime.device)
     if run.holds_a_run:
-        return chosen, load_adapted(run.stored_recipe().model, result_folder(run.path, client), device, say)
+        return chosen, load_adapted(run.stored_recipe().model, result_folder(run.path, client), device)
     named = {key: value for key, value in values.items() if key == "model" or key.startswith("model.")}
     adapter = Path(target) / "adapter_config.json"
     if adapter.is_file():
         base = Recipe.parse({"model": {"name": _base_of(adapter) or chosen.model.name}}, named).model
-        say(f"loading {base.name}, the base of {target}")
-        return chosen, load_adapted(base, Path(target), device, say)
+        log.info(f"loading {base.name}, the base of {target}")
+        return chosen, load_adapted(base, Path(target), device)
     # A fresh LoRA changes nothing: a plain model is measured by the same code.
     lora = chosen.adapter if chosen.adapter.method == "lora" else AdapterConfig()
     plain = Recipe.parse({}, {**named, "model.name": target}).model
-    return chosen, open_models(chosen.model_copy(update={"model": plain, "adapter": lora}), say).adapted()
+    return chosen, open_models(chosen.model_copy(update={"model": plain, "adapter": lora})).adapted()
 
 
 def _base_of(adapter: Path) -> str | None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import random
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from fedloom.common.errors import UserError
@@ -38,6 +39,8 @@ from fedloom.runtimes.sites.order import FEDERATION
 from fedloom.runtimes.sites.project import Project
 from fedloom.runtimes.sites.supervisor import Server
 
+log = logging.getLogger(__name__)
+
 #: Sites on one machine: each has three processes.
 MOST_SITES = 16
 
@@ -47,12 +50,12 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
     with opened(out, resume=resume, overwrite=overwrite) as folder:
         chosen = resumed(folder, recipe) if resume else recipe
         check_recipe(chosen)
-        found = find_data(chosen, watch.say)
+        found = find_data(chosen)
         settle(chosen, found)
         sites = site_names(found.clients.clients)
     with _replaced(out / FEDERATION) if overwrite else contextlib.nullcontext():
         _serve_here(recipe.with_values(found.values), found, sites, out, resume, overwrite, watch)
-    return result(out, watch)
+    return result(out)
 
 
 @contextlib.contextmanager
@@ -89,34 +92,26 @@ def _serve_here(
             "sites": [{"name": site, "client": client} for client, site in sites.items()],
         }
     )
-    watch.say(f"certificates for a server and {len(sites)} sites")
+    log.info(f"certificates for a server and {len(sites)} sites")
     provision(project, kits)
     deal(recipe, found, {client: out / FEDERATION / "data" / f"{site}.jsonl" for client, site in sites.items()})
-    joined: list[Joined] = []
+    joined: dict[str, Joined] = {}
     try:
         for site in sites.values():
             settle_site(kits / site, {"data": str(out / FEDERATION / "data" / f"{site}.jsonl")})
-            joined.append(Joined(kits / site, _of_note(site, watch)))
+            joined[site] = Joined(kits / site)
 
         def look() -> None:
-            for one in joined:
-                one.look()
+            for site, one in joined.items():
+                for text in one.look():
+                    if text not in {CONNECTED, SILENT}:  # its coming and going is told by the server
+                        log.info(f"{site}: {text}")
 
         server = Server.open(kits / "server", None)
         serve(server, recipe, out, resume=resume, overwrite=overwrite, watch=watch, wait=300.0, during=look)
     finally:
-        for one in joined:
+        for one in joined.values():
             one.close()
-
-
-def _of_note(site: str, watch: Watch) -> Callable[[str], None]:
-    """Says what a site says, but for its coming and going, which the server tells."""
-
-    def say(text: str) -> None:
-        if text not in {CONNECTED, SILENT}:
-            watch.say(f"{site}: {text}")
-
-    return say
 
 
 def deal(recipe: Recipe, found: Found, files: dict[str, Path]) -> None:
@@ -150,14 +145,14 @@ def free_port() -> int:
             return port
 
 
-def result(out: Path, watch: Watch) -> Result:
+def result(out: Path) -> Result:
     """What a finished run left in its folder."""
     folder = RunFolder(out)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     recipe = folder.stored_recipe()
     device = pick_device(recipe.runtime.device)
     if (out / "adapter").is_dir():
-        model = load_adapted(recipe.model, out / "adapter", device, watch.say)
+        model = load_adapted(recipe.model, out / "adapter", device)
     else:  # personal results stay with the sites
-        model = Models(anywhere(recipe.model), recipe.adapter, recipe.seed, device, watch.say).adapted()
+        model = Models(anywhere(recipe.model), recipe.adapter, recipe.seed, device).adapted()
     return Result(summary, out, out / "report.html", release(model), model.tokenizer)

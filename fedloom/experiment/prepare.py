@@ -14,6 +14,7 @@ from what the data decide (`adapter.ranks`, `privacy`).
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -35,12 +36,14 @@ from fedloom.federation.rounds.schedule import Schedule, make_schedule
 from fedloom.federation.rounds.virtual_time import Pace
 from fedloom.federation.runtime import Runtime
 from fedloom.federation.watch import Watch
-from fedloom.federation.workplace import Found, Say, find_data, holders, open_models, open_template, tokenise_data
+from fedloom.federation.workplace import Found, find_data, holders, open_models, open_template, tokenise_data
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.precision import choose_precision
 from fedloom.training.probes import check_positions, check_sparing, choose_packing, settle_attention
+
+log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -48,19 +51,19 @@ class Source(Protocol):
 
     elsewhere: bool
 
-    def find(self, recipe: Recipe, say: Say) -> Found:
+    def find(self, recipe: Recipe) -> Found:
         """The data, as far as they are known before there is a model. Raises UserError."""
         ...
 
-    def open_models(self, recipe: Recipe, say: Say) -> Models:
+    def open_models(self, recipe: Recipe) -> Models:
         """The server's base model."""
         ...
 
-    def tokenise(self, recipe: Recipe, found: Found, template: Template, say: Say) -> FederatedData:
+    def tokenise(self, recipe: Recipe, found: Found, template: Template) -> FederatedData:
         """What is here of the data, as tokens."""
         ...
 
-    def join(self, setting: Setting, say: Say) -> Setting:
+    def join(self, setting: Setting) -> Setting:
         """The setting once the clients know the recipe."""
         ...
 
@@ -70,16 +73,16 @@ class Here:
 
     elsewhere = False
 
-    def find(self, recipe: Recipe, say: Say) -> Found:
-        return find_data(recipe, say)
+    def find(self, recipe: Recipe) -> Found:
+        return find_data(recipe)
 
-    def open_models(self, recipe: Recipe, say: Say) -> Models:
-        return open_models(recipe, say)
+    def open_models(self, recipe: Recipe) -> Models:
+        return open_models(recipe)
 
-    def tokenise(self, recipe: Recipe, found: Found, template: Template, say: Say) -> FederatedData:
-        return tokenise_data(recipe, found, template, say)
+    def tokenise(self, recipe: Recipe, found: Found, template: Template) -> FederatedData:
+        return tokenise_data(recipe, found, template)
 
-    def join(self, setting: Setting, say: Say) -> Setting:
+    def join(self, setting: Setting) -> Setting:
         return setting
 
 
@@ -133,32 +136,37 @@ def prepare(recipe: Recipe, watch: Watch, source: Source | None = None, *, model
         source: where the data are; by default in this process.
         models: a base that is loaded already, of the same recipe but for its algorithm.
     """
-    source, say = source or Here(), watch.say
+    with watch.hearing():
+        return _prepared(recipe, source or Here(), models)
+
+
+def _prepared(recipe: Recipe, source: Source, models: Models | None) -> Setting:
+    """`prepare`, with its sentences on their way to whoever hears them."""
     torch.set_num_threads(_threads(recipe))
 
     check_recipe(recipe)
-    found = source.find(recipe, say)
+    found = source.find(recipe)
     settled = settle(recipe, found)
     algorithm = settled.algorithm
     for note in settled.notes:
-        say(note)
+        log.info(note)
 
     # A frozen base with one adapter in it, and how it is spoken to.
-    models = models or source.open_models(settled.recipe, say)
+    models = models or source.open_models(settled.recipe)
     model = algorithm.server_model(models)
-    schedule = with_room(settled.recipe, settled.schedule, settled.fleet, model, say)
+    schedule = with_room(settled.recipe, settled.schedule, settled.fleet, model)
     check_positions(settled.recipe, model)
     check_hooks(settled.recipe, algorithm, holders(settled.recipe, found))
     template = open_template(settled.recipe, model.tokenizer)
     for note in registry.notes():
-        say(note)
+        log.warning(note)
 
     # What only the model can tell; cohorts are timed on the clients' own tokens.
-    probed = {"data.template": template.style, **_probe(settled.recipe, model, source.elsewhere, say)}
-    data = source.tokenise(settled.recipe, found, template, say)
+    probed = {"data.template": template.style, **_probe(settled.recipe, model, source.elsewhere)}
+    data = source.tokenise(settled.recipe, found, template)
     if settled.recipe.train.cohort != "off":
         packing = probed["train.packing"]
-        probed["train.cohort"] = choose_cohort(settled.recipe, packing, model, data, schedule, say)
+        probed["train.cohort"] = choose_cohort(settled.recipe, packing, model, data, schedule)
     resolved = settled.recipe.with_values(probed)
     check_sparing(resolved, model, elsewhere=source.elsewhere)
 
@@ -166,7 +174,7 @@ def prepare(recipe: Recipe, watch: Watch, source: Source | None = None, *, model
         resolved, found.corpus, found.clients, data, models, model, algorithm, template, found.suite, found.score_note,
         schedule, found.split, pace_of(resolved, algorithm, settled.fleet),
     )  # fmt: skip
-    return source.join(setting, say)
+    return source.join(setting)
 
 
 def settle(recipe: Recipe, found: Found) -> Settled:
@@ -195,14 +203,14 @@ def settle(recipe: Recipe, found: Found) -> Settled:
     return Settled(stated, algorithm, make_schedule(stated, algorithm, found.clients), fleet, notes)
 
 
-def _probe(recipe: Recipe, model: AdaptedModel, elsewhere: bool, say: Say) -> dict[str, Any]:
+def _probe(recipe: Recipe, model: AdaptedModel, elsewhere: bool) -> dict[str, Any]:
     """What only the model can tell. Kernel and precision are each site's own choice."""
     values: dict[str, Any] = {}
     if not elsewhere:
-        precision = choose_precision(recipe.train.precision, model.device, say)
-        attention = settle_attention(recipe.model.attention, model, precision, say)
+        precision = choose_precision(recipe.train.precision, model.device)
+        attention = settle_attention(recipe.model.attention, model, precision)
         values = {"train.precision": precision, "model.attention": attention}
-    return {**values, "train.packing": choose_packing(recipe.train.packing, model, say)}
+    return {**values, "train.packing": choose_packing(recipe.train.packing, model)}
 
 
 def _threads(recipe: Recipe) -> int:

@@ -9,6 +9,7 @@ coordinator to its clients; `run` drives both and keeps the results. No arithmet
 from __future__ import annotations
 
 import gc
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors import SafetensorError
 
 from fedloom.common import registry
 from fedloom.common.errors import RunFailed, disk_trouble
+from fedloom.common.logs import reworded
 from fedloom.evaluation.samples import Asker, pick
 from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import Setting, Source, prepare
@@ -30,6 +32,8 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.card import write_cards
 from fedloom.reporting.html import write_report
 from fedloom.reporting.summary import cost, summarise
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,6 +81,14 @@ def run(
     """
     path = Path(out) if out is not None else Path("runs") / (recipe.name or "run")
     watch = watch or Watch()
+    with watch.hearing():
+        return _conducted(recipe, path, resume, overwrite, watch, source)
+
+
+def _conducted(
+    recipe: Recipe, path: Path, resume: bool, overwrite: bool, watch: Watch, source: Source | None
+) -> Result:
+    """`run`, with its sentences on their way to whoever hears them."""
     if source is None and (runtime := registry.runtimes.get(recipe.runtime.name)).capabilities.conducts:
         conducted: Result = runtime.conduct(recipe, path, resume, overwrite, watch)
         return conducted
@@ -116,7 +128,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     answers = folder.read("answers.json")
     if answers is None:
         if samples:
-            watch.say(f"asking {len(samples)} test questions before training")
+            log.info(f"asking {len(samples)} test questions before training")
         answers = asker.before(samples, model)  # the adapter is as the seed made it
         folder.write("answers.json", answers)
 
@@ -124,7 +136,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
 
     digest = save_result(algorithm, model, recipe.model.name, folder, coordinator)
     if samples:
-        watch.say("asking the same questions after training")
+        log.info("asking the same questions after training")
     load = result_loader(algorithm, model, folder)
     folder.write("answers.json", asker.after(answers, samples, model, load))
     coordinator.close()
@@ -174,8 +186,8 @@ def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, A
     )
     path = folder / "reference"
     resume = RunFolder(path).holds_a_run
-    watch.say("tuning the same layers of the full model, to compare with (algorithm.reference=false leaves this out)")
-    quiet = Watch(say=lambda text: watch.say(f"reference: {text}"), tick=watch.tick)
-    with opened(path, resume=resume, overwrite=False) as inner:
+    log.info("tuning the same layers of the full model, to compare with (algorithm.reference=false leaves this out)")
+    quiet = Watch(tick=watch.tick)
+    with reworded(lambda text: f"reference: {text}"), opened(path, resume=resume, overwrite=False) as inner:
         recipe = resumed(inner, recipe) if resume else recipe
         return _run(prepare(recipe, quiet, models=setting.models), inner, resume, quiet).summary

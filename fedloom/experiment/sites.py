@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -37,7 +38,7 @@ from fedloom.federation.hooks.calls import check_hooks, for_clients
 from fedloom.federation.record.run_folder import RunFolder, opened, resumed
 from fedloom.federation.rounds.schedule import Schedule, make_schedule
 from fedloom.federation.watch import Watch
-from fedloom.federation.workplace import Found, Say, open_models
+from fedloom.federation.workplace import Found, open_models
 from fedloom.models.attach import Models
 from fedloom.models.emulator import shipping
 from fedloom.recipe.recipe import Recipe
@@ -49,6 +50,8 @@ from fedloom.runtimes.sites.order import AGAIN, FEDERATION, Lines, Order, hold
 from fedloom.runtimes.sites.project import Project
 from fedloom.runtimes.sites.runtime import Distributed, StartAgain
 from fedloom.runtimes.sites.supervisor import Server, _Supervisor
+
+log = logging.getLogger(__name__)
 
 #: Seconds that a site has to load model and data, whatever the round's deadline.
 LOADING = 600.0
@@ -69,27 +72,27 @@ class Sites:
         self._folder = RunFolder(folder)
         self._resume = resume
 
-    def find(self, recipe: Recipe, say: Say) -> Found:
+    def find(self, recipe: Recipe) -> Found:
         return find_at_sites(recipe, self._runtime.clients)
 
-    def open_models(self, recipe: Recipe, say: Say) -> Models:
+    def open_models(self, recipe: Recipe) -> Models:
         """Each site chooses its kernel; here the model only tells whether it keeps sequences apart."""
         plain = recipe.model.model_copy(update={"attention": "sdpa"})
-        return open_models(recipe.model_copy(update={"model": plain}), say)
+        return open_models(recipe.model_copy(update={"model": plain}))
 
-    def tokenise(self, recipe: Recipe, found: Found, template: Template, say: Say) -> FederatedData:
+    def tokenise(self, recipe: Recipe, found: Found, template: Template) -> FederatedData:
         return FederatedData(
             found.corpus, tokenise(found.corpus, template, recipe.data.max_length, None), found.clients, {}
         )
 
-    def join(self, setting: Setting, say: Say) -> Setting:
+    def join(self, setting: Setting) -> Setting:
         """Give every site the recipe; who takes part, and with how much data, is known afterwards.
 
         Raises UserError where a hook or the schedule cannot work with these data, and RunFailed where too few sites are
         there.
         """
         recipe, algorithm, everybody = setting.recipe, setting.algorithm, setting.clients
-        say("asking the sites about their data")
+        log.info("asking the sites about their data")
         # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
         files = shipping.tokenizer_files(setting.model.tokenizer) if algorithm.properties.offsite else {}
         counts = self._runtime.greet(for_clients(recipe), run_id(self._folder, recipe, self._resume), files)
@@ -194,18 +197,18 @@ def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> No
     """The run, as `fedloom run` has it, with sites for clients."""
     recipe = Recipe.parse(order.recipe)
     project = Project.model_validate(order.project)
-    runtime = Distributed(
-        link,
-        project.clients,
-        sites,
-        patience(recipe.federation.round_deadline),
-        lines.say,
-        lambda dead: heard_again(Path(order.folder) / "heard.json", dead),
-        Path(order.out) / FEDERATION,
-    )
     watch = Watch(lines.say, lines.event, lines.tick)
-    source = Sites(runtime, Path(order.out), order.resume)
-    run(recipe, order.out, resume=order.resume, overwrite=order.overwrite, watch=watch, source=source)
+    with watch.hearing():  # the runtime's own threads hear what this one does
+        runtime = Distributed(
+            link,
+            project.clients,
+            sites,
+            patience(recipe.federation.round_deadline),
+            lambda dead: heard_again(Path(order.folder) / "heard.json", dead),
+            Path(order.out) / FEDERATION,
+        )
+        source = Sites(runtime, Path(order.out), order.resume)
+        run(recipe, order.out, resume=order.resume, overwrite=order.overwrite, watch=watch, source=source)
 
 
 def patience(deadline: float | None) -> Patience:

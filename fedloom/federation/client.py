@@ -160,7 +160,7 @@ class Client:
             self._model.prefix = None
             if self._recipe.train.packing == "on":  # a site's own kernel has not been tried yet
                 train, wanted = self._recipe.train, self._recipe.model.attention
-                settle_attention(wanted, self._model, train.precision, self._models.say)
+                settle_attention(wanted, self._model, train.precision)
             if (megabytes := self._recipe.train.cache_prefix) is not None:
                 folder = (self._cache or cache_folder.home()) / "prefix"
                 self._model.prefix = PrefixCache(self._model, folder, megabytes * MEGABYTE)

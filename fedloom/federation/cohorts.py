@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Sequence
 
 from fedloom.common import registry
 from fedloom.common.errors import UserError
@@ -18,7 +19,7 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.recipe.recipe import Recipe
 from fedloom.training.cohort_probe import refusal, speedups
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 #: Sizes of a cohort that `auto` times, and how much quicker than clients alone one has to be.
@@ -57,7 +58,7 @@ def check_cohort(wanted: int | str, why: str) -> None:
 
 
 def choose_cohort(
-    recipe: Recipe, packing: str, model: AdaptedModel, data: FederatedData, schedule: Schedule, say: Say
+    recipe: Recipe, packing: str, model: AdaptedModel, data: FederatedData, schedule: Schedule
 ) -> int | str:
     """Choose `train.cohort`, off or a number, once model and data are there. Under auto sizes are timed.
 
@@ -76,15 +77,15 @@ def choose_cohort(
     if wanted != "auto":
         return wanted
     if why:
-        say(f"every client trains alone: {why}")
+        log.warning(f"every client trains alone: {why}")
         return "off"
-    say("timing clients that train together")
+    log.info("timing clients that train together")
     batches = _first_batches(recipe, data, schedule.training[: min(COHORTS[-1], schedule.sampled())])
     found = speedups(model, batches, [size for size in COHORTS if size <= len(batches)])
     best = max(found, key=lambda size: found[size])
     chosen: int | str = best if found[best] >= WORTH_IT else "off"
     listed = ", ".join(f"{size} clients {ratio:.2f}x" for size, ratio in found.items())
-    say(f"together against alone: {listed}; train.cohort={chosen}")
+    log.info(f"together against alone: {listed}; train.cohort={chosen}")
     return chosen
 
 

@@ -54,9 +54,7 @@ class Runtime(ABC):
     capabilities: ClassVar[Capabilities] = Capabilities()
 
     @classmethod
-    def open(
-        cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client], say: Callable[[str], None]
-    ) -> Runtime:
+    def open(cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client]) -> Runtime:
         """Start the runtime with its clients.
 
         Args:
@@ -64,7 +62,6 @@ class Runtime(ABC):
             data: the data of all clients.
             folder: the run's folder.
             client: makes the client of this process. A runtime with processes of its own does not call it.
-            say: told what the user should know.
 
         Raises:
             UserError: this machine cannot carry what the recipe asks for.

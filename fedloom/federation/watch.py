@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+
+from fedloom.common.logs import heard_by
 
 #: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
 Tick = Callable[[str, int, int, int], None]
@@ -12,8 +15,17 @@ Tick = Callable[[str, int, int, int], None]
 
 @dataclass
 class Watch:
-    """Who is told what while a run goes on; the CLI draws its progress from it."""
+    """Who is told what while a run goes on; the CLI draws its progress from it.
 
-    say: Callable[[str], None] = lambda text: None
+    Attributes:
+        say: called with each sentence that fedloom logs (common/logs.py) while the run goes on. None: those who configure
+            `logging` hear them, and nobody else.
+    """
+
+    say: Callable[[str], None] | None = None
     event: Callable[[dict[str, Any]], None] | None = None
     tick: Tick = lambda what, round, done, total: None
+
+    def hearing(self) -> AbstractContextManager[None]:
+        """While it lasts, `say` is called with what is logged in this thread."""
+        return nullcontext() if self.say is None else heard_by(self.say)

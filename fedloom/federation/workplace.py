@@ -13,7 +13,6 @@ Every such process is opened by the functions below, in this order:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -39,8 +38,6 @@ from fedloom.training.parallel import ALONE, Ranks
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Say = Callable[[str], None]
-
 
 @dataclass(frozen=True)
 class Found:
@@ -62,19 +59,19 @@ class Found:
     values: dict[str, Any] = field(default_factory=dict)
 
 
-def find_data(recipe: Recipe, say: Say) -> Found:
+def find_data(recipe: Recipe) -> Found:
     """Load the recipe's corpus and split it among clients. Raises UserError."""
-    corpus, split = load_data(recipe, say)
+    corpus, split = load_data(recipe)
     clients = partition(corpus, split, recipe.seed)
     suite, note = pick_suite(recipe, corpus)
     values = {f"split.{key}": value for key, value in split.model_dump(mode="json").items()}
     return Found(corpus, clients, suite, note, split_table(corpus, clients), values)
 
 
-def tokenise_data(recipe: Recipe, found: Found, template: Template, say: Say) -> FederatedData:
+def tokenise_data(recipe: Recipe, found: Found, template: Template) -> FederatedData:
     """Turn every client's examples into tokens. Under a pooled baseline one client has them all. Raises UserError."""
     cache = cache_folder.home() / "tokenised"
-    return federated_data(recipe, found.corpus, holders(recipe, found), template, found.suite, cache, say)
+    return federated_data(recipe, found.corpus, holders(recipe, found), template, found.suite, cache)
 
 
 def holders(recipe: Recipe, found: Found) -> Partition:
@@ -83,20 +80,20 @@ def holders(recipe: Recipe, found: Found) -> Partition:
     return found.clients.pooled() if pooled else found.clients
 
 
-def open_models(recipe: Recipe, say: Say, ranks: Ranks | None = None) -> Models:
+def open_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
     """The base model of this process, to be loaded on first use.
 
     Args:
         ranks: this process's place among ranks, which says the device; with a sharded base it is given its part.
     """
     if ranks is None:
-        return Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device), say)
+        return Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device))
     finish = None
     if ranks.sharded:
         from fedloom.models.sharding import sharded
 
         finish = partial(sharded, device=ranks.device, ranks=ranks.count)
-    return Models(recipe.model, recipe.adapter, recipe.seed, ranks.device, say, finish)
+    return Models(recipe.model, recipe.adapter, recipe.seed, ranks.device, finish)
 
 
 def open_template(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -128,8 +125,8 @@ def open_simulated_client(recipe: Recipe, folder: Path, ranks: Ranks) -> Client:
     """All clients of the run in `folder`, in a process of their own. `recipe` is resolved. Raises UserError."""
     torch.set_num_threads(recipe.runtime.threads_of_a_rank)
     with ranks.in_turn():
-        found = find_data(recipe, print)
-        template = open_template(recipe, load_tokenizer(recipe.model, print))
-        data = tokenise_data(recipe, found, template, print)
-    models = open_models(recipe, print, ranks)
+        found = find_data(recipe)
+        template = open_template(recipe, load_tokenizer(recipe.model))
+        data = tokenise_data(recipe, found, template)
+    models = open_models(recipe, ranks)
     return open_client(recipe, models, data, template, open_store(recipe, folder), folder / "adapters", ranks)

@@ -14,7 +14,7 @@ from fedloom.common.randomness import forked_torch
 from fedloom.models import virtual_tokens as virtual
 from fedloom.models.adapters import AdaptedModel, quiet_peft
 from fedloom.models.layers import chosen_layers, targets_within
-from fedloom.models.loading import Base, Say, load_base
+from fedloom.models.loading import Base, load_base
 from fedloom.recipe.adapter import METHODS, AdapterConfig
 from fedloom.recipe.recipe import ModelConfig
 
@@ -80,14 +80,13 @@ class Models:
     adapter: AdapterConfig
     seed: int
     device: str = "cpu"
-    say: Say = lambda text: None
     finish: Callable[[AdaptedModel], AdaptedModel] | None = None
     _base: Base | None = None
     _adapted: AdaptedModel | None = None
 
     def base(self) -> Base:
         if self._base is None:
-            self._base = load_base(self.model, "cpu" if self.finish else self.device, self.say, self.device)
+            self._base = load_base(self.model, "cpu" if self.finish else self.device, self.device)
         return self._base
 
     def adapted(self, config: AdapterConfig | None = None, within: Sequence[str] | None = None) -> AdaptedModel:

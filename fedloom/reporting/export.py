@@ -3,10 +3,10 @@ folder of transformers or as one GGUF file for llama.cpp."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.common.errors import UserError, suggest
@@ -14,6 +14,8 @@ from fedloom.common.files import folder_name
 from fedloom.federation.record.run_folder import RunFolder
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.card import write_card
+
+log = logging.getLogger(__name__)
 
 FORMATS = ("peft", "merged", "gguf")
 
@@ -43,9 +45,7 @@ def result_folder(run: Path, client: str | None = None) -> Path:
     raise UserError(f"{run} has no result yet: finish it with `fedloom run {run} --resume`")
 
 
-def export_run(
-    run: Path, format: str, out: Path, client: str | None, say: Callable[[str], None], dtype: str | None = None
-) -> Path:
+def export_run(run: Path, format: str, out: Path, client: str | None, dtype: str | None = None) -> Path:
     """Write the result of `run` into the new folder `out` and return it.
 
     Args:
@@ -76,10 +76,10 @@ def export_run(
         elif format == "merged":
             from fedloom.models.saved import export_merged
 
-            say("merging the adapter into the base model's weights")
-            export_merged(recipe.model, source, scratch, say)
+            log.info("merging the adapter into the base model's weights")
+            export_merged(recipe.model, source, scratch)
         else:
-            _write_gguf(recipe, source, scratch, dtype or DTYPE, say)
+            _write_gguf(recipe, source, scratch, dtype or DTYPE)
         write_card(scratch, recipe, RunFolder(run).read("summary.json"), client)
         os.replace(scratch, out)
     finally:
@@ -87,12 +87,12 @@ def export_run(
     return out
 
 
-def _write_gguf(recipe: Recipe, source: Path, folder: Path, dtype: str, say: Callable[[str], None]) -> None:
+def _write_gguf(recipe: Recipe, source: Path, folder: Path, dtype: str) -> None:
     from fedloom.models.gguf.model import DTYPES
     from fedloom.models.saved import export_gguf
 
     if dtype not in DTYPES:
         raise UserError(f"--dtype={dtype} is not known: {suggest(dtype, DTYPES)}")
-    say(f"merging the adapter into the base model's weights, as {dtype}")
+    log.info(f"merging the adapter into the base model's weights, as {dtype}")
     name = folder_name(recipe.name or "run")
-    export_gguf(recipe.model, source, folder / f"{name}-{dtype.upper()}.gguf", dtype, name, say)
+    export_gguf(recipe.model, source, folder / f"{name}-{dtype.upper()}.gguf", dtype, name)

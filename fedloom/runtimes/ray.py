@@ -17,6 +17,7 @@ This file does not know an algorithm. What it takes from Ray's insides stands in
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import os
 import shutil
@@ -45,6 +46,8 @@ from fedloom.recipe.recipe import RayConfig, Recipe
 from fedloom.runtimes import versions
 from fedloom.runtimes.ray_host import Done, Host, Opened, Orders
 
+log = logging.getLogger(__name__)
+
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: it would report to its makers
 
 
@@ -58,9 +61,6 @@ TRIES = 3
 
 #: An actor that is gone, or what it made.
 GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError)
-
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -95,10 +95,10 @@ class Ray(Runtime):
     capabilities = Capabilities(virtual=True, pooled_tests=True, keeps_clients=False)
 
     def __init__(
-        self, orders: Orders, settings: RayConfig, folder: Path, keep: int, deadline: float | None, say: Say, own: Own
+        self, orders: Orders, settings: RayConfig, folder: Path, keep: int, deadline: float | None, own: Own
     ) -> None:
         self.puts = 0
-        self._settings, self._deadline, self._say, self._own = settings, deadline, say, own
+        self._settings, self._deadline, self._own = settings, deadline, own
         self._clients = orders.data.partition.clients
         self._store = ClientStore(folder / "clients", keep)
         self._results = folder / "adapters"
@@ -110,7 +110,7 @@ class Ray(Runtime):
             self._wait()
 
     @classmethod
-    def open(cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client], say: Say) -> Ray:
+    def open(cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client]) -> Ray:
         """The runtime with its actors open. Raises UserError where there is not enough of a machine for them."""
         settings = recipe.runtime.ray
         if recipe.runtime.device.startswith("cuda:"):
@@ -121,10 +121,10 @@ class Ray(Runtime):
         own = _start(settings)
         try:
             _check(settings)
-            say(f"starting {settings.actors} Ray actors, each of which loads the base model")
+            log.info(f"starting {settings.actors} Ray actors, each of which loads the base model")
             orders = Orders(recipe.resolved(), data, max(1, int(settings.cpus)))
             keep = recipe.tracking.keep_checkpoints + 1
-            return cls(orders, settings, folder, keep, recipe.federation.round_deadline, say, own)
+            return cls(orders, settings, folder, keep, recipe.federation.round_deadline, own)
         except BaseException:
             own.close()
             raise
@@ -262,11 +262,11 @@ class Ray(Runtime):
         if trouble:
             raise UserError(f"a Ray actor cannot work: {trouble}")
         if opened.late_settings:
-            self._say(f"a Ray actor imported torch too early for {', '.join(opened.late_settings)}: bits may differ")
+            log.warning(f"a Ray actor imported torch too early for {', '.join(opened.late_settings)}: bits may differ")
         actor.opening, actor.tries = None, 1
 
     def _again(self, actor: Actor, what: str) -> None:
-        self._say(f"Ray actor {actor.number} {what}")
+        log.warning(f"Ray actor {actor.number} {what}")
         if actor.tries < TRIES:
             self._replace(actor, actor.tries + 1)
             return

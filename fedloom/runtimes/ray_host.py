@@ -98,7 +98,7 @@ class Host:
 
     def _open(self, orders: Orders) -> None:
         recipe = Recipe.parse(orders.recipe)
-        models = open_models(recipe, lambda text: None)
+        models = open_models(recipe)
         template = open_template(recipe, models.base().tokenizer)
         self._folder = Path(tempfile.mkdtemp(prefix="fedloom-host-"))
         self._recipe = orders.recipe

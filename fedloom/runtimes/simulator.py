@@ -40,9 +40,7 @@ class Simulator(Runtime):
         self._seated: list[Client] = []  # who plays whoever has the cohort's seat of the same number
 
     @classmethod
-    def open(
-        cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client], say: Callable[[str], None]
-    ) -> Simulator:
+    def open(cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client]) -> Simulator:
         return cls(Ranked(recipe, folder) if recipe.runtime.ranks > 1 else client(), data.partition.clients)
 
     @property

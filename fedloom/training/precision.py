@@ -12,12 +12,14 @@ this file yet. It does not know what is trained.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
-from collections.abc import Callable
 
 import torch
+
+log = logging.getLogger(__name__)
 
 #: Where loss scaling begins in each round, as torch's GradScaler does.
 FIRST_SCALE = 2.0**16
@@ -50,7 +52,7 @@ def slowdown(device: torch.device, precision: str) -> float:
     return statistics.median(b for _, b in pairs) / statistics.median(a for a, _ in pairs)
 
 
-def choose_precision(wanted: str, device: torch.device, say: Callable[[str], None]) -> str:
+def choose_precision(wanted: str, device: torch.device) -> str:
     """fp32, bf16 or fp16. `auto` is bf16 where that is faster here, fp16 on a GPU without it, else fp32."""
     if wanted == "fp32":
         return wanted
@@ -59,7 +61,7 @@ def choose_precision(wanted: str, device: torch.device, say: Callable[[str], Non
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         return "bf16" if slowdown(device, "bf16") < 0.8 else "fp32"
     if device.type == "cpu" and (times := slowdown(device, wanted)) > 1.0:
-        say(
+        log.warning(
             f"train.precision={wanted} takes {times:.1f} times as long as fp32 on this machine: set train.precision=auto"
         )
     return wanted

@@ -5,7 +5,7 @@ Each tries the model on a few tokens at most, and returns a value or refuses wit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 from fedloom.common.errors import UserError
 from fedloom.models.adapters import AdaptedModel
@@ -16,8 +16,10 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.training.compiling import trouble
 from fedloom.training.precision import autocast
 
+log = logging.getLogger(__name__)
 
-def settle_attention(wanted: str, model: AdaptedModel, precision: str, say: Callable[[str], None]) -> str:
+
+def settle_attention(wanted: str, model: AdaptedModel, precision: str) -> str:
     """What packed batches attend with, once the model was tried: under auto per-segment SDPA where a kernel is off.
 
     Args:
@@ -31,15 +33,12 @@ def settle_attention(wanted: str, model: AdaptedModel, precision: str, say: Call
             return name
     if wanted != "auto":
         raise UserError(f"model.attention={wanted} does not give this model's losses here: set model.attention=sdpa")
-    say(f"{name} does not give this model's losses here: packed batches take sdpa")
+    log.warning(f"{name} does not give this model's losses here: packed batches take sdpa")
     model.base.attention = "sdpa"
     return "sdpa"
 
 
-Say = Callable[[str], None]
-
-
-def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
+def choose_packing(wanted: str, model: AdaptedModel) -> str:
     """Whether batches are padding-free: on or off. Under auto the model is tried once."""
     if wanted == "off":
         return "off"
@@ -47,7 +46,7 @@ def choose_packing(wanted: str, model: AdaptedModel, say: Say) -> str:
         return "on"
     if wanted == "on":
         raise UserError("train.packing=on but this model does not keep packed sequences apart: use train.packing=auto")
-    say("this model does not keep packed sequences apart: batches are padded")
+    log.warning("this model does not keep packed sequences apart: batches are padded")
     return "off"
 
 

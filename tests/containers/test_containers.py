@@ -217,7 +217,7 @@ def test_the_demos_recipe_and_rows_can_be_used():
     check(recipe, ["a", "b", "c"])
     assert recipe.runtime.name == "distributed"
     for path in sorted((FOLDER / "demo" / "data").iterdir()):
-        corpus = load_corpus(DataConfig(path=str(path)), seed=0, say=lambda text: None, splitter="uniform")
+        corpus = load_corpus(DataConfig(path=str(path)), seed=0, splitter="uniform")
         assert len(corpus.examples) >= 39
 
 

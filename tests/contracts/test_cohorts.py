@@ -100,6 +100,6 @@ def test_an_algorithm_whose_clients_need_the_base_alone_is_refused_and_auto_says
     with pytest.raises(UserError, match=f"train.cohort=2 cannot be used: clients of {name} each need the base"):
         prepare(recipe.with_values({"train.cohort": 2}), Watch())
     automatic = recipe.with_values({"train.cohort": "auto"})
-    settled = settle(automatic, find_data(automatic, lambda text: None))
+    settled = settle(automatic, find_data(automatic))
     assert settled.recipe.train.cohort == "off"
     assert settled.notes[0].startswith("every client trains alone: clients of")

@@ -158,19 +158,19 @@ def test_two_rounds_of_fedavg_learn_and_are_measured_again_alike(variant, tiny_r
     loss = result.summary["loss"]
     assert loss["after"] < loss["before"]
     assert Recipe.load(result.folder / "recipe.yaml").train.packing == "on"
-    again = evaluate(str(result.folder), None, {}, None, lambda text: None)
+    again = evaluate(str(result.folder), None, {}, None)
     assert again["loss"] == pytest.approx(loss["after"], rel=1e-5)
     if variant in VIRTUAL:
         with pytest.raises(UserError, match="cannot be merged"):
-            export_run(result.folder, "merged", tmp_path / "out", None, lambda text: None)
+            export_run(result.folder, "merged", tmp_path / "out", None)
     elif variant == "full":
         with pytest.raises(UserError, match="no adapter: use --format merged"):
-            export_run(result.folder, "peft", tmp_path / "out", None, lambda text: None)
+            export_run(result.folder, "peft", tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
     if variant not in VIRTUAL:
-        merged = export_run(result.folder, "merged", tmp_path / "out", None, lambda text: None)
+        merged = export_run(result.folder, "merged", tmp_path / "out", None)
         own = {f"{k}": v for k, v in settings("lora").items() if k.startswith("adapter")}
-        measured = evaluate(str(merged), str(result.folder), own, None, lambda text: None)
+        measured = evaluate(str(merged), str(result.folder), own, None)
         assert measured["loss"] == pytest.approx(loss["after"], rel=1e-4)
 
 
@@ -178,7 +178,7 @@ def test_two_rounds_of_fedavg_learn_and_are_measured_again_alike(variant, tiny_r
 def test_personal_results_are_written_and_measured_for_every_kind_of_export(variant, tiny_recipe, tmp_path):
     result = run(tiny_recipe({**settings(variant), "algorithm": "local", "evaluation.answers": 2}), tmp_path / "run")
     for client, numbers in result.summary["per_client"].items():
-        again = evaluate(str(result.folder), None, {}, client, lambda text: None)
+        again = evaluate(str(result.folder), None, {}, client)
         assert again["clients"][client]["loss"] == pytest.approx(numbers["loss"]["after"], rel=1e-5)
 
 

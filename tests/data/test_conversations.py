@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom.common.logs import heard_by
 from fedloom.data.loading import for_objective, load_corpus
 from fedloom.recipe.recipe import DataConfig
 
@@ -27,9 +28,9 @@ SHAPES = {
 }
 
 
-def read(path: Path, rows: list[dict], say=lambda text: None):
+def read(path: Path, rows: list[dict]):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_corpus(DataConfig(path=str(path)), seed=0, say=say)
+    return load_corpus(DataConfig(path=str(path)), seed=0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -48,7 +49,8 @@ def test_earlier_turns_stand_before_the_answer_each_with_its_name(tmp_path):
 def test_rows_without_a_rejected_answer_are_left_out_and_counted(tmp_path):
     said: list[str] = []
     rows = [SHAPES["text"], {**SHAPES["text"], "rejected": " "}, {**SHAPES["text"], "rejected": None}]
-    corpus = for_objective(read(tmp_path / "pairs.jsonl", rows, said.append), "dpo", said.append)
+    with heard_by(said.append):
+        corpus = for_objective(read(tmp_path / "pairs.jsonl", rows), "dpo")
     assert len(corpus.examples) == 1
     assert corpus.dropped == {"empty_rejected_answer": 2}
     assert any("2 rows left out" in line for line in said)
@@ -61,19 +63,19 @@ def test_a_rejected_answer_is_part_of_what_a_corpus_is(tmp_path):
 
 def test_generated_pairs_have_a_wrong_answer_of_the_same_skill():
     pytest.importorskip("reasoning_gym")
-    corpus = load_corpus(DataConfig(corpus="fed-preferences"), seed=3, say=lambda text: None)
+    corpus = load_corpus(DataConfig(corpus="fed-preferences"), seed=3)
     answers: dict[str, set[str]] = {}
     for e in corpus.examples:
         answers.setdefault(e.category, set()).add(e.output)
     assert len(corpus.examples) == 2896
     assert all(e.rejected != e.output and e.rejected in answers[e.category] for e in corpus.examples)
-    again = load_corpus(DataConfig(corpus="fed-preferences"), seed=3, say=lambda text: None)
+    again = load_corpus(DataConfig(corpus="fed-preferences"), seed=3)
     assert again.digest() == corpus.digest()
 
 
 @pytest.mark.skipif("FEDLOOM_DATA" not in os.environ, reason="FEDLOOM_DATA is not set")
 def test_a_public_file_of_conversations():
     path = Path(os.environ["FEDLOOM_DATA"]) / "preference"
-    corpus = load_corpus(DataConfig(path=str(path)), seed=0, say=lambda text: None)
+    corpus = load_corpus(DataConfig(path=str(path)), seed=0)
     assert len(corpus.examples) == 300
     assert all(e.instruction and e.output and e.rejected for e in corpus.examples)

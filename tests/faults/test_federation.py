@@ -199,7 +199,7 @@ def federation(
         "sites": [{"name": site, "client": client} for site, client in SITES.items()],
     }
     provision(Project.model_validate(project), folder / "kits")
-    deal(recipe({}), find_data(recipe({}), print), {c: folder / "data" / f"{c}.jsonl" for c in SITES.values()})
+    deal(recipe({}), find_data(recipe({})), {c: folder / "data" / f"{c}.jsonl" for c in SITES.values()})
     made = Federation(folder, recipe)
     for site in SITES:
         made.join(site)

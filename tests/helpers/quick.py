@@ -34,12 +34,10 @@ def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 def loading_once(monkeypatch: pytest.MonkeyPatch) -> None:
     load: Callable[..., Base] = adapters.load_base
 
-    def copied(
-        config: ModelConfig, device: str = "cpu", say: Callable[[str], None] = lambda text: None, on: str | None = None
-    ) -> Base:
+    def copied(config: ModelConfig, device: str = "cpu", on: str | None = None) -> Base:
         key = config.model_dump_json(), device
         if key not in LOADED:
-            LOADED[key] = load(config, device, say, on)
+            LOADED[key] = load(config, device, on)
         kept = LOADED[key]
         return Base(copy.deepcopy(kept.model), kept.tokenizer, kept.source)
 

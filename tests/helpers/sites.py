@@ -48,7 +48,6 @@ class Sites:
         self.folder = folder
         self.silent: set[str] = set()
         self.log: list[tuple[str, str]] = []
-        self.said: list[str] = []
         self._policy = policy or Policy.model_validate({})
         self._trainers = trainers
         self.agents = {site: self.agent(site) for site in trainers}
@@ -56,7 +55,7 @@ class Sites:
     def agent(self, site: str, start: Callable[[Mapping[str, Any]], Any] | None = None) -> Agent:
         audit = Audit(self.folder / site / "audit.jsonl")
         own = start or (lambda recipe: Inline(self._trainers[site]))
-        return Agent(own, self._policy, audit, self.said.append)
+        return Agent(own, self._policy, audit)
 
     def ask(self, site: str, header: Mapping[str, Any], data: bytes, timeout: float) -> Answer | None:
         self.log.append((site, str(header["verb"])))

@@ -93,8 +93,8 @@ class LlamaCpp:
 @contextmanager
 def exported(folder: Path, place: Path, dtype: str = "f32") -> Iterator[tuple[LlamaCpp, Any, Any]]:
     """(the run's file in llama.cpp, the merged export in transformers, its tokenizer)."""
-    merged = export_run(folder, "merged", place / "merged", None, lambda text: None)
-    out = export_run(folder, "gguf", place / f"gguf-{dtype}", None, lambda text: None, dtype)
+    merged = export_run(folder, "merged", place / "merged", None)
+    out = export_run(folder, "gguf", place / f"gguf-{dtype}", None, dtype)
     (file,) = out.glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
     yield LlamaCpp(file), model, AutoTokenizer.from_pretrained(merged)
@@ -196,7 +196,7 @@ def test_the_random_built_in_model_loads_too(recipe, tmp_path):
 def test_the_snippet_of_a_card_runs(template, recipe, tmp_path, monkeypatch, capsys):
     tokenizer = tiny.words_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
     run(recipe(saved(tmp_path / "base", model_of("llama"), tokenizer), **{"data.template": template}), tmp_path / "run")
-    out = export_run(tmp_path / "run", "gguf", tmp_path / "out", None, lambda text: None)
+    out = export_run(tmp_path / "run", "gguf", tmp_path / "out", None)
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     monkeypatch.chdir(out)
     capsys.readouterr()

@@ -181,7 +181,7 @@ def test_what_is_evaluated_exported_and_merged_is_what_was_trained(tiny_recipe, 
     config = Recipe.load(tmp_path / "run").model
     with torch.no_grad():
         live = token_losses(load_adapted(config, tmp_path / "run" / "adapter", "cpu"), BATCH)
-        export_run(tmp_path / "run", "merged", tmp_path / "merged", None, lambda text: None)
+        export_run(tmp_path / "run", "merged", tmp_path / "merged", None)
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
         assert not any(isinstance(m, QuantisedLinear) for m in merged.modules())
         whole = token_losses(attach(Base(merged, tiny.tokenizer(), ""), AdapterConfig(method="full"), 0), BATCH)

@@ -27,10 +27,6 @@ from fedloom.reporting.export import export_run
 from tests.helpers import tiny
 
 
-def quietly(text: str) -> None:
-    pass
-
-
 def front(text: str) -> dict[str, Any]:
     _, head, _ = text.split("---\n", 2)
     values: dict[str, Any] = yaml.safe_load(head)
@@ -79,7 +75,7 @@ def test_a_runs_adapter_has_a_card_with_its_numbers(finished):
 def test_nothing_of_this_machine_and_no_client_stands_in_a_card(finished, tmp_path):
     pages = [finished.folder / "adapter" / "README.md"]
     for form in ("peft", "merged"):
-        pages.append(export_run(finished.folder, form, tmp_path / form, None, quietly) / "README.md")
+        pages.append(export_run(finished.folder, form, tmp_path / form, None) / "README.md")
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert "/tmp" not in text and str(Path.home()) not in text and str(finished.folder.parent) not in text
@@ -91,7 +87,7 @@ def test_the_snippets_of_exports_run(finished, tmp_path, monkeypatch):
     """As they stand, in the export's folder, with the base model's folder beside what the adapter's names."""
     said = {}
     for form in ("peft", "merged"):
-        out = export_run(finished.folder, form, tmp_path / form, None, quietly)
+        out = export_run(finished.folder, form, tmp_path / form, None)
         if form == "peft":
             (out / "own-base").symlink_to(finished.folder.parent / "own-base")
         monkeypatch.chdir(out)

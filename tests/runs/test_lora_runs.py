@@ -97,7 +97,7 @@ def test_what_is_saved_is_what_was_measured(recipe, tmp_path, name):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     measured = [e for e in events if e["event"] == "evaluation"]
     assert measured[-1]["loss"] != measured[0]["loss"]
-    again = evaluate(str(tmp_path / "run"), None, {}, None, lambda text: None)
+    again = evaluate(str(tmp_path / "run"), None, {}, None)
     assert again["loss"] == pytest.approx(measured[-1]["loss"], rel=1e-5)
     assert (tmp_path / "run" / "adapter" / "base_delta.safetensors").is_file() == (name != "fed_sb")
 
@@ -135,7 +135,7 @@ def test_weights_that_are_stored_the_other_way_round(recipe, tmp_path, name):
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     measured = [e["loss"] for e in events if e["event"] == "evaluation"]
     assert measured[-1] < measured[0]
-    again = evaluate(str(tmp_path / "run"), None, {}, None, lambda text: None)
+    again = evaluate(str(tmp_path / "run"), None, {}, None)
     assert again["loss"] == pytest.approx(measured[-1], rel=1e-5)
 
 
@@ -147,7 +147,7 @@ def test_a_16_bit_base_learns_through_its_delta(recipe, tmp_path, name):
     assert measured[-1] < measured[0]
     delta = load_file(tmp_path / "run" / "adapter" / "base_delta.safetensors")
     assert delta and all(t.dtype == torch.float32 for t in delta.values())
-    again = evaluate(str(tmp_path / "run"), None, {}, None, lambda text: None)
+    again = evaluate(str(tmp_path / "run"), None, {}, None)
     assert again["loss"] == pytest.approx(measured[-1], rel=1e-5)
 
 

@@ -56,6 +56,7 @@ def test_a_site_of_two_ranks_makes_the_simulators_adapter(tiny_recipe, dealt, tm
 
     found = between_sites(recipe, files, tmp_path / "sites", processes={"last": start}).summary
     assert found["failures"] == 0
+    assert "train of round 1: done" in (home / "trainer.log").read_text()
     assert [len(worker.pids) for worker in started] == [2], "the same two, from the first round to the last"
     assert not [p for worker in started for p in worker.pids if psutil.pid_exists(p)]
 

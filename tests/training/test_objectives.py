@@ -10,6 +10,7 @@ from torch.nn.functional import logsigmoid
 
 from fedloom import run
 from fedloom.common.errors import UserError
+from fedloom.common.logs import heard_by
 from fedloom.data.corpus import Corpus, Example
 from fedloom.data.loading import for_objective
 from fedloom.data.prompts import Template
@@ -240,14 +241,16 @@ def test_what_is_no_pair_is_left_out_under_dpo_alone():
     mixed = Corpus(
         "mixed", tuple(Example("q", "", "a", rejected=r) for r in rejected), "", "", dropped={"empty_answer": 1}
     )
-    pairs = for_objective(mixed, "dpo", said.append)
+    with heard_by(said.append):
+        pairs = for_objective(mixed, "dpo")
     assert [e.rejected for e in pairs.examples] == ["b", "c"]
     assert pairs.dropped == {"empty_answer": 1, "empty_rejected_answer": 2, "rejected_is_the_answer": 1}
     assert len(said) == 2
-    answers = for_objective(mixed, "sft", said.append)
+    with heard_by(said.append):
+        answers = for_objective(mixed, "sft")
     assert answers.examples == (Example("q", "", "a"),) * 5 and len(said) == 2
     with pytest.raises(UserError, match="has none"):
-        for_objective(answers, "dpo", said.append)
+        for_objective(answers, "dpo")
 
 
 def test_a_run_is_evaluated_by_its_preferences(pairs_recipe, tmp_path):
@@ -256,7 +259,7 @@ def test_a_run_is_evaluated_by_its_preferences(pairs_recipe, tmp_path):
         summary = run(
             pairs_recipe("flora" if method == "lora" else "fedavg", **{"adapter.method": method}), out=tmp_path / method
         ).summary
-        measured[method] = evaluate(str(tmp_path / method), None, {}, None, lambda text: None)["preference"]
+        measured[method] = evaluate(str(tmp_path / method), None, {}, None)["preference"]
         if method == "lora":
             for key in ("accuracy", "loss", "margin"):
                 assert measured[method][key] == pytest.approx(summary["preference"][key]["after"], abs=1e-5)

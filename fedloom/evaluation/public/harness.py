@@ -17,7 +17,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,6 +35,8 @@ from fedloom.models.forward import plain_attention
 if TYPE_CHECKING:
     from fedloom.evaluation.public.documents import Docs
 
+log = logging.getLogger(__name__)
+
 try:
     from lm_eval.api.model import LM
     from lm_eval.evaluator import evaluate
@@ -45,9 +47,6 @@ except ModuleNotFoundError as error:
     raise UserError(
         f'{error.name} is not installed, and this suite is scored by lm-eval: pip install "fedloom[evaluation]"'
     ) from None
-
-
-Say = Callable[[str], None]
 
 
 #: The seed that lm-eval's command line gives torch, from which drawn answers follow.
@@ -116,7 +115,6 @@ def score(
     limit: int | None,
     shots: int | None,
     allow_unsafe: bool,
-    say: Say,
 ) -> dict[str, Any]:
     """Measure the live model.
 
@@ -152,14 +150,16 @@ def score(
                 if not suite.partial:
                     raise
                 left_out[name] = str(error)
-                say(f"left out: {name}: {error}")
+                log.warning(f"left out: {name}: {error}")
                 continue
             (task,) = loaded["tasks"].values()
             docs: Docs = task.dataset["test"]
             asked = len(docs) if limit is None else min(limit, len(docs))
-            say(f"{name}: {asked:,} questions from {docs.source}")
+            log.info(f"{name}: {asked:,} questions from {docs.source}")
             if docs.shots < (wanted or 0):
-                say(f"{name}: {wanted} answered examples were asked for, and that source has {docs.shots} to show")
+                log.warning(
+                    f"{name}: {wanted} answered examples were asked for, and that source has {docs.shots} to show"
+                )
             with attention.using(model.causal_lm, plain_attention(model)), torch.random.fork_rng():
                 torch.manual_seed(SEED)
                 found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)

@@ -12,8 +12,9 @@ nothing. This file does not know what a cell is about.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ from typing import Any
 from fedloom.common import environment
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import unfinished, write_json
+from fedloom.common.logs import reworded
 from fedloom.experiment.benchmark.columns import measured
 from fedloom.experiment.benchmark.declaration import Benchmark, Cell, Values
 from fedloom.experiment.run import run
 from fedloom.federation.checks import check_algorithm
 from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import RunFolder
-from fedloom.federation.watch import Watch
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting import differences as settings
 
-Say = Callable[[str], None]
+log = logging.getLogger(__name__)
 
 
 #: What the hook `validation_loss` says, among a round's metrics.
@@ -66,9 +67,7 @@ class Outcome:
     trouble: str = ""
 
 
-def run_benchmark(
-    benchmark: Benchmark, out: Path, say: Say, *, only: str = "", size: str | None = None
-) -> list[Outcome]:
+def run_benchmark(benchmark: Benchmark, out: Path, *, only: str = "", size: str | None = None) -> list[Outcome]:
     """Run every cell that is not finished; the outcomes of all, in the order of the axes.
 
     Args:
@@ -85,9 +84,9 @@ def run_benchmark(
     if only and not chosen_first:
         raise UserError(f"--only {only}: no cell has this in its name: one is {cells[0].name}")
     for number, cell in enumerate(chosen_first, start=1):
-        say(f"{cell.name} ({number} of {len(chosen_first)})")
+        log.info(f"{cell.name} ({number} of {len(chosen_first)})")
         for line in _run_cell(benchmark, cell, out):
-            say(f"  {line}")
+            log.info(f"  {line}")
     return [outcome(benchmark, cell, out) for cell in cells]
 
 
@@ -177,7 +176,8 @@ def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if there is not None:
         return there
     environment.forget_peak_memory()
-    return run(recipe, folder, resume=RunFolder(folder).holds_a_run, watch=Watch()).summary
+    with reworded(lambda text: None):  # a benchmark names its cells; what each run says is in its folder's events
+        return run(recipe, folder, resume=RunFolder(folder).holds_a_run).summary
 
 
 def _pilot(benchmark: Benchmark, cell: Cell, choice: Values) -> Recipe:

@@ -14,6 +14,7 @@ trained comes from here; whose update counts does. This file knows no algorithm 
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,6 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.common import registry
 from fedloom.common.errors import UserError
 from fedloom.common.randomness import numpy_generator
-from fedloom.common.say import Say
 from fedloom.data.corpus import Partition
 from fedloom.federation.rounds.schedule import Schedule
 from fedloom.federation.rounds.virtual_time import Pace, Speeds
@@ -33,6 +33,8 @@ from fedloom.messages.types import Cost
 from fedloom.models.adapters import AdaptedModel
 from fedloom.recipe.devices import DevicesConfig, Spread
 from fedloom.recipe.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 #: fp32 numbers for each trained one: itself, its gradient, and what the optimiser keeps of it.
 KEPT = {"adamw": 2, "sgd": 0}
@@ -81,7 +83,7 @@ def pace_of(recipe: Recipe, algorithm: Algorithm, fleet: Fleet | None) -> Pace |
     return fleet
 
 
-def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: AdaptedModel, say: Say) -> Schedule:
+def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: AdaptedModel) -> Schedule:
     """The schedule without clients whose memory does not hold the model. Raises UserError where too few are left.
 
     Counted are the weights as they are in memory, and of each trained number its gradient and the optimiser's moments.
@@ -94,7 +96,7 @@ def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: Ad
     small = frozenset(fleet.without_room(needed))
     training = tuple(c for c in schedule.training if c not in small)
     if small:
-        say(
+        log.warning(
             f"{len(small)} of {len(schedule.training)} clients have no room for the model ({needed:,} bytes) "
             "and are never sampled"
         )

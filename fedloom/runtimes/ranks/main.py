@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.common.errors import UserError
+from fedloom.common.logs import print_sentences
 from fedloom.federation.client import Client
 from fedloom.federation.workplace import open_simulated_client
 from fedloom.messages import wire
@@ -58,6 +59,7 @@ class Cluster:
 
 
 def main(arguments: list[str]) -> None:
+    print_sentences()
     place = Place.of(arguments)
     serve(place, LIMIT, Cluster(place).answer)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import threading
 import time
@@ -22,6 +23,8 @@ from fedloom.runtimes import versions
 from fedloom.runtimes.ranks.worker import Stopped, Worker, WorkerLate, WorkerLost
 from fedloom.runtimes.sites.link import PIECE, Answer, Bytes
 from fedloom.runtimes.sites.policy import Audit, Policy, Refused
+
+log = logging.getLogger(__name__)
 
 #: So many pieces of work are remembered, those that nobody works on, so that an answer can be repeated.
 REMEMBERED = 8
@@ -67,7 +70,6 @@ class Agent:
     Args:
         start: starts a trainer for a resolved recipe, which says how many processes that is.
         policy, audit: the site's.
-        say: told what happens, for the site's own terminal and log.
     """
 
     def __init__(
@@ -75,12 +77,10 @@ class Agent:
         start: Callable[[Mapping[str, Any]], Worker],
         policy: Policy,
         audit: Audit,
-        say: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._start = start
         self._policy = policy
         self._audit = audit
-        self._say = say
         self._works: OrderedDict[str, Work] = OrderedDict()
         self._lock = threading.Lock()
         self._ready = threading.Condition(self._lock)
@@ -115,7 +115,7 @@ class Agent:
         differs = versions.mismatch(versions.own(), theirs if isinstance(theirs, dict) else {})
         refusal = f"the server's versions do not fit: {differs}" if differs else ""
         if refusal and refusal != self._refusal:
-            self._say(refusal)
+            log.warning(refusal)
         self._refusal = refusal
         return Answer({"state": "here", "versions": versions.own()})
 
@@ -210,7 +210,7 @@ class Agent:
         """`detail` comes from here, or from the trainer, which has held it to the policy."""
         work.reason, work.detail = reason, detail
         work.state = "failed"
-        self._say(f"{work.kind} failed ({reason}): {detail}")
+        log.warning(f"{work.kind} failed ({reason}): {detail}")
 
     def _revive(self) -> None:
         """Another trainer where one died, so that the next piece of work finds it ready."""

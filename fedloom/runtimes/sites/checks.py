@@ -122,7 +122,7 @@ def _model(site: SiteConfig) -> Check:
     if site.model is None:
         return Check("note", "model", "named by the recipe", "--model FOLDER, where this machine has no internet")
     try:
-        where, source = locate(ModelConfig(name=site.model), lambda text: None)
+        where, source = locate(ModelConfig(name=site.model))
     except UserError as error:
         return Check("bad", "model", str(error), "name a folder with --model")
     return Check("good", "model", f"{source}: {where}")
@@ -137,7 +137,7 @@ def _data(site: SiteConfig) -> Check:
             sizes = partition.shards[site.client]
             return Check("good", "data", f"a dealt shard: {len(sizes.train)} to train on, {len(sizes.test)} to test on")
         settings: dict[str, Any] = {"path": str(path), "columns": site.columns}
-        corpus = load_corpus(DataConfig.model_validate(settings), seed=0, say=lambda text: None, splitter="uniform")
+        corpus = load_corpus(DataConfig.model_validate(settings), seed=0, splitter="uniform")
     except UserError as error:
         return Check("bad", "data", str(error), "name the columns with --column ROLE=COLUMN")
     count = len(corpus.categories())

@@ -7,7 +7,7 @@ answer, or does not take the certificate, one plain sentence says so. This file 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,10 @@ def settle(kit: Path, settings: Mapping[str, Any]) -> SiteConfig:
 class Joined:
     """A site's service that is started again when it was killed. Raises UserError where the kit is in use."""
 
-    def __init__(self, kit: Path, say: Callable[[str], None] = lambda text: None) -> None:
+    def __init__(self, kit: Path) -> None:
         self._kit = kit
         self._about = kit_file(kit, "site")
         self._lock = hold(kit, "join")
-        self._say = say
         self._said: str | None = None
         self._seen: str | None = None
         self._starts = 0
@@ -72,25 +71,27 @@ class Joined:
     def pid(self) -> int:
         return self._service.pid
 
-    def look(self) -> None:
-        """Start the service again where it is gone, and say how it stands with the server where that has changed."""
+    def look(self) -> list[str]:
+        """Start the service again where it is gone. Says how it stands with the server, where that has changed."""
+        news: list[str] = []
         if not self._service.alive:
             wait = min(60.0, 2.0 ** min(self._starts, 6)) if time.monotonic() - self._began < 60.0 else 0.0
             if time.monotonic() < self._began + wait:
-                return
+                return news
             found = standing(self._service.log, self.pid)
             if found != REVOKED:  # its service gives up by itself
-                self._say("the site's service ended; it is started again")
+                news.append("the site's service ended; it is started again")
             elif found != self._said:
-                self._say(found)
+                news.append(found)
                 self._said = found
             self._service.close()
             self._service = self._start()
         found = standing(self._service.log, self.pid)
         if found and found == self._seen != self._said:  # twice in a row: not in the middle of an attempt
-            self._say(found)
+            news.append(found)
             self._said = found
         self._seen = found
+        return news
 
     def close(self) -> None:
         self._service.close()

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import gc
 import json
+import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.common.errors import RunFailed
+from fedloom.common.logs import same_hearers
 from fedloom.federation.runtime import Capabilities, Runtime
 from fedloom.messages import wire
 from fedloom.messages.types import STARTED_ANEW, Assignment, Failure, Outcome
@@ -32,6 +34,8 @@ from fedloom.runtimes import versions
 from fedloom.runtimes.sites.exchange import Exchange, GaveUp, Patience, Unprepared
 from fedloom.runtimes.sites.link import Bytes, Link
 from fedloom.runtimes.sites.outbox import Message, Outgoing
+
+log = logging.getLogger(__name__)
 
 #: A client's answer may be this large, and four times what it was sent on top of that.
 SPARE_BYTES = 64 << 20
@@ -65,7 +69,6 @@ class Distributed(Runtime):
         link: the engine.
         sites: client → the name of its site.
         here: the sites that the engine's job reaches; others are absent until another job begins.
-        say: told when a site is lost, comes back or is refused.
         leave: told which sites are lost, and since when (seconds since the epoch), before work is sent; true means that
             one of them is there again and out of this job's reach, so that the run goes on in another job.
         scratch: the folder for messages that wait on disk.
@@ -79,7 +82,6 @@ class Distributed(Runtime):
         sites: Mapping[str, str],
         here: Collection[str],
         patience: Patience,
-        say: Callable[[str], None] = lambda text: None,
         leave: Callable[[Mapping[str, float]], bool] = lambda dead: False,
         scratch: Path | None = None,
     ) -> None:
@@ -87,10 +89,11 @@ class Distributed(Runtime):
         now = time.time()
         self._sites = {c: Site(s, c, dead_since=None if s in here else now) for c, s in sites.items()}
         self._patience = patience
-        self._say = say
         self._leave = leave
         self._outgoing = Outgoing(scratch)
-        self._pool = ThreadPoolExecutor(max_workers=2 * max(1, len(sites)), thread_name_prefix="site")
+        self._pool = ThreadPoolExecutor(
+            max_workers=2 * max(1, len(sites)), thread_name_prefix="site", initializer=same_hearers()
+        )
         self._exchange = Exchange(link, patience, self._pool.submit)
         self._orders: bytes = b""
 
@@ -124,7 +127,7 @@ class Distributed(Runtime):
             except GaveUp as error:
                 if error.reason in LOST:
                     site.dead_since = time.time()
-                self._say(f"{site.name} takes no part for now ({error.reason}): {error.detail}")
+                log.warning(f"{site.name} takes no part for now ({error.reason}): {error.detail}")
         return counts
 
     def _prepare_twice(self, site: Site) -> dict[str, int]:
@@ -252,7 +255,7 @@ class Distributed(Runtime):
     def _mark(self, site: Site, *, dead: bool) -> None:
         if dead == (site.dead_since is not None):
             return
-        self._say(f"{site.name} is {'lost: it is asked again in the next round' if dead else 'back'}")
+        log.warning(f"{site.name} is {'lost: it is asked again in the next round' if dead else 'back'}")
         site.dead_since = time.time() if dead else None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from fedloom.recipe.recipe import FederationConfig
 from fedloom.runtimes.sites.flare.services import OVER, Admin, Service, server_service, write_job
 from fedloom.runtimes.sites.order import AGAIN, Order, kit_file
 from fedloom.runtimes.sites.project import Project
+
+log = logging.getLogger(__name__)
 
 #: Seconds that a run which goes on waits for all its sites before it goes on without some.
 AGAIN_SECONDS = 60.0
@@ -97,7 +100,7 @@ class _Supervisor:
                     f"see {self._server.kit / 'service.log'}"
                 )
             why = outcome["sentence"] if outcome else "the server's job was lost"
-            self._watch.say(f"{why}: going on after round {before}")
+            log.warning(f"{why}: going on after round {before}")
             run = RunFolder(Path(self._order.out))
             if run.holds_a_run:
                 self._order = replace(self._order, recipe=run.stored_recipe().resolved(), resume=True, overwrite=False)
@@ -128,11 +131,11 @@ class _Supervisor:
         wanted = set(project.clients.values())
         while not wanted <= self._look(0.5):
             if not said:
-                self._watch.say(f"waiting for {', '.join(sorted(wanted - self._connected))}")
+                log.info(f"waiting for {', '.join(sorted(wanted - self._connected))}")
                 said = True
             here, waited = wanted & self._connected, time.monotonic() - began
             if wait is not None and waited > wait and len(here) >= self._fewest:
-                self._watch.say(f"beginning without {', '.join(sorted(wanted - here))}")
+                log.warning(f"beginning without {', '.join(sorted(wanted - here))}")
                 return
             if wait is not None and waited > below:
                 raise RunFailed(
@@ -151,7 +154,7 @@ class _Supervisor:
             write_json(self._exchange / "heard.json", heard)
             now = set(heard) & set(self._server.project.clients.values())
             for site in sorted(now - self._connected):
-                self._watch.say(f"{site} is connected")
+                log.info(f"{site} is connected")
             self._connected = now
         return self._connected
 
@@ -209,7 +212,7 @@ class _Supervisor:
         for line in whole.splitlines():
             for kind, value in json.loads(line).items():
                 if kind == "say":
-                    self._watch.say(value)
+                    log.info(value)
                 elif kind == "tick":
                     self._watch.tick(*value)
                 elif self._watch.event is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,7 @@ import torch
 
 from fedloom.common import environment, registry
 from fedloom.common.errors import UserError, disk_trouble
+from fedloom.common.logs import print_sentences
 from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData
 from fedloom.data.loading import for_objective, load_corpus
@@ -47,6 +49,8 @@ from fedloom.runtimes.sites.policy import Policy, Refused
 from fedloom.runtimes.sites.project import SiteConfig, load_section
 from fedloom.training.parallel import Ranks
 from fedloom.training.precision import choose_precision
+
+log = logging.getLogger("fedloom.runtimes.sites.trainer")  # __name__ is __main__ in the process that this file starts
 
 RUN = re.compile(r"[0-9a-f]{8,64}")
 
@@ -103,8 +107,8 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     path = Path(site.data).expanduser()
     if is_shard(path):
         return read_shard(path, site.client, recipe.seed)
-    corpus = load_corpus(recipe.data, by=recipe.split.by, seed=recipe.seed, say=print, splitter=recipe.split.splitter)
-    corpus = for_objective(corpus, recipe.train.objective, print)
+    corpus = load_corpus(recipe.data, by=recipe.split.by, seed=recipe.seed, splitter=recipe.split.splitter)
+    corpus = for_objective(corpus, recipe.train.objective)
     categories = [e.category for e in corpus.examples]
     shard = divided(range(len(categories)), categories, recipe.split, site.client, recipe.seed)
     partition = Partition({site.client: shard}, "own", recipe.seed)
@@ -121,14 +125,14 @@ def run_folder(home: Path, run: str, keep: int) -> Path:
     others = [p for p in folder.parent.iterdir() if RUN.fullmatch(p.name) and p.is_dir() and not p.is_symlink()]
     others.remove(folder)
     for old in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True)[keep - 1 :]:
-        print(f"the run {old.name} is older than the {keep} that this site keeps (keep_runs): deleted", flush=True)
+        log.info(f"the run {old.name} is older than the {keep} that this site keeps (keep_runs): deleted")
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def precision_here(wanted: str, ranks: Ranks) -> str:
     """fp32, bf16 or fp16, by this site's device; each rank tries it, and all have to train in one."""
-    chosen = choose_precision(wanted, torch.device(ranks.device), print)
+    chosen = choose_precision(wanted, torch.device(ranks.device))
     return "fp32" if ranks.total(float(chosen == "fp32")) else chosen
 
 
@@ -158,7 +162,7 @@ def open_site(
     home = Path(site.home)
     with ranks.in_turn():
         corpus, partition, questions = own_data(recipe, site, sites)
-        tokenizer = shipping.tokenizer_of(shipping.as_tensors(files)) if files else load_tokenizer(recipe.model, print)
+        tokenizer = shipping.tokenizer_of(shipping.as_tensors(files)) if files else load_tokenizer(recipe.model)
         template = open_template(recipe, tokenizer)
         sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
@@ -174,7 +178,7 @@ def open_site(
         "questions": len(questions) if suite else 0,
         "tokens": sequences.supervised_tokens(shard.train),
     }
-    models = open_models(recipe, print, ranks)
+    models = open_models(recipe, ranks)
     client = open_client(recipe, models, data, template, open_store(recipe, folder), folder / "adapters", ranks, home)
     return Opened(client, recipe.resolved(), counts)
 
@@ -197,7 +201,7 @@ class Room:
         except Refused as error:
             return {"state": "refused", "detail": str(error)}, b""
         except UserError as error:
-            print(f"this site cannot do what is asked: {error}", flush=True)
+            log.warning(f"this site cannot do what is asked: {error}")
             return {"state": "failed", "reason": "misconfigured", "detail": self._policy.words(str(error))}, b""
         except wire.WireError as error:
             return {"state": "failed", "reason": "bad_message", "detail": str(error)}, b""
@@ -228,11 +232,12 @@ class Room:
         if self._policy.rounds is not None and assignment.round > self._policy.rounds:
             raise Refused(f"round {assignment.round} is over this site's {self._policy.rounds} (rounds)")
         outcome = self._opened.client.handle(replace(assignment, recipe=self._opened.recipe))
-        print(f"{assignment.kind} of round {assignment.round}: {getattr(outcome, 'detail', 'done')}", flush=True)
+        log.info(f"{assignment.kind} of round {assignment.round}: {getattr(outcome, 'detail', 'done')}")
         return wire.encode_outcome(self._policy.outgoing(outcome))
 
 
 def main(arguments: list[str]) -> None:
+    print_sentences()
     site: SiteConfig = load_section(SiteConfig, Path(os.environ["FEDLOOM_SITE"]), "the site's file")
     policy, place = Policy.load(Path(site.policy)), Place.of(arguments)
     serve(place, policy.max_message_bytes, Room(site, policy, place).answer)

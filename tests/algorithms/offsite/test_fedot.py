@@ -130,7 +130,7 @@ def test_with_nothing_dropped_the_plug_in_is_ordinary_fine_tuning_bit_for_bit(re
 @METHODS
 def test_what_was_tuned_lands_on_its_own_name_and_nothing_else_changes(recipe, tmp_path, six_layers, method):
     result = fedloom.run(recipe({}, method), tmp_path / "run")
-    merged = export_run(tmp_path / "run", "merged", tmp_path / "merged", None, lambda _: None)
+    merged = export_run(tmp_path / "run", "merged", tmp_path / "merged", None)
     before = dict(load_base(ModelConfig(name=str(six_layers))).model.named_parameters())
     after = dict(load_base(ModelConfig(name=str(merged))).model.named_parameters())
     assert after.keys() == before.keys()
@@ -143,7 +143,7 @@ def test_what_was_tuned_lands_on_its_own_name_and_nothing_else_changes(recipe, t
         assert all(torch.equal(after[n], shared[n]) for n in outer)
     else:
         assert unchanged == (before.keys() - outer) | {n for n in outer if "norm" in n}
-    measured = evaluate(str(tmp_path / "run"), None, {}, None, lambda _: None)
+    measured = evaluate(str(tmp_path / "run"), None, {}, None)
     assert measured["loss"] == pytest.approx(result.summary["offsite"]["plug_in"]["loss"], abs=1e-5)
     asked = result.tokenizer(["copy: ant bee"], return_tensors="pt")
     assert result.model.generate(**asked, max_new_tokens=3, do_sample=False).shape[1] == asked["input_ids"].shape[1] + 3

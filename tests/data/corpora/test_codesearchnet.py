@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 
+from fedloom.common.logs import heard_by
 from fedloom.data.corpora.codesearchnet import matched
 from fedloom.data.corpus import Corpus, Example
 from fedloom.data.loading import load_corpus
@@ -40,7 +41,7 @@ def test_codesearchnet_from_files(tmp_path, monkeypatch):
     for name, rows in {"train": functions("go", 12) + functions("ruby", 8), "test": functions("go", 30)[20:]}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setenv("FEDLOOM_DATA", str(tmp_path))
-    corpus = load_corpus(DataConfig(corpus="fed-codesearchnet"), seed=1, say=lambda text: None)
+    corpus = load_corpus(DataConfig(corpus="fed-codesearchnet"), seed=1)
     assert corpus.categories() == {"go": 12, "ruby": 8}
     assert {e.choices for e in (*corpus.examples, *corpus.test)} == {("Yes", "No")}
     assert len(corpus.test) == 10
@@ -56,7 +57,8 @@ def test_a_question_of_the_test_set_is_not_trained_on(tmp_path, monkeypatch):
     (folder / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     monkeypatch.setenv("FEDLOOM_DATA", str(tmp_path))
     said = []
-    corpus = load_corpus(DataConfig(corpus="fed-gsm8k"), seed=1, say=said.append)
+    with heard_by(said.append):
+        corpus = load_corpus(DataConfig(corpus="fed-gsm8k"), seed=1)
     assert [e.instruction for e in corpus.examples] == [row["question"] for k, row in enumerate(rows) if k != 3]
     assert corpus.dropped == {"question_is_in_the_test_set": 1}
     assert "fed-gsm8k: 1 rows left out (question is in the test set)" in said

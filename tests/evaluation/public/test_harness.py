@@ -20,6 +20,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'fe
 from lm_eval.api.instance import Instance
 
 from fedloom.common.errors import UserError
+from fedloom.common.logs import heard_by
 from fedloom.data.corpus import Example
 from fedloom.data.prompts import Template
 from fedloom.evaluation import score as scoring
@@ -181,7 +182,7 @@ def ours(
     patch.setenv("FEDLOOM_DATA", str(data))
     patch.setattr(harness, "evaluate", watched)
     template = Template.choose(model.tokenizer, "auto")
-    options = {"batch_size": 4, "limit": None, "shots": None, "allow_unsafe": False, "say": lambda text: None}
+    options = {"batch_size": 4, "limit": None, "shots": None, "allow_unsafe": False}
     return harness.score(model, suite, template, **{**options, **how}), seen
 
 
@@ -295,7 +296,8 @@ def test_limit_shots_and_what_is_not_there(base_folder, benchmark_data, monkeypa
     model = adapted(base_folder, trained=False)
     few = TaskSuite("few", "a test's", {"openbookqa": Measured("acc"), "hellaswag": Measured("acc_norm")}, partial=True)
     notes: list[str] = []
-    measured, texts = ours(model, few, benchmark_data, monkeypatch, limit=3, say=notes.append)
+    with heard_by(notes.append):
+        measured, texts = ours(model, few, benchmark_data, monkeypatch, limit=3)
     assert (len(texts["openbookqa"]), measured["tasks"]["openbookqa"]["questions"]) == (3, 3)
     assert not measured["complete"] and list(measured["left_out"]) == ["hellaswag"]
     assert measured["score"] == measured["tasks"]["openbookqa"]["score"]

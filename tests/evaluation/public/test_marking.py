@@ -124,7 +124,7 @@ def test_questions_take_turns_and_examples_are_not_among_them(tmp_path, monkeypa
                 info.size = len(text)
                 archive.addfile(info, io.BytesIO(text.encode()))
     monkeypatch.setenv("FEDLOOM_DATA", str(tmp_path))
-    found = benchmarks.find("mmlu", asked._say)
+    found = benchmarks.find("mmlu")
     assert [q.category for q in found.asked] == ["art", "law", "art", "law"]
     shots = found.shots(found.asked[1], 2)
     assert [s.input.split("\n")[0] for s in shots] == ["law dev 0", "law dev 1"]

@@ -20,6 +20,7 @@ import fedloom
 from fedloom.common import registry
 from fedloom.common.environment import forget_peak_memory, peak_memory_bytes
 from fedloom.common.errors import RunFailed, UserError
+from fedloom.common.logs import heard_by
 from fedloom.experiment.benchmark import runner
 from fedloom.experiment.benchmark.columns import COLUMNS, MEASURED
 from fedloom.experiment.benchmark.compare import leaderboard
@@ -74,10 +75,6 @@ def declared(tiny_model, tiny_data, tmp_path):
     return make
 
 
-def quiet(text: str) -> None:
-    pass
-
-
 def measured(text: str) -> list[Mapping[str, str]]:
     """The columns of a CSV that follow from the recipes."""
     keys = {key for c in MEASURED for key in (c.key, f"{c.key}_std")} | {"split", "row", "seeds", "chosen", "trouble"}
@@ -126,7 +123,7 @@ def test_a_cell_is_the_recipe_with_its_points(declared):
 def test_the_table_has_what_the_runs_have(declared, tmp_path):
     stated = {"local_over_federated": {"column": "loss", "over": ["local", "federated"]}}
     benchmark = Benchmark.load(declared(ratios=stated), "small")
-    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    found = rows(run_benchmark(benchmark, tmp_path / "out"))
     assert not any(row.trouble for row in found)
     for row, cell in zip(found, benchmark.cells(), strict=True):
         alone = [fedloom.run(cell.recipe(s), out=tmp_path / "alone" / row.name / str(s)).summary for s in (1, 2)]
@@ -160,7 +157,7 @@ def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatc
     benchmark = Benchmark.load(
         declared(axes=axes, pilot=pilot, pilot_values={"federation.rounds": 1}, seeds=[3]), "small"
     )
-    whole = to_csv(rows(run_benchmark(benchmark, tmp_path / "whole", quiet)))
+    whole = to_csv(rows(run_benchmark(benchmark, tmp_path / "whole")))
     write, left = Events.write, [0]
 
     def dying(self: Events, event: str, **fields: Any) -> None:
@@ -174,11 +171,11 @@ def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatc
     for after in (3, 17, 23, 5, 31):
         left[0] = after
         try:
-            run_benchmark(benchmark, tmp_path / "killed", quiet)
+            run_benchmark(benchmark, tmp_path / "killed")
         except KeyboardInterrupt:
             kills += 1
     left[0] = -1
-    resumed = to_csv(rows(run_benchmark(benchmark, tmp_path / "killed", quiet)))
+    resumed = to_csv(rows(run_benchmark(benchmark, tmp_path / "killed")))
     assert kills == 5
     assert measured(resumed) == measured(whole)
     for one, other in zip(csv.DictReader(resumed.splitlines()), csv.DictReader(whole.splitlines()), strict=True):
@@ -191,16 +188,16 @@ def test_a_kill_at_any_event_gives_the_same_table(declared, tmp_path, monkeypatc
 
 def test_what_is_finished_is_not_run_again(declared, tmp_path, monkeypatch):
     benchmark = Benchmark.load(declared(seeds=[1]), "small")
-    run_benchmark(benchmark, tmp_path / "out", quiet, only="federated")
+    run_benchmark(benchmark, tmp_path / "out", only="federated")
     ran = []
     monkeypatch.setattr(
         runner, "run", lambda recipe, folder, **how: ran.append(recipe.name) or fedloom.run(recipe, folder, **how)
     )
-    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
+    found = rows(run_benchmark(benchmark, tmp_path / "out", only="own"))
     assert sorted(ran) == ["own-global", "own-local"]
     assert [row.trouble for row in found] == ["", "", "", "not run yet", "", "not run yet"]
     with pytest.raises(UserError, match="--only nothing: no cell has this in its name"):
-        run_benchmark(benchmark, tmp_path / "out", quiet, only="nothing")
+        run_benchmark(benchmark, tmp_path / "out", only="nothing")
 
 
 def test_the_pilot_takes_what_validation_says(declared, tmp_path):
@@ -208,7 +205,7 @@ def test_the_pilot_takes_what_validation_says(declared, tmp_path):
         declared(pilot={"train.lr": [1e-6, 1e-2, 1e30]}, pilot_values={"train.steps": 3}, seeds=[1]), "small"
     )
     out = tmp_path / "out"
-    found = rows(run_benchmark(benchmark, out, quiet, only="own/federated"))[1]
+    found = rows(run_benchmark(benchmark, out, only="own/federated"))[1]
     assert found.chosen == {"train.lr": 1e-2}
     losses = []
     for number, rate in enumerate((1e-6, 1e-2)):
@@ -230,7 +227,7 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
     values = yaml.safe_load(Path(declared(seeds=[1])).read_text())
     values["axes"]["row"]["federated"] = {"algorithm": "fedavg", "federation.min_clients": 9}
     benchmark = Benchmark.load(declared(axes=values["axes"], seeds=[1]), "small")
-    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
+    found = rows(run_benchmark(benchmark, tmp_path / "out", only="own"))
     assert "federation.min_clients=9" in found[1].trouble
     assert found[1].means["loss"] is None
     assert [row.trouble for row in (found[0], found[2])] == ["", ""]
@@ -265,7 +262,7 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
 )
 def test_mistakes_are_named_before_anything_runs(declared, tmp_path, more, size, sentence):
     with pytest.raises(UserError, match=sentence):
-        run_benchmark(Benchmark.load(declared(**more), size), tmp_path / "out", quiet)
+        run_benchmark(Benchmark.load(declared(**more), size), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -298,14 +295,15 @@ def test_a_plan_says_which_cells_an_algorithm_refuses(declared):
 def test_words_can_be_tried_and_a_choice_stays_once_it_is_made(declared, tmp_path, monkeypatch):
     tried = {"pilot": {"train.optimizer": ["adamw", "sgd"]}, "seeds": [1], "axes": {"row": {"fedavg": {}}}}
     benchmark, out, said = Benchmark.load(declared(**tried), "small"), tmp_path / "out", []
-    (first,) = run_benchmark(benchmark, out, said.append)
+    with heard_by(said.append):
+        (first,) = run_benchmark(benchmark, out)
     assert f"  chosen train.optimizer={first.chosen['train.optimizer']}" in said
     monkeypatch.setattr(runner, "_validation_loss", lambda folder: float("1" in folder.name))  # others would win now
     other = [c for c in first.cell.choices() if c != first.chosen]
     assert len(other) == 1
-    (again,) = run_benchmark(benchmark, out, quiet)
+    (again,) = run_benchmark(benchmark, out)
     shutil.rmtree(out / "pilots")
-    (without,) = run_benchmark(benchmark, out, quiet)
+    (without,) = run_benchmark(benchmark, out)
     assert again.chosen == first.chosen
     assert without.measured == first.measured and not without.trouble
 
@@ -320,10 +318,10 @@ def test_a_pilot_that_had_no_room_is_run_again_and_not_passed_over(declared, tmp
         return finish(recipe, folder)
 
     monkeypatch.setattr(runner, "_finish", full)
-    (outcome,) = run_benchmark(benchmark, out, quiet)
+    (outcome,) = run_benchmark(benchmark, out)
     assert outcome.trouble == "no space left" and not outcome.measured
     monkeypatch.undo()
-    (outcome,) = run_benchmark(benchmark, out, quiet)
+    (outcome,) = run_benchmark(benchmark, out)
     assert outcome.chosen == {"train.lr": 1e-2} and not outcome.trouble
 
 
@@ -339,7 +337,7 @@ def test_a_cell_that_lacks_a_run_is_neither_best_nor_in_a_ratio(declared, tmp_pa
         return finish(recipe, folder)
 
     monkeypatch.setattr(runner, "_finish", failing)
-    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    found = rows(run_benchmark(benchmark, tmp_path / "out"))
     assert [(row.seeds, row.trouble) for row in found] == [(3, ""), (2, "seed 2: it diverged")]
     assert ratios(benchmark, found) == {"local_over_federated": None}
     loss = next(c for c in COLUMNS if c.key == "loss")
@@ -350,7 +348,7 @@ def test_a_cell_that_lacks_a_run_is_neither_best_nor_in_a_ratio(declared, tmp_pa
 def test_only_rows_that_differ_in_the_last_axis_compare(declared, tmp_path):
     """The loss on one corpus is neither better nor worse than that on another."""
     benchmark = Benchmark.load(declared(seeds=[1]), "small")
-    (row, *_) = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own/federated"))
+    (row, *_) = rows(run_benchmark(benchmark, tmp_path / "out", only="own/federated"))
     loss = next(c for c in COLUMNS if c.key == "loss")
 
     def of(corpus: str, algorithm: str, value: float | None, trouble: str = "") -> Row:
@@ -368,31 +366,31 @@ def test_what_a_kill_left_half_written_is_in_nobodys_way(declared, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / ".benchmark.json-x1.tmp").write_text("hal")
-    (first,) = run_benchmark(benchmark, out, quiet)
+    (first,) = run_benchmark(benchmark, out)
     shutil.rmtree(out / "cells/fedavg/1")
     (out / "cells/fedavg/1").mkdir()
     (out / "cells/fedavg/1/.recipe.yaml-x2.tmp").write_text("hal")
-    (again,) = run_benchmark(benchmark, out, quiet)
+    (again,) = run_benchmark(benchmark, out)
     assert not again.trouble
     assert again.measured[1]["adapter_sha256"] == first.measured[1]["adapter_sha256"]
     (out / "benchmark.json").unlink()
     with pytest.raises(UserError, match="is not empty and holds no benchmark"):
-        run_benchmark(benchmark, out, quiet)
+        run_benchmark(benchmark, out)
 
 
 def test_another_benchmark_in_the_folder_is_refused(declared, tmp_path):
-    run_benchmark(Benchmark.load(declared(seeds=[1]), "small"), tmp_path / "out", quiet, only="own/local")
+    run_benchmark(Benchmark.load(declared(seeds=[1]), "small"), tmp_path / "out", only="own/local")
     with pytest.raises(UserError, match=r"holds another benchmark \(seeds differ\): name another --out"):
-        run_benchmark(Benchmark.load(declared(seeds=[2]), "small"), tmp_path / "out", quiet)
+        run_benchmark(Benchmark.load(declared(seeds=[2]), "small"), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and holds no benchmark"):
-        run_benchmark(Benchmark.load(declared(), "small"), tmp_path / "full", quiet)
+        run_benchmark(Benchmark.load(declared(), "small"), tmp_path / "full")
 
 
 def test_the_page_and_the_tabular(declared, tmp_path):
     benchmark = Benchmark.load(declared(seeds=[1], judged_by="loss_own"), "small")
-    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet, only="own"))
+    found = rows(run_benchmark(benchmark, tmp_path / "out", only="own"))
     page = write_benchmark(benchmark, "small", found, {}, tmp_path / "out").read_text()
     best = min(found[:3], key=lambda row: row.means["loss"])
     column = next(c for c in COLUMNS if c.key == "loss")
@@ -442,7 +440,7 @@ def test_a_message_is_as_long_as_what_is_trained(tmp_path, no_reports):
     benchmark = smoke("efficiency", "full", "lora").model_copy(
         update={"ratios": {k: v for k, v in Benchmark.load("efficiency").ratios.items() if k.endswith("over_lora")}}
     )
-    found = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    found = rows(run_benchmark(benchmark, tmp_path / "out"))
     for row in found:
         numbers = 4 * row.means["parameters"]  # float32; names and a header come on top
         for key in ("message_up_bytes", "message_down_bytes"):
@@ -454,7 +452,7 @@ def test_a_message_is_as_long_as_what_is_trained(tmp_path, no_reports):
 
 def test_the_same_layers_tuned_beside_fedot_and_alone_are_one_number(tmp_path, no_reports):
     benchmark = smoke("fedot", "full model", "fedot, 20 % dropped").model_copy(update={"ratios": {}})
-    alone, beside = rows(run_benchmark(benchmark, tmp_path / "out", quiet))
+    alone, beside = rows(run_benchmark(benchmark, tmp_path / "out"))
     assert beside.means["full_tuned"] == alone.means["loss"] < alone.means["loss_before"]
     assert beside.means["loss_before"] == pytest.approx(alone.means["loss_before"], abs=1e-6)
     assert beside.means["emulator_before"] > beside.means["loss_before"] + 1e-3

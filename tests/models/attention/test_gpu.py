@@ -188,7 +188,7 @@ def test_it_is_tried_in_the_precision_of_training(monkeypatch):
 
     monkeypatch.setattr(gpu_attention, "_varlen", lambda: varlen)
     base = Base(tiny.causal_lm().requires_grad_(False), tiny.tokenizer(), "", "flash_attention_2")
-    assert settle_attention("auto", attach(base, AdapterConfig(rank=2), 0), "bf16", print) == "flash_attention_2"
+    assert settle_attention("auto", attach(base, AdapterConfig(rank=2), 0), "bf16") == "flash_attention_2"
     assert seen == {torch.bfloat16}
 
 

@@ -249,19 +249,15 @@ def finished(tmp_path_factory, tiny_data):
     return place / "run"
 
 
-def quietly(text: str) -> None:
-    pass
-
-
 def test_a_runs_file_is_its_merged_export(finished, tmp_path):
-    merged = export_run(finished, "merged", tmp_path / "merged", None, quietly)
-    whole = export_run(finished, "gguf", tmp_path / "whole", None, quietly, "f32")
+    merged = export_run(finished, "merged", tmp_path / "merged", None)
+    whole = export_run(finished, "gguf", tmp_path / "whole", None, "f32")
     assert [p.name for p in whole.glob("*.gguf")] == ["mine%2Ftiny-F32.gguf"]
     assert_holds(next(whole.glob("*.gguf")), AutoModelForCausalLM.from_pretrained(merged), "llama")
-    half = export_run(finished, "gguf", tmp_path / "half", None, quietly)
+    half = export_run(finished, "gguf", tmp_path / "half", None)
     assert next(half.glob("*.gguf")).name == "mine%2Ftiny-F16.gguf"
     with pytest.raises(UserError, match="there already"):
-        export_run(finished, "gguf", half, None, quietly)
+        export_run(finished, "gguf", half, None)
 
 
 def test_mistakes_are_told_before_anything_is_written(finished, tmp_path):
@@ -271,7 +267,7 @@ def test_mistakes_are_told_before_anything_is_written(finished, tmp_path):
         ("ggfu", None, "did you mean gguf"),
     ):
         with pytest.raises(UserError, match=sentence):
-            export_run(finished, format, tmp_path / "out", None, quietly, dtype)
+            export_run(finished, format, tmp_path / "out", None, dtype)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -306,7 +302,7 @@ def test_a_full_disk_is_told_before_tensors_are_converted(finished, tmp_path, mo
     monkeypatch.setattr("os.posix_fallocate", full)
     monkeypatch.setattr("fedloom.models.gguf.model._as_kind", None)
     with pytest.raises(OSError, match="No space left"):
-        export_run(finished, "gguf", tmp_path / "out", None, quietly)
+        export_run(finished, "gguf", tmp_path / "out", None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fedloom.common.logs import heard_by
 from fedloom.messages import wire
 from fedloom.messages.types import Assignment, Failure, Payload, Update
 from fedloom.runtimes import versions
@@ -57,8 +58,9 @@ def assignments(*clients, round=1, numel=3):
 def federation(tmp_path, trainers, patience=BRISK, policy=None, leave=lambda dead: False):
     link = Sites(tmp_path, trainers, policy)
     said = []
-    runtime = Distributed(link, {f"client-{s}": s for s in trainers}, list(trainers), patience, said.append, leave)
-    counts = runtime.greet(RECIPE, "0" * 32)
+    with heard_by(said.append):
+        runtime = Distributed(link, {f"client-{s}": s for s in trainers}, list(trainers), patience, leave)
+        counts = runtime.greet(RECIPE, "0" * 32)
     return link, runtime, counts, said
 
 
@@ -161,8 +163,8 @@ def test_a_site_keeps_the_deadline_itself_when_the_server_is_gone(tmp_path):
     link.close()
 
 
-def test_a_silent_site_is_lost_then_absent_then_taken_back(tmp_path):
-    link, runtime, _, said = federation(tmp_path, {"a": echo, "b": echo})
+def test_a_silent_site_is_lost_then_absent_then_taken_back(tmp_path, caplog):
+    link, runtime, _, _ = federation(tmp_path, {"a": echo, "b": echo})
     link.silent.add("a")
     began, before = time.monotonic(), len(link.log)
     assert outcomes(runtime, "client-a")["client-a"].reason == "lost"
@@ -173,7 +175,7 @@ def test_a_silent_site_is_lost_then_absent_then_taken_back(tmp_path):
     assert link.log[before:] == [("a", "hello")], "a site that is known to be dead is asked once and not waited for"
     link.silent.clear()
     assert isinstance(outcomes(runtime, "client-a", round=3)["client-a"], Update)
-    assert said == ["a is lost: it is asked again in the next round", "a is back"]
+    assert caplog.messages == ["a is lost: it is asked again in the next round", "a is back"]
     link.close()
 
 
@@ -295,8 +297,9 @@ def test_a_site_that_only_ever_asks_for_the_recipe_is_no_site(tmp_path):
     link.ask = lambda site, header, data, timeout: (
         Answer({"state": "unprepared"}) if header["verb"] == "put" else ask(site, header, data, timeout)
     )
-    runtime = Distributed(link, {"client-a": "a"}, ["a"], BRISK, (said := []).append)
-    assert runtime.greet(RECIPE, "0" * 32) == {}
+    runtime = Distributed(link, {"client-a": "a"}, ["a"], BRISK)
+    with heard_by((said := []).append):
+        assert runtime.greet(RECIPE, "0" * 32) == {}
     assert "bad_message" in said[0]
     link.close()
 
@@ -312,12 +315,10 @@ def test_an_account_of_data_that_cannot_be_is_no_account(tmp_path, counts):
     link.close()
 
 
-def test_versions_that_do_not_match_are_refused_with_a_sentence_on_both_sides(tmp_path, monkeypatch):
+def test_versions_that_do_not_match_are_refused_with_a_sentence_on_both_sides(tmp_path, monkeypatch, caplog):
     link = Sites(tmp_path, {"a": echo, "b": echo})
     here = versions.own()
-    runtime = Distributed(
-        Lying(link, hello=lambda a: a), {"client-a": "a", "client-b": "b"}, ["a", "b"], BRISK, (said := []).append
-    )
+    runtime = Distributed(Lying(link, hello=lambda a: a), {"client-a": "a", "client-b": "b"}, ["a", "b"], BRISK)
     ask = link.ask
 
     def older(site, header, data, timeout):
@@ -328,13 +329,13 @@ def test_versions_that_do_not_match_are_refused_with_a_sentence_on_both_sides(tm
 
     monkeypatch.setattr(link, "ask", older)
     assert list(runtime.greet(RECIPE, "0" * 32)) == ["client-b"]
-    assert "(version): fedloom is" in said[0]
-    assert "0.0.1 there" in said[0]
+    assert "(version): fedloom is" in caplog.messages[0]
+    assert "0.0.1 there" in caplog.messages[0]
     agent = link.agents["b"]
     agent.answer({"verb": "hello", "versions": {**here, "torch": "1.0.0"}}, b"")
     refused = agent.answer({"verb": "put", "work": "x", "kind": "work", "offset": 0, "size": 0, "deadline": None}, b"")
     assert refused.header["reason"] == "version"
-    assert "torch is" in link.said[-1]
+    assert "torch is" in caplog.messages[-1]
     link.close()
 
 

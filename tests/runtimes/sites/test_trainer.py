@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -19,7 +20,6 @@ from fedloom.data.splitters import partition
 from fedloom.experiment.run import run
 from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import RunFolder
-from fedloom.federation.watch import Watch
 from fedloom.messages.types import Failure, Payload, Update
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.sites.policy import Policy, Refused
@@ -109,7 +109,7 @@ def test_a_finished_run_is_read_by_a_server_without_its_sites_kernel(tiny_recipe
 
     RunFolder(tmp_path).write_recipe(tiny_recipe({"model.attention": "flex"}))  # personal results stay with the sites
     (tmp_path / "summary.json").write_text("{}")
-    assert result(tmp_path, Watch()).tokenizer is not None
+    assert result(tmp_path).tokenizer is not None
 
 
 def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp_path):
@@ -168,7 +168,8 @@ def test_a_site_has_as_many_ranks_as_it_says(tiny_recipe, tmp_path):
             policy.ranks_of({"runtime": {"ranks": wanted}})
 
 
-def test_a_site_keeps_the_runs_that_were_opened_last(tmp_path, capsys):
+def test_a_site_keeps_the_runs_that_were_opened_last(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     """The present one always, whatever the clock and the folders say; nothing is deleted that is no run's folder."""
     home, runs = tmp_path / "home", [f"{i:032x}" for i in range(5)]
     (home / "runs" / "notes").mkdir(parents=True)
@@ -178,10 +179,10 @@ def test_a_site_keeps_the_runs_that_were_opened_last(tmp_path, capsys):
     for age, run_id in enumerate(runs[:4]):
         (run_folder(home, run_id, 9) / "clients").mkdir()
         os.utime(home / "runs" / run_id, (1000 + age, 1000 + age))
-    capsys.readouterr()
+    caplog.clear()
     run_folder(home, runs[0], 3)  # the oldest is carried on
     assert left(home) == {runs[0], runs[2], runs[3]}
-    assert capsys.readouterr().out.count("keep_runs") == 1
+    assert sum("keep_runs" in text for text in caplog.messages) == 1
     run_folder(home, runs[4], 2)
     assert left(home) == {runs[0], runs[4]}, "what was carried on is newer than what began after it"
     os.utime(home / "runs" / runs[4], (2**33, 2**33))  # a clock that was put back
@@ -238,7 +239,7 @@ def test_a_site_splits_its_own_data(tiny_recipe, tiny_data, tmp_path):
 
 def test_a_shard_round_trips_with_its_order_and_questions(tiny_recipe, tmp_path):
     recipe = tiny_recipe({"evaluation.suite": None})
-    corpus, split = load_data(recipe, lambda text: None)
+    corpus, split = load_data(recipe)
     clients = partition(corpus, split, recipe.seed)
     shard = clients.shards["upper"]
     path = tmp_path / "shard.jsonl"
@@ -279,7 +280,7 @@ def test_a_failure_leaves_as_a_code_unless_the_site_allows_its_words():
     assert Policy.model_validate({}).outgoing(replace(failure, reason="The patient")).reason == "error"
 
 
-def test_a_trainers_error_leaves_as_a_type_and_a_line(tiny_recipe, tmp_path, capsys):
+def test_a_trainers_error_leaves_as_a_type_and_a_line(tiny_recipe, tmp_path, caplog):
     secret = tmp_path / "rows.jsonl"
     secret.write_text('{"instruction": "The patient", "output": 1}\n{"instruction": "x"\n')
     orders = {"recipe": tiny_recipe().resolved(), "run": "0" * 32, "sites": 1}
@@ -288,7 +289,7 @@ def test_a_trainers_error_leaves_as_a_type_and_a_line(tiny_recipe, tmp_path, cap
         header, _ = room.answer("prepare", json.dumps(orders).encode())
         assert (header["state"], header["reason"]) == ("failed", "misconfigured")
         assert where in header["detail"]
-    assert "line 2" in capsys.readouterr().out
+    assert "line 2" in caplog.text
 
 
 def test_a_programming_errors_words_stay_in_the_sites_log(tiny_recipe, tmp_path, monkeypatch, capsys):

@@ -21,12 +21,23 @@ from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
 from fedloom.runtimes.ranks.worker import Worker, command, end_with_parent
+from fedloom.runtimes.sites import agent
 from fedloom.runtimes.sites.agent import Agent
 from fedloom.runtimes.sites.flare.link import attend
 from fedloom.runtimes.sites.policy import Audit, Policy
 from fedloom.runtimes.sites.project import SiteConfig, load_section
 
-log = logging.getLogger("fedloom")
+
+class AgentLog(logging.Handler):
+    """What the agent says, as lines of a file of the site's own. A disk that is full stops nothing."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(record.getMessage() + "\n")
 
 
 class SiteExecutor(Executor):
@@ -57,9 +68,7 @@ def open_agent(site: SiteConfig) -> Agent:
         ranks = site.ranks or policy.ranks_of(recipe)  # what the site itself says needs nobody's leave
         return Worker(command(), home / "trainer.log", policy.max_message_bytes, ranks)
 
-    def say(text: str) -> None:
-        log.info(text)
-        with contextlib.suppress(OSError), (home / "agent.log").open("a", encoding="utf-8") as file:
-            file.write(text + "\n")
-
-    return Agent(start, policy, Audit(home / "audit.jsonl"), say)
+    said = logging.getLogger(agent.__name__)
+    said.addHandler(AgentLog(home / "agent.log"))
+    said.setLevel(logging.INFO)
+    return Agent(start, policy, Audit(home / "audit.jsonl"))

@@ -28,7 +28,7 @@ from nvflare.fuel.f3.streaming.stream_const import StreamHeaderKey
 from fedloom.common.errors import RunFailed
 from fedloom.runtimes.sites.link import PIECE, Answer, Bytes
 
-log = logging.getLogger("fedloom")
+log = logging.getLogger(__name__)
 
 
 CHANNEL = "fedloom"

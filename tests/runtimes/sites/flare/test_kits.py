@@ -324,16 +324,16 @@ def test_a_site_says_how_it_stands_when_that_has_changed(kits, tmp_path, monkeyp
     )
     monkeypatch.setattr("fedloom.runtimes.sites.join.standing", lambda log, pid: found.pop(0))
     said: list[str] = []
-    joined = Joined(kits / "b", said.append)
+    joined = Joined(kits / "b")
     found += [None, SILENT, CONNECTED, SILENT, SILENT, SILENT, CONNECTED, CONNECTED, None, CONNECTED, CONNECTED]
     while found:
-        joined.look()
+        said += joined.look()
     assert said == [SILENT, CONNECTED]
     found = [REVOKED, None, REVOKED, None, CONNECTED, None]
     monkeypatch.setattr("fedloom.runtimes.sites.join.standing", lambda log, pid: found.pop(0))
     while found:
         joined._began, joined._service.alive = -1e9, False  # it ran for long, and ended
-        joined.look()
+        said += joined.look()
     assert said[2:] == [REVOKED, "the site's service ended; it is started again"]
     with pytest.raises(UserError, match=r"another `fedloom join` uses .*b: end that one first"):
         Joined(kits / "b")
