@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.test_layers import LAYERS
+
 ROOT = Path(__file__).parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 TARGETS = set(re.findall(r"^([a-z-]+):", MAKEFILE, re.MULTILINE))
@@ -42,10 +44,12 @@ def test_the_workflow_runs_every_step_of_check():
     assert job["steps"][-1]["run"] == "make ${{ matrix.target }}"
 
 
-def test_contributing_names_every_package_once():
-    packages = {p.parent.name for p in (ROOT / "fedloom").glob("*/__init__.py")}
-    named = re.findall(r"^\| \d+ \| `(\w+)/` \|", read("CONTRIBUTING.md"), re.MULTILINE)
-    assert sorted(named) == sorted(packages - {"testing"})
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md"])
+def test_a_table_of_layers_is_that_of_the_layers_test(page):
+    rows = re.findall(r"^\| (\d+) \| `(\w+)/` \|", read(page), re.MULTILINE)
+    layers = [(level, part) for level, parts in enumerate(LAYERS, 1) for part in parts]
+    packages = {(level, part) for level, part in layers if (ROOT / "fedloom" / part).is_dir() and part != "testing"}
+    assert sorted((int(level), part) for level, part in rows) == sorted(packages)
 
 
 def test_the_citation_has_what_the_format_wants():

@@ -155,7 +155,6 @@ UNTESTED = [
     "runtimes/sites/flare/services",
     "runtimes/sites/join",
     "runtimes/sites/link",
-    "runtimes/sites/order",
     "runtimes/sites/project",
     "runtimes/sites/supervisor",
     "runtimes/versions",

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from fedloom.common.errors import UserError
 from fedloom.common.files import locked, write_json
 from fedloom.common.yaml import load_yaml
+from fedloom.runtimes.sites.project import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS
 
 #: In a run's folder: what belongs to the federation and not to the run itself.
 FEDERATION = "federation"
@@ -39,6 +40,10 @@ class Order:
         return cls(**json.loads(path.read_text(encoding="utf-8")))
 
 
+#: Role of a kit → the classes of this package that its engine loads.
+CLASSES = {"server": {SERVER_CLASS}, "site": {SITE_CLASS, LAUNCHER_CLASS}}
+
+
 #: The outcome of a job after which the next one goes on.
 AGAIN = -1
 
@@ -65,14 +70,39 @@ class Lines:
 
 
 def kit_file(kit: Path, role: str) -> dict[str, Any]:
-    """What a kit says of itself. Raises UserError where it is none, or another party's."""
+    """Read a kit's kit.yaml.
+
+    Raises:
+        UserError: the folder is no kit, another party's kit, or a kit that another release of fedloom provisioned.
+    """
     try:
         values = load_yaml((kit / "kit.yaml").read_text(encoding="utf-8"))
     except OSError:
         raise UserError(f"{kit} is no kit: give a folder that `fedloom provision` made") from None
     if values["role"] != role:
         raise UserError(f"{kit} is the {values['role']}'s kit, and the {role}'s is needed here")
+    _check_classes(kit, role)
     return dict(values)
+
+
+def _check_classes(kit: Path, role: str) -> None:
+    """Reject a kit whose engine would load classes that this release does not have. The engine itself reports no reason."""
+    try:
+        resources = json.loads((kit / "local" / "resources.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # not ours to judge: an admin's kit has none
+        return
+    paths = [component.get("path") for component in resources.get("components", [])]
+    named = {
+        *resources.get("class_allow_list", []),
+        *(p for p in paths if isinstance(p, str) and p.startswith("fedloom.")),
+    }
+    if role in CLASSES and named != CLASSES[role]:
+        wrong = ", ".join(sorted(named ^ CLASSES[role]))
+        bring = " and copy this site's kit.yaml and local/resources.json into this folder" if role == "site" else ""
+        raise UserError(
+            f"{kit} was provisioned by another release of fedloom (local/resources.json differs in {wrong}). "
+            f"Run `fedloom provision` again into the folder of the kits{bring}; certificates and settings stay"
+        )
 
 
 def hold(kit: Path, command: str) -> TextIO:

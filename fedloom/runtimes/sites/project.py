@@ -27,6 +27,12 @@ HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 KIT_FILE = "kit.yaml"
 
 
+#: In a kit's local/resources.json: the classes that the engine may load. A release that moves them needs new kits.
+SERVER_CLASS = "fedloom.experiment.sites.RunJob"
+SITE_CLASS = "fedloom.runtimes.sites.flare.executor.SiteExecutor"
+LAUNCHER_CLASS = "fedloom.runtimes.sites.flare.launcher.RestartingLauncher"
+
+
 class ServerConfig(Section):
     host: str = Field("localhost", description="the name by which sites reach the server; it stands in its certificate")
     port: int = Field(8002, ge=1, le=65535, description="the one port that sites connect to")

@@ -31,16 +31,7 @@ from fedloom.common.errors import UserError
 from fedloom.common.yaml import dump_yaml
 from fedloom.runtimes import versions
 from fedloom.runtimes.sites.policy import Policy
-from fedloom.runtimes.sites.project import KIT_FILE, Project
-
-SERVER_CLASS = "fedloom.experiment.sites.RunJob"
-
-
-SITE_CLASS = "fedloom.runtimes.sites.flare.executor.SiteExecutor"
-
-
-LAUNCHER_CLASS = "fedloom.runtimes.sites.flare.launcher.RestartingLauncher"
-
+from fedloom.runtimes.sites.project import KIT_FILE, LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS, Project
 
 #: What the project's administrator may do at a site: begin and end our job, and see that it runs. Nobody else anything.
 PERMISSIONS = {

@@ -24,8 +24,8 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedloom.common.errors import RunFailed
 from fedloom.common.files import write_json
-from fedloom.runtimes.sites.flare.kits import SERVER_CLASS, SITE_CLASS
 from fedloom.runtimes.sites.flare.launcher import clear_jobs
+from fedloom.runtimes.sites.project import SERVER_CLASS, SITE_CLASS
 
 #: Messages are large and come in any order. Blocks over 4 MB are mapped one by one, so that what is freed goes back to the
 #: system instead of into holes of the heap (without a threshold that is set, glibc raises it to 32 MB by itself); and in
