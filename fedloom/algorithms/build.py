@@ -21,22 +21,23 @@ def make(recipe: Recipe) -> Algorithm:
     privacy = recipe.privacy
     if privacy is None:
         return inner
-    check_private(name)
+    accounting.library()
+    if not can_be_private(name):
+        raise UserError(not_private(name))
     # Before the split is known there is no expected number: what is made then is only looked at.
     return Private(inner, privacy, recipe.federation.sampled(privacy.population or 1))
 
 
-def check_private(name: str) -> None:
-    """Raises UserError where the algorithm is no plain sum over clients, or nothing could count what is spent."""
-    accounting.library()
-    if not _can_be_private(name):
-        able = ", ".join(n for n in registry.algorithms.names() if _can_be_private(n))
-        raise UserError(
-            f"privacy needs an algorithm that is a plain sum over clients, which {name} is not: use one of {able}, or set "
-            "privacy=null"
-        )
-
-
-def _can_be_private(name: str) -> bool:
+def can_be_private(name: str) -> bool:
+    """Whether an algorithm is a plain sum over clients, so that what is spent can be counted."""
     properties = registry.algorithms.get(name).properties
     return bool(properties.linear_sum and not properties.pooled)
+
+
+def not_private(name: str) -> str:
+    """The sentence for one that is not."""
+    able = ", ".join(n for n in registry.algorithms.names() if can_be_private(n))
+    return (
+        f"privacy needs an algorithm that is a plain sum over clients, which {name} is not: use one of {able}, or set "
+        "privacy=null"
+    )

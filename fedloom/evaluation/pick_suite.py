@@ -10,28 +10,25 @@ from fedloom.evaluation.suites import Suite
 from fedloom.recipe.recipe import Recipe
 
 
-def check_suite(wanted: str | None) -> None:
-    """Raise UserError for a suite that no run can measure every round. `wanted` is the recipe's: a name, auto or None."""
-    if wanted is None or wanted == "auto":
-        return
-    if wanted in registry.task_suites and wanted not in registry.suites:
-        raise UserError(
-            f"evaluation.suite={wanted} is measured once, after the run: `fedloom evaluate RUN --suite {wanted}`; a run can "
-            f"measure {', '.join(registry.suites.names())} every round"
-        )
-    registry.suites.get(wanted)
+def measured_once(suite: str) -> str:
+    """The sentence for a recipe whose suite is a public benchmark."""
+    return (
+        f"evaluation.suite={suite} is measured once, after the run: `fedloom evaluate RUN --suite {suite}`; a run can "
+        f"measure {', '.join(registry.suites.names())} every round"
+    )
 
 
 def pick_suite(recipe: Recipe, corpus: Corpus, without: str = "") -> tuple[Suite | None, str]:
-    """The paired evaluation; or None, and why there is none.
+    """Pick the paired evaluation; or None, and say why there is none. Raises UserError for an unknown suite.
 
     Args:
         without: why a corpus without a suite has none; empty asks the corpus's source.
     """
     wanted = recipe.evaluation.suite
-    check_suite(wanted)
     if wanted is None:
         return None, "the recipe asks for no score (evaluation.suite=null)"
+    if wanted in registry.task_suites and wanted not in registry.suites:
+        raise UserError(measured_once(wanted))
     if wanted != "auto":
         return registry.suites.get(wanted), ""
     if corpus.suite is not None:

@@ -15,6 +15,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedloom.common.errors import UserError
 from fedloom.data.shard_file import write_shard
@@ -108,7 +109,8 @@ def _serve_here(
                         log.info(f"{site}: {text}")
 
         server = Server.open(kits / "server", None)
-        serve(server, recipe, out, resume=resume, overwrite=overwrite, watch=watch, wait=300.0, during=look)
+        how: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "watch": watch}
+        serve(server, recipe, out, **how, wait=300.0, during=look, dealt=True)
     finally:
         for one in joined.values():
             one.close()

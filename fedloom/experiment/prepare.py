@@ -1,11 +1,12 @@
 """From a recipe to data, algorithm and model, wherever the clients are. What cannot be is refused on the way.
 
-    check_recipe   what the recipe alone tells
-    Source.find    the data, as far as they are known without a model: here a corpus and its split, of sites their names
-    settle         what the recipe leaves open and the data decide; then the algorithm
-    server_model   the frozen base with one adapter in it
-    _probe         what the recipe leaves open and only the model can tell
-    Source.join    sites are told the recipe, and tell how much data they have
+    check_recipe      refuse what the recipe alone rules out
+    Source.find       the data, as far as they are known without a model: here a corpus and its split, of sites their names
+    settle            what the recipe leaves open and the data decide; then the algorithm, check_data, the schedule
+    server_model      the frozen base with one adapter in it
+    _probe            what the recipe leaves open and only the model can tell; then check_model
+    Source.tokenise   each client's tokens and questions
+    Source.join       sites are told the recipe, and report how much data they have
 
 Three recipes pass through here: the one that was given, `settled.recipe` and, with nothing left open, `resolved`. Values
 are settled in two places because kernels, packing and cohorts are tried on the model, and the model's own adapter follows
@@ -28,7 +29,8 @@ from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.evaluation.suites import Suite
-from fedloom.federation.checks import check_ranks, check_recipe
+from fedloom.federation.checks import check_data, check_model, check_recipe
+from fedloom.federation.checks.facts import ModelFacts
 from fedloom.federation.cohorts import alone_by_recipe, choose_cohort
 from fedloom.federation.hooks.calls import check_hooks
 from fedloom.federation.rounds.devices import Fleet, make_fleet, pace_of, with_room
@@ -39,9 +41,9 @@ from fedloom.federation.watch import Watch
 from fedloom.federation.workplace import Found, find_data, holders, open_models, open_template, tokenise_data
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
-from fedloom.recipe.recipe import Recipe
+from fedloom.recipe.recipe import Recipe, TrainConfig
 from fedloom.training.precision import choose_precision
-from fedloom.training.probes import check_positions, check_sparing, choose_packing, settle_attention
+from fedloom.training.probes import choose_packing, settle_attention
 
 log = logging.getLogger(__name__)
 
@@ -154,21 +156,25 @@ def _prepared(recipe: Recipe, source: Source, models: Models | None) -> Setting:
     # A frozen base with one adapter in it, and how it is spoken to.
     models = models or source.open_models(settled.recipe)
     model = algorithm.server_model(models)
-    schedule = with_room(settled.recipe, settled.schedule, settled.fleet, model)
-    check_positions(settled.recipe, model)
-    check_hooks(settled.recipe, algorithm, holders(settled.recipe, found))
     template = open_template(settled.recipe, model.tokenizer)
     for note in registry.notes():
         log.warning(note)
 
     # What only the model can tell; cohorts are timed on the clients' own tokens.
-    probed = {"data.template": template.style, **_probe(settled.recipe, model, source.elsewhere)}
+    attention, train = _probe(settled.recipe, model, source.elsewhere)
+    check_model(ModelFacts(settled.recipe, train, model, settled.schedule, settled.fleet, source.elsewhere))
+    check_hooks(settled.recipe, algorithm, holders(settled.recipe, found))
+    schedule = with_room(settled.recipe, settled.schedule, settled.fleet, model)
     data = source.tokenise(settled.recipe, found, template)
-    if settled.recipe.train.cohort != "off":
-        packing = probed["train.packing"]
-        probed["train.cohort"] = choose_cohort(settled.recipe, packing, model, data, schedule)
-    resolved = settled.recipe.with_values(probed)
-    check_sparing(resolved, model, elsewhere=source.elsewhere)
+    resolved = settled.recipe.with_values(
+        {
+            "data.template": template.style,
+            "model.attention": attention,
+            "train.precision": train.precision,
+            "train.packing": train.packing,
+            "train.cohort": choose_cohort(settled.recipe, train.packing, model, data, schedule),
+        }
+    )
 
     setting = Setting(
         resolved, found.corpus, found.clients, data, models, model, algorithm, template, found.suite, found.score_note,
@@ -198,19 +204,23 @@ def settle(recipe: Recipe, found: Found) -> Settled:
     stated = recipe.with_values(values)
     if stated.privacy is not None:
         notes += describe_privacy(stated.privacy)
-    check_ranks(stated, found.clients)
     algorithm = make(stated)
+    check_data(stated, algorithm, found.clients)
     return Settled(stated, algorithm, make_schedule(stated, algorithm, found.clients), fleet, notes)
 
 
-def _probe(recipe: Recipe, model: AdaptedModel, elsewhere: bool) -> dict[str, Any]:
-    """What only the model can tell. Kernel and precision are each site's own choice."""
-    values: dict[str, Any] = {}
+def _probe(recipe: Recipe, model: AdaptedModel, elsewhere: bool) -> tuple[str, TrainConfig]:
+    """Try the model: the kernel of packed batches, and the section `train` with precision and packing chosen.
+
+    Kernel and precision stay open where clients are elsewhere, for each site chooses its own.
+    """
+    attention: str = recipe.model.attention
+    precision: str = recipe.train.precision
     if not elsewhere:
-        precision = choose_precision(recipe.train.precision, model.device)
-        attention = settle_attention(recipe.model.attention, model, precision)
-        values = {"train.precision": precision, "model.attention": attention}
-    return {**values, "train.packing": choose_packing(recipe.train.packing, model)}
+        precision = choose_precision(precision, model.device)
+        attention = settle_attention(attention, model, precision)
+    packing = choose_packing(recipe.train.packing, model)
+    return attention, recipe.train.model_copy(update={"precision": precision, "packing": packing})
 
 
 def _threads(recipe: Recipe) -> int:

@@ -189,5 +189,5 @@ def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, A
     log.info("tuning the same layers of the full model, to compare with (algorithm.reference=false leaves this out)")
     quiet = Watch(tick=watch.tick)
     with reworded(lambda text: f"reference: {text}"), opened(path, resume=resume, overwrite=False) as inner:
-        recipe = resumed(inner, recipe) if resume else recipe
-        return _run(prepare(recipe, quiet, models=setting.models), inner, resume, quiet).summary
+        wanted = resumed(inner, recipe) if resume else recipe
+        return _run(prepare(wanted, quiet, models=setting.models), inner, resume, quiet).summary

@@ -4,43 +4,27 @@
         │                                        │ says, events, progress: lines of a file
         └── shows them; begins the job again from the last checkpoint when it was lost, or when a site is back
 
-The server holds no example of anybody. What it knows of a site's data is five numbers. This file does not know how a
-site works, nor what certificates are.
+What the server knows of the sites' data is in site_data.py. This file does not know how a site works, nor what certificates
+are.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import shutil
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
-from fedloom.algorithms.base import Algorithm
-from fedloom.common import registry
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import write_json
-from fedloom.data.corpus import SITES, Corpus, Partition, Shard
-from fedloom.data.federated import FederatedData
-from fedloom.data.prompts import Template
-from fedloom.data.tokenization import tokenise
-from fedloom.evaluation.pick_suite import pick_suite
-from fedloom.experiment.prepare import Setting, settle
 from fedloom.experiment.run import run
-from fedloom.federation.checks import check_recipe
-from fedloom.federation.hooks.calls import check_hooks, for_clients
-from fedloom.federation.record.run_folder import RunFolder, opened, resumed
-from fedloom.federation.rounds.schedule import Schedule, make_schedule
+from fedloom.experiment.site_data import Sites, check
+from fedloom.federation.checks.ignored import ignored
+from fedloom.federation.record.run_folder import opened, resumed
 from fedloom.federation.watch import Watch
-from fedloom.federation.workplace import Found, open_models
-from fedloom.models.attach import Models
-from fedloom.models.emulator import shipping
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.ranks.worker import end_with_parent
 from fedloom.runtimes.sites.exchange import Patience
@@ -55,115 +39,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds that a site has to load model and data, whatever the round's deadline.
 LOADING = 600.0
-
-
-class Sites:
-    """The data are at sites (`prepare.Source`): this process knows their clients' names, and later how much they have.
-
-    Args:
-        folder: the run's folder.
-        resume: the run goes on, so that sites find their state of it again.
-    """
-
-    elsewhere = True
-
-    def __init__(self, runtime: Distributed, folder: Path, resume: bool) -> None:
-        self._runtime = runtime
-        self._folder = RunFolder(folder)
-        self._resume = resume
-
-    def find(self, recipe: Recipe) -> Found:
-        return find_at_sites(recipe, self._runtime.clients)
-
-    def open_models(self, recipe: Recipe) -> Models:
-        """Each site chooses its kernel; here the model only tells whether it keeps sequences apart."""
-        plain = recipe.model.model_copy(update={"attention": "sdpa"})
-        return open_models(recipe.model_copy(update={"model": plain}))
-
-    def tokenise(self, recipe: Recipe, found: Found, template: Template) -> FederatedData:
-        return FederatedData(
-            found.corpus, tokenise(found.corpus, template, recipe.data.max_length, None), found.clients, {}
-        )
-
-    def join(self, setting: Setting) -> Setting:
-        """Give every site the recipe; who takes part, and with how much data, is known afterwards.
-
-        Raises UserError where a hook or the schedule cannot work with these data, and RunFailed where too few sites are
-        there.
-        """
-        recipe, algorithm, everybody = setting.recipe, setting.algorithm, setting.clients
-        log.info("asking the sites about their data")
-        # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
-        files = shipping.tokenizer_files(setting.model.tokenizer) if algorithm.properties.offsite else {}
-        counts = self._runtime.greet(for_clients(recipe), run_id(self._folder, recipe, self._resume), files)
-        clients = Partition({c: _shard(counts[c]) for c in everybody.clients if c in counts}, "sites", recipe.seed)
-        if not clients.training_clients:
-            raise RunFailed("no site with training data takes part: see the sites' own logs")
-        if recipe.privacy is not None and clients.training_clients != everybody.training_clients:
-            raise RunFailed(
-                "a private run begins with all its sites, since what it promises was computed for their number: start it "
-                "again once they are there"
-            )
-        schedule = _schedule(recipe, algorithm, clients)
-        check_hooks(recipe, algorithm, clients)
-        data = FederatedData(setting.data.corpus, setting.data.sequences, clients, {})
-        return replace(
-            setting, clients=clients, data=data, schedule=schedule, split=_split(clients), runtime=self._runtime
-        )
-
-
-def find_at_sites(recipe: Recipe, clients: Sequence[str]) -> Found:
-    """What is known of sites' data before they are asked: whose they are. Each is taken to have some of every kind."""
-    everybody = Partition({c: Shard((0,), (0,), (0,)) for c in clients}, "sites", recipe.seed)
-    named = registry.corpora.get(recipe.data.corpus).suite if recipe.data.corpus else None
-    corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", SITES, named)
-    suite, note = pick_suite(
-        recipe, corpus, "the sites' data has no paired evaluation; name a suite in evaluation.suite if one fits"
-    )
-    return Found(
-        corpus, everybody, suite, note, _split(everybody), {"evaluation.answers": 0}
-    )  # texts stay where they are
-
-
-def _schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
-    """With all sites it could be made: what stands against it now is that some are missing."""
-    try:
-        return make_schedule(recipe, algorithm, clients)
-    except UserError:
-        raise RunFailed(
-            f"{len(clients.training_clients)} sites take part and a round needs {recipe.federation.min_clients} updates "
-            "(federation.min_clients): finished rounds are kept, go on with --resume once the others are there"
-        ) from None
-
-
-def check(recipe: Recipe, clients: Sequence[str]) -> None:
-    """Raise UserError for what the server can refuse before it starts anything. `clients`: of the project's sites."""
-    check_recipe(recipe)
-    settle(recipe, find_at_sites(recipe, clients))
-
-
-def _shard(counts: Mapping[str, int]) -> Shard:
-    """Numbers as places without examples: the site alone knows what stands there."""
-    return Shard(*(tuple(range(counts[part])) for part in ("train", "validation", "test")))
-
-
-def _split(clients: Partition) -> dict[str, Any]:
-    """split.json: sizes; a site's categories stay with it."""
-    rows = [
-        {"client": c, "train": len(s.train), "validation": len(s.validation), "test": len(s.test), "categories": {}}
-        for c, s in clients.shards.items()
-    ]
-    return {"splitter": "sites", "seed": clients.seed, "categories": [], "clients": rows}
-
-
-def run_id(folder: RunFolder, recipe: Recipe, resume: bool) -> str:
-    """What sites keep their state of this run under: made when the run begins, found again when it is resumed."""
-    path = folder / FEDERATION / "run.json"
-    if resume and path.is_file():
-        return str(json.loads(path.read_text(encoding="utf-8"))["run"])
-    made = hashlib.sha256(f"{recipe.to_yaml()}/{time.time_ns()}/{os.getpid()}".encode()).hexdigest()[:32]
-    write_json(path, {"run": made})
-    return made
 
 
 # ---------------------------------------------------------------------------- inside the engine's job
@@ -235,12 +110,14 @@ def serve(
     watch: Watch,
     wait: float | None,
     during: Callable[[], None] = lambda: None,
+    dealt: bool = False,
 ) -> None:
     """Run a recipe among the project's sites.
 
     Args:
         wait: seconds until the run begins without the sites that are missing; None waits for all of them.
         during: called twice a second.
+        dealt: the sites' data come from the recipe's corpus, which was split among them.
 
     Raises:
         UserError: the recipe asks for what cannot be.
@@ -248,6 +125,8 @@ def serve(
     """
     with opened(out, resume=resume, overwrite=overwrite) as run_folder:
         check(resumed(run_folder, recipe) if resume else recipe, tuple(server.project.clients))
+    for sentence in ignored(recipe, dealt=dealt):
+        log.warning(sentence)
     lock = hold(server.kit, "serve")
     (out / FEDERATION).mkdir(parents=True, exist_ok=True)
     exchange = server.kit / "run"

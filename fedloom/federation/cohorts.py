@@ -10,7 +10,6 @@ import logging
 from collections.abc import Sequence
 
 from fedloom.common import registry
-from fedloom.common.errors import UserError
 from fedloom.data.batching import Batch, Plan, collate, round_indices
 from fedloom.data.federated import FederatedData
 from fedloom.federation.hooks.calls import Hooks
@@ -51,12 +50,6 @@ def alone_by_recipe(recipe: Recipe) -> str:
     return next((why for why, holds in reasons.items() if holds), "")
 
 
-def check_cohort(wanted: int | str, why: str) -> None:
-    """Refuse a number of clients that cannot train together. `why` is half a sentence, empty where they can."""
-    if why and wanted not in ("off", "auto"):
-        raise UserError(f"train.cohort={wanted} cannot be used: {why}; set train.cohort=off (docs/cohort.md)")
-
-
 def choose_cohort(
     recipe: Recipe, packing: str, model: AdaptedModel, data: FederatedData, schedule: Schedule
 ) -> int | str:
@@ -64,18 +57,12 @@ def choose_cohort(
 
     Args:
         packing: whether batches are padding-free: on or off.
-
-    Raises UserError where the recipe asks for a number of clients that this model cannot train together.
     """
-    wanted = recipe.train.cohort
-    if wanted == "off":
-        return wanted
+    if recipe.train.cohort != "auto":
+        return recipe.train.cohort
     why = "this model's batches are padded" if packing == "off" else refusal(model)
     if not why and schedule.sampled() < COHORTS[0]:
         why = f"a round has {schedule.sampled()} client"
-    check_cohort(wanted, why)
-    if wanted != "auto":
-        return wanted
     if why:
         log.warning(f"every client trains alone: {why}")
         return "off"

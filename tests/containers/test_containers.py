@@ -22,7 +22,7 @@ import yaml
 
 from fedloom.cli.app import app
 from fedloom.data.loading import load_corpus
-from fedloom.experiment.sites import check
+from fedloom.experiment.site_data import check
 from fedloom.recipe.recipe import DataConfig, Recipe
 from fedloom.runtimes.sites.project import Project
 from tests.helpers import ROOT

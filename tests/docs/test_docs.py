@@ -25,7 +25,11 @@ def test_the_generated_pages_are_what_the_code_says():
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     pages = generate.pages()
-    assert {p.relative_to(ROOT).as_posix() for p in pages} == {"docs/recipes.md", "docs/algorithms/README.md"}
+    assert {p.relative_to(ROOT).as_posix() for p in pages} == {
+        "docs/recipes.md",
+        "docs/refusals.md",
+        "docs/algorithms/README.md",
+    }
     for path, text in pages.items():
         assert path.read_text(encoding="utf-8") == text, "run `make docs`"
     table = (ROOT / "docs" / "algorithms" / "README.md").read_text(encoding="utf-8")

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 from fedloom.experiment.run import Result, run
+from fedloom.experiment.site_data import Sites as SiteData
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.ranks.worker import Worker, WorkerLost
 from fedloom.runtimes.sites.agent import Agent
@@ -84,8 +85,6 @@ def between_sites(
     Args:
         processes: clients whose trainer is a process, or several, and what starts it for a recipe.
     """
-    from fedloom.experiment import sites as serving
-
     policy, turn = Policy.model_validate({}), Lock()  # trainers are processes; threads would share transformers' state
 
     def trainer(client: str, path: Path) -> Callable[..., tuple[dict[str, Any], bytes]]:
@@ -105,7 +104,7 @@ def between_sites(
     runtime = Distributed(link, {c: c for c in files}, list(files), Patience(poll=0.5))
     try:
         distributed = recipe.with_values({"runtime.name": "distributed"})
-        return run(distributed, folder / "run", source=serving.Sites(runtime, folder / "run", False))
+        return run(distributed, folder / "run", source=SiteData(runtime, folder / "run", False))
     finally:
         link.close()
 

@@ -145,7 +145,7 @@ def test_where_memory_is_too_small_clients_train_one_after_another(tiny_recipe, 
     recipe = tiny_recipe({**VALUES, "federation.rounds": 1})
     alone = fedloom.run(recipe.with_values({"train.cohort": "off"}), out=tmp_path / "alone")
     monkeypatch.setattr(Cohort, "_forward", too_much)
-    monkeypatch.setattr(cohorts, "refusal", lambda model: "")
+    monkeypatch.setattr("fedloom.federation.checks.model_rules.refusal", lambda model: "")
     result = fedloom.run(recipe, out=tmp_path / "run")
     assert result.summary["adapter_sha256"] == alone.summary["adapter_sha256"]
 

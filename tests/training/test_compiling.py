@@ -22,8 +22,7 @@ from fedloom.common.errors import UserError
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.experiment.prepare import prepare
-from fedloom.federation.checks import check_algorithm
-from fedloom.federation.cohorts import alone_by_recipe, check_cohort
+from fedloom.federation.checks import check_algorithm, check_recipe
 from fedloom.federation.watch import Watch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import attach
@@ -149,7 +148,7 @@ def test_algorithms_that_it_does_nothing_for_or_would_mislead_are_refused(tiny_r
 def test_cohorts_and_shards_are_refused(tiny_recipe):
     recipe = tiny_recipe({"train.compile": True, "train.cohort": 2})
     with pytest.raises(UserError, match=r"train\.cohort=2 cannot be used: train\.compile=true"):
-        check_cohort(2, alone_by_recipe(recipe))
+        check_recipe(recipe)
     with pytest.raises(UserError, match=r"train\.compile=true cannot be used with runtime\.parallel=fsdp"):
         check_algorithm(tiny_recipe({"train.compile": True, "runtime.ranks": 2, "runtime.parallel": "fsdp"}))
 

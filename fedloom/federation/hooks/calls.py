@@ -45,15 +45,6 @@ def parse_hook(config: HookConfig) -> Hook:
         raise UserError(f"{key}={first['input']!r} is not valid for the hook {config.name}: {said}") from None
 
 
-def check_private_hooks(recipe: Recipe) -> None:
-    """Raise UserError for a hook with a wrong name or option, or a hook that reports data in a private run."""
-    for config in recipe.hooks:
-        if parse_hook(config).tells_of_data and recipe.privacy is not None:
-            raise UserError(
-                f"the hook {config.name} makes numbers that privacy does not cover: leave it out, or set privacy=null"
-            )
-
-
 def check_hooks(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
     """Let every hook refuse a recipe that it cannot serve. Raises UserError.
 

@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.common import registry
 from fedloom.common.errors import UserError
 from fedloom.common.randomness import numpy_generator
 from fedloom.data.corpus import Partition
@@ -40,37 +39,6 @@ log = logging.getLogger(__name__)
 KEPT = {"adamw": 2, "sgd": 0}
 
 
-def check_simulated_devices(recipe: Recipe) -> None:
-    """Refuse devices that nothing simulates, or that the recipe's other settings rule out. Raises UserError."""
-    if recipe.devices is None:
-        if recipe.adapter.ranks == "by device":
-            raise UserError(
-                'adapter.ranks="by device" needs devices: add a devices section, or give each client its rank'
-            )
-        return
-    name = recipe.algorithm.name
-    properties = registry.algorithms.get(name).properties
-    if not registry.runtimes.get(recipe.runtime.name).capabilities.virtual:
-        raise UserError(
-            f"devices are simulated, and time is real with runtime.name={recipe.runtime.name}: use runtime.name=simulator, "
-            "or leave devices out"
-        )
-    if recipe.privacy is not None:
-        raise UserError(
-            "devices cannot be used with privacy, whose accountant does not know who is there or late: leave one of them "
-            "out"
-        )
-    if properties.pooled or properties.offsite:
-        why = (
-            "trains on everybody's data in one place" if properties.pooled else "sends an emulator anew after a restart"
-        )
-        raise UserError(f"devices cannot be used with algorithm {name}, which {why}: leave devices out")
-    if properties.asynchronous and recipe.devices.deadline is not None:
-        raise UserError(
-            f"devices.deadline={recipe.devices.deadline:g} but algorithm {name} waits for nobody: leave devices.deadline out"
-        )
-
-
 def make_fleet(recipe: Recipe, clients: Partition) -> Fleet | None:
     """Draw the device of every client that trains; None for a recipe without devices. Raises UserError for a bad trace."""
     return Fleet(recipe.devices, clients.training_clients, recipe.seed) if recipe.devices is not None else None
@@ -83,39 +51,27 @@ def pace_of(recipe: Recipe, algorithm: Algorithm, fleet: Fleet | None) -> Pace |
     return fleet
 
 
-def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: AdaptedModel) -> Schedule:
-    """The schedule without clients whose memory does not hold the model. Raises UserError where too few are left.
+def bytes_needed(recipe: Recipe, model: AdaptedModel) -> int:
+    """Bytes of memory that training takes on a client's device.
 
     Counted are the weights as they are in memory, and of each trained number its gradient and the optimiser's moments.
     Activations are not: they follow the batch.
     """
+    base = sum(p.numel() * p.element_size() for p in model.module.parameters())
+    return int(base) + 4 * model.adapter.layout.numel * (1 + KEPT[recipe.train.optimizer])
+
+
+def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: AdaptedModel) -> Schedule:
+    """Leave out the clients whose memory does not hold the model, and sample among those who are there."""
     if fleet is None:
         return schedule
-    base = sum(p.numel() * p.element_size() for p in model.module.parameters())
-    needed = base + 4 * model.adapter.layout.numel * (1 + KEPT[recipe.train.optimizer])
+    needed = bytes_needed(recipe, model)
     small = frozenset(fleet.without_room(needed))
     training = tuple(c for c in schedule.training if c not in small)
     if small:
         log.warning(
             f"{len(small)} of {len(schedule.training)} clients have no room for the model ({needed:,} bytes) "
             "and are never sampled"
-        )
-    fewest = max(1, schedule.federation.min_clients)
-    if len(training) < fewest:
-        raise UserError(
-            f"only {len(training)} clients have the {needed:,} bytes that this model takes and {fewest} are needed: "
-            "raise devices.memory.median, or take a smaller model"
-        )
-    coming = sum(fleet.comes_back(c) for c in training)
-    if coming < fewest:
-        raise UserError(
-            f"only {coming} of {len(training)} clients can ever be there and end their work, and {fewest} are needed: raise "
-            "available above 0 and lower dropout below 1, in devices or in devices.trace"
-        )
-    share = schedule.federation.clients_per_round
-    if isinstance(share, int) and share > len(training):
-        raise UserError(
-            f"federation.clients_per_round={share} but only {len(training)} clients have room for the model: ask for fewer"
         )
     return replace(schedule, training=training, there=fleet.there)
 

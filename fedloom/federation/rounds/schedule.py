@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from fedloom.algorithms.base import Algorithm
-from fedloom.common.errors import RunFailed, UserError
+from fedloom.common.errors import RunFailed
 from fedloom.common.randomness import numpy_generator, secret_uniform
 from fedloom.data.corpus import Partition
 from fedloom.data.federated import measured_clients
@@ -20,31 +20,16 @@ from fedloom.recipe.recipe import FederationConfig, Recipe
 
 
 def make_schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
-    """Who trains when, and who is measured. Under a pooled baseline one client takes everybody's steps."""
+    """Say who trains when, and who is measured. Under a pooled baseline one client takes everybody's steps.
+
+    Too few clients are refused by federation/checks/, before. Raises UserError for more measured clients than there are.
+    """
     federation = recipe.federation
     training = clients.training_clients
     schedule = Schedule(
         training, clients.testing_clients, federation, recipe.train.steps, recipe.evaluation.every, recipe.seed,
         measured=measured_clients(recipe, clients),
     )  # fmt: skip
-    if schedule.sampled() > len(training):
-        raise UserError(
-            f"federation.clients_per_round={federation.clients_per_round} but only {len(training)} clients hold training "
-            "data: ask for fewer, or split among more (split.num_clients)"
-        )
-    counted, unit = schedule.sampled(), "clients"
-    if algorithm.properties.asynchronous:
-        counted, unit = algorithm.buffer(schedule.sampled()), "updates"
-        if counted > schedule.sampled():
-            raise UserError(
-                f"algorithm.buffer={counted} but only {schedule.sampled()} clients are in flight: lower it, or raise "
-                "federation.clients_per_round"
-            )
-    if federation.min_clients > counted:
-        raise UserError(
-            f"federation.min_clients={federation.min_clients} but a round has {counted} {unit}: "
-            "no round could succeed, lower it"
-        )
     if recipe.privacy is not None:
         return _private_schedule(schedule, recipe.privacy)
     if not algorithm.properties.pooled:
@@ -63,11 +48,6 @@ def _private_schedule(schedule: Schedule, privacy: PrivacyConfig) -> Schedule:
     if privacy.where == "client" or schedule.sampled() == len(schedule.training):
         return schedule
     federation = schedule.federation
-    if federation.min_clients > 1:
-        raise UserError(
-            f"federation.min_clients={federation.min_clients} cannot be used with privacy and clients_per_round="
-            f"{federation.clients_per_round}: each client is sampled independently, so a round may have fewer; leave it out"
-        )
     return replace(schedule, independent=True, federation=federation.model_copy(update={"min_clients": 0}))
 
 

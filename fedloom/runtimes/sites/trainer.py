@@ -36,9 +36,8 @@ from fedloom.data.loading import for_objective, load_corpus
 from fedloom.data.shard_file import is_shard, read_shard
 from fedloom.data.splitters import divided, select_questions
 from fedloom.data.tokenization import tokenise
-from fedloom.federation.checks import check_devices, check_parallel
+from fedloom.federation.checks import check_site
 from fedloom.federation.client import Client
-from fedloom.federation.hooks.calls import Hooks
 from fedloom.federation.workplace import open_client, open_models, open_store, open_template
 from fedloom.messages import wire
 from fedloom.models.emulator import shipping
@@ -153,9 +152,7 @@ def open_site(
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
     recipe = localised(Recipe.parse(values), site, place.count)
-    Hooks.of_client(recipe.hooks)
-    check_parallel(recipe)
-    check_devices(recipe.runtime)
+    check_site(recipe)
     torch.set_num_threads(recipe.runtime.threads_of_a_rank)
     ranks = place.joined(recipe.runtime.parallel, pick_device(recipe.runtime.device))
     recipe = recipe.with_values({"train.precision": precision_here(recipe.train.precision, ranks)})

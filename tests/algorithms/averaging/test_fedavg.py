@@ -11,8 +11,8 @@ import fedloom
 from fedloom.common import registry
 from fedloom.data.batching import Plan, collate, round_indices
 from fedloom.data.corpus import Partition, Shard
-from fedloom.experiment import run as experiment
 from fedloom.experiment.prepare import Setting, prepare
+from fedloom.federation import workplace
 from fedloom.federation.watch import Watch
 from fedloom.messages.at_rest import load_tensors
 from fedloom.messages.types import Payload, Update
@@ -37,7 +37,7 @@ def split_as(monkeypatch, sizes: dict[str, int]) -> None:
         assert at <= len(corpus.examples)
         return Partition(shards, "uniform", seed)
 
-    monkeypatch.setattr(experiment, "partition", partition)
+    monkeypatch.setattr(workplace, "partition", partition)
 
 
 def trained_alone(setting: Setting, client: str, plan: Plan, indices=None) -> torch.Tensor:

@@ -126,7 +126,7 @@ def test_no_word_of_the_data_is_in_what_the_server_keeps(tiny_recipe, dealt, tmp
 
 
 def test_pooled_data_is_refused_before_anything_is_sent(tiny_recipe):
-    from fedloom.experiment.sites import check
+    from fedloom.experiment.site_data import check
 
     with pytest.raises(UserError, match="pools all clients' data"):
         check(tiny_recipe({"algorithm": "global", "runtime.name": "distributed"}), ["a", "b"])
