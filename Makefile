@@ -9,7 +9,7 @@ PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c co
 # Idle threads sleep; see fedloom/common/environment.py, which sets what else there is.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: quickstart demo-distributed lint types test test-slow test-faults test-gguf check bench docs wheel containers wheelhouse clean
+.PHONY: quickstart demo-distributed lint types test coverage test-slow test-faults test-gguf test-quantised check bench docs wheel containers wheelhouse clean
 
 quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 	$(BIN)/fedloom run quickstart --out runs/quickstart --overwrite
@@ -17,9 +17,15 @@ quickstart: $(VENV)/.run  ## a real model, real federated fine-tuning, a report
 demo-distributed: $(VENV)/.demo  ## a server and three sites on this machine, mutual TLS, and the simulator's adapter
 	$(BIN)/python benchmarks/demo_distributed.py
 
-test: $(VENV)/.dev  ## all tests but those that take minutes, with coverage
+# What `make test` leaves out is counted at its end (tests/helpers/skips.py), each with its target.
+FAST := -m "not slow and not faults and not gguf and not quantised" -n 2 --dist loadgroup
+
+test: $(VENV)/.dev  ## all tests but those that take minutes
+	$(BIN)/python -m pytest -q $(FAST) tests
+
+coverage: $(VENV)/.dev  ## the same tests, and which lines of the package they run
 	rm -f .coverage .coverage.*
-	$(BIN)/python -m pytest -q -m "not slow and not faults and not gguf" -n 2 --dist loadgroup --cov --cov-report=term tests
+	$(BIN)/python -m pytest -q $(FAST) --cov --cov-report=term tests
 
 test-slow: $(VENV)/.dev  ## real models for minutes: learning, resume at random moments
 	$(BIN)/python -m pytest -q -m slow -s tests
@@ -29,6 +35,9 @@ test-faults: $(VENV)/.dev  ## whatever can be killed, full, torn or foreign, and
 
 test-gguf: $(VENV)/.gguf  ## exported files in llama.cpp itself: the same tokens, the same answers; a minute
 	$(BIN)/python -m pytest -q -m gguf tests/llama_cpp
+
+test-quantised: $(VENV)/.quantised  ## 4-bit and 8-bit bases against bitsandbytes' own numbers (a wheel of 43 MB)
+	$(BIN)/python -m pytest -q -m quantised tests/models
 
 lint: $(VENV)/.dev  ## format and lint
 	$(BIN)/ruff format --check fedloom tests containers benchmarks
@@ -82,4 +91,8 @@ $(VENV)/.dev: pyproject.toml constraints.txt
 
 $(VENV)/.gguf: $(VENV)/.dev
 	$(PIP) -e ".[dev,llama-cpp]"
+	touch $@
+
+$(VENV)/.quantised: $(VENV)/.dev
+	$(PIP) -e ".[dev,quantised]"
 	touch $@

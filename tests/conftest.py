@@ -19,6 +19,14 @@ from fedloom.recipe.recipe import ModelConfig, Recipe
 from tests.helpers import tiny
 from tests.helpers.launch import cli, launch_folder, recipe_file  # noqa: F401
 from tests.helpers.quick import loading_once, no_reports, no_waiting  # noqa: F401
+from tests.helpers.skips import (  # noqa: F401
+    pytest_deselected,
+    pytest_make_collect_report,
+    pytest_runtest_makereport,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
 
 #: The cache that downloads go to; every other test has an empty one of its own.
 REAL_HOME = os.environ.get("FEDLOOM_HOME")
@@ -36,6 +44,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if "smollm2" in getattr(item, "fixturenames", ()):  # one worker holds the real model
             item.add_marker(pytest.mark.network)
             item.add_marker(pytest.mark.xdist_group("smollm2"))
+        if any(item.get_closest_marker(name) for name in ("slow", "faults", "gguf")):
+            item.add_marker(pytest.mark.timeout(3600))
         if offline and item.get_closest_marker("network"):
             item.add_marker(pytest.mark.skip(reason="FEDLOOM_OFFLINE=1"))
 

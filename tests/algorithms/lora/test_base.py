@@ -77,9 +77,7 @@ def test_cut_and_padded_are_each_other_s_inverse():
 
 
 def test_an_adapter_that_is_more_than_two_factors_is_refused():
-    of = models(dora=True) if "dora" in type(models().adapter).model_fields else None
-    if of is None:
-        pytest.skip("this version has no adapter with other tensors")
+    of = models(dora=True)
     with pytest.raises(UserError, match="two factors"):
         server("fedit", of=of)
 
