@@ -22,7 +22,7 @@ LAYERS = [
     {"federation"},
     {"runtimes", "reporting"},
     {"experiment"},
-    {"cli"},
+    {"cli", "testing"},
     {"__main__"},
 ]
 

@@ -27,6 +27,7 @@ FACES = {
     "fedloom.messages": "Around BadPayload CannotEncode Cost Failure Operator OperatorOptions Part Payload Update",
     "fedloom.models": "AdaptedModel Adapter Layout Models WeightedMean",
     "fedloom.recipe": "AdapterConfig ModelConfig Recipe SplitConfig TrainConfig",
+    "fedloom.testing": "ContractBroken Report check_algorithm",
     "fedloom.training": "FitResult LocalRun",
 }
 

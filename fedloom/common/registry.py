@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -45,6 +46,22 @@ class Registry:
     def register(self, name: str, target: Any) -> None:
         """Add or replace `name`. `target` is the object itself or ``module:attribute``."""
         self._targets[name] = target
+
+    def forget(self, name: str) -> None:
+        """Take back `register`."""
+        del self._targets[name]
+
+    @contextmanager
+    def replaced(self, name: str, target: Any) -> Iterator[None]:
+        """In this block `name` stands for `target`."""
+        before = self._targets.get(name)
+        self.register(name, target)
+        try:
+            yield
+        finally:
+            self.forget(name)
+            if before is not None:
+                self.register(name, before)
 
     def registered(self, name: str) -> Callable[[Any], Any]:
         """`register` as a decorator."""

@@ -1,5 +1,7 @@
 """The contract: whatever an algorithm declares of itself is tested here, for every registered name.
 
+Most of it is `fedloom.testing`, which checks other people's algorithms too. What needs fedloom's inside is tested here.
+
 Two small algorithms of the tests' own (helpers/merging.py) go through the same suite; they use what no shipped one uses yet: the
 base-weight delta, and personal tensors beside shared ones.
 """
@@ -36,6 +38,8 @@ from fedloom.messages.types import Payload, Update
 from fedloom.models.saved import load_adapted
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.simulator import Simulator
+from fedloom.testing.case import Case
+from fedloom.testing.contract import CHECKS
 from fedloom.training.trainer import LocalRun, fit
 from tests.helpers import merging
 
@@ -146,16 +150,26 @@ def whole(name, tiny_recipe, tmp_path_factory) -> Whole:
     return WHOLE[name]
 
 
+# ------------------------------------------------------------------ what is asked of every package's algorithm
+
+#: Checks of `fedloom.testing`. `neutral` has a stronger one below; two of the classes here have no `about`.
+SHARED_CHECKS = [(n, c) for n in ALL for c in CHECKS if c != "neutral" and not (n in OWN and c == "words")]
+
+
+CASES: dict[str, Case] = {}
+
+
+@pytest.mark.parametrize(("name", "check"), SHARED_CHECKS)
+def test_it_passes_what_check_algorithm_asks(name, check, tiny_recipe, tmp_path_factory):
+    if name not in CASES:
+        recipe = tiny_recipe(
+            {**of(name), "adapter.dropout": 0.1, "train.optimizer_state": "keep", "federation.rounds": 3}
+        )
+        CASES[name] = Case(class_of(name), name, recipe, tmp_path_factory.mktemp("case"))
+    assert CHECKS[check](CASES[name]) == []
+
+
 # ------------------------------------------------------------------ determinism
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_one_seed_gives_the_same_bits_and_another_seed_others(name, whole, tmp_path):
-    first = whole.result
-    torch.manual_seed(123)  # whatever state others leave the global generator in
-    assert run(whole.recipe, tmp_path / "b") == first
-    assert run(whole.recipe.with_values({"seed": 43}), tmp_path / "c")["sha256"] != first["sha256"]
-    assert first["loss"]["after"] != first["loss"]["before"]
 
 
 @pytest.mark.parametrize("name", those(lambda p: p.order_independent))
@@ -181,25 +195,6 @@ def test_the_order_of_the_clients_changes_nothing(name, whole, tmp_path, monkeyp
 # ------------------------------------------------------------------ state
 
 
-class Killed(BaseException):
-    """As sudden as a signal: nothing may catch it."""
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_a_run_killed_in_a_round_goes_on_to_the_same_bits(name, tiny_recipe, tmp_path):
-    recipe = tiny_recipe({**of(name), "train.optimizer_state": "keep", "federation.rounds": 3})
-    expected = run(recipe, tmp_path / "whole")
-
-    def tick(what: str, round: int, done: int, total: int) -> None:
-        if (what, round, done) == ("train", 2, 1):  # one client of round 2 has already kept its state
-            raise Killed
-
-    with pytest.raises(Killed):
-        fedloom.run(recipe, out=tmp_path / "killed", watch=Watch(tick=tick))
-    assert Checkpoints(tmp_path / "killed" / "checkpoints").rounds()[0] == 1
-    assert run(recipe, tmp_path / "killed", resume=True) == expected
-
-
 @pytest.mark.parametrize("name", ALL)
 def test_more_rounds_later_are_more_rounds_at_once(name, tiny_recipe, tmp_path):
     values = {**of(name), "train.schedule": "constant", "train.optimizer_state": "keep"}
@@ -208,23 +203,6 @@ def test_more_rounds_later_are_more_rounds_at_once(name, tiny_recipe, tmp_path):
     extended = run(tiny_recipe(values, **{"federation.rounds": 3}), tmp_path / "run", resume=True)
     assert extended["sha256"] == expected["sha256"]
     assert extended["tensors"] == expected["tensors"]
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_the_servers_state_moves_into_a_new_instance_bit_for_bit(name, whole):
-    stored = server_state(whole.folder)
-    algorithm = prepare(whole.recipe, Watch()).algorithm
-    fresh = from_bytes(to_bytes(algorithm.server_state()))
-    algorithm.load_server_state(from_bytes(to_bytes(stored)))
-    assert same(algorithm.server_state(), stored)
-    again = from_bytes(to_bytes(algorithm.server_state()))
-    assert same(again, stored)
-    if not properties(name).personal:
-        assert not same(fresh, stored)
-        assert algorithm.deployed().sha256() == whole.result["sha256"]
-        delta = algorithm.deployed().base_delta or {}
-        kept = whole.folder / "adapter" / "base_delta.safetensors"
-        assert (load_tensors(kept) if kept.exists() else {}).keys() == delta.keys()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -469,38 +447,6 @@ def played(name, tiny_recipe) -> tuple[Algorithm, list[Update], Callable[[], Alg
     return algorithm, updates, fresh
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_an_update_fits_the_layout_that_the_server_announces(name, played):
-    algorithm, updates, _ = played
-    for update in updates:
-        algorithm.accept(update)
-        layout = algorithm.update_layout()
-        if layout is not None:
-            assert {n: t.shape for n, t in update.payload.tensors.items()} == layout.shapes
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_foreign_names_wrong_shapes_and_no_numbers_are_refused(name, played):
-    algorithm, (update, *_), _ = played
-    tensors = update.payload.tensors
-    wrong = [{**tensors, "foreign": torch.ones(1)}]
-    for spoilt, tensor in [(n, t) for n, t in tensors.items() if t.is_floating_point()][:1]:
-        wrong += [
-            {n: t for n, t in tensors.items() if n != spoilt},
-        ]
-        if algorithm.update_layout() is not None:  # elsewhere lengths are the client's own
-            wrong.append({**tensors, spoilt: tensor.flatten()[:-1]})
-        if tensor.ndim == 2 and tensor.shape[0] != tensor.shape[1]:
-            wrong.append({**tensors, spoilt: tensor.T.contiguous()})
-        for bad in (torch.nan, torch.inf, -torch.inf):
-            spoiled = tensor.clone()
-            spoiled.view(-1)[-1] = bad
-            wrong.append({**tensors, spoilt: spoiled})
-    for attempt in wrong:
-        with pytest.raises(ValueError, match=r"unexpected|missing|misshapen|not finite|expected"):
-            algorithm.accept(replace(update, payload=Payload(attempt)))
-
-
 def aggregated(algorithm: Algorithm, updates: list[Update]) -> torch.Tensor:
     once: Iterator[Update] = iter(updates)  # may be read once
     algorithm.aggregate(once)
@@ -527,25 +473,6 @@ def test_a_plain_mean_is_linear_in_what_clients_send(name, played):
     for a, b in ((1.0, 1.0), (2.0, 0.0), (-0.5, 3.0)):
         assert torch.allclose(aggregated(fresh(), mixed(a, b)), a * one + b * two, atol=1e-5)
     assert not torch.allclose(one, two)
-
-
-@pytest.mark.parametrize("name", those(lambda p: p.linear_sum and not p.pooled))
-def test_a_linear_sum_needs_only_the_weighted_sum(name, played):
-    """Two clients' updates may be replaced by their mean with their weights added: what a secure sum would give."""
-    _, updates, fresh = played
-    first, second, *rest = updates
-    total = first.num_examples + second.num_examples
-    mean = {
-        n: (first.num_examples * t.double() + second.num_examples * second.payload.tensors[n].double()) / total
-        for n, t in first.payload.tensors.items()
-    }
-    merged = replace(
-        first,
-        payload=Payload({n: t.float() for n, t in mean.items()}),
-        num_examples=total,
-        num_tokens=first.num_tokens + second.num_tokens,
-    )
-    assert torch.allclose(aggregated(fresh(), [merged, *rest]), aggregated(fresh(), updates), atol=1e-6)
 
 
 # ------------------------------------------------------------------ the base-delta channel, end to end

@@ -20,8 +20,11 @@ import fedloom
 from tests.helpers import ROOT
 from fedloom.common import registry
 from fedloom.federation.record.checkpoints import ClientStore
+from fedloom.federation.watch import Watch
 from fedloom.messages.types import Payload, Update
 from fedloom.recipe.recipe import Recipe
+from fedloom.testing import ContractBroken, check_algorithm
+from fedloom.testing.contract import CHECKS
 
 PAGE = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 TABLES = (
@@ -87,7 +90,7 @@ def test_the_docs_import_from_the_packages_faces_only():
 def test_the_algorithm_is_short():
     (code,) = [b for b in blocks("python") if "class SignMean" in b]
     lines = [line for line in code.splitlines() if line.strip()]
-    assert len(lines) < 40
+    assert len(lines) < 45
 
 
 def test_the_page_runs_and_each_part_does_its_work(page, tiny_model, tmp_path):
@@ -110,18 +113,58 @@ def test_the_page_runs_and_each_part_does_its_work(page, tiny_model, tmp_path):
     assert told == {(f"client-{c}", r): {"gentle_start/limit": r / 2} for c in (1, 2, 3, 4) for r in (1, 2)}
     assert Recipe.parse(made["values"]).hooks[0].options == {"steps": 4}  # two steps in each of two rounds
 
-    owed = ClientStore(tmp_path / "run" / "clients").load("client-1", 2)["personal"].tensors["owed"]
-    assert owed.abs().sum() > 0
+    error = ClientStore(tmp_path / "run" / "clients").load("client-1", 2)["personal"].tensors["error"]
+    assert error.abs().sum() > 0
     # Up go five numbers a byte and one size, down four bytes a number; a message's header has a name for each tensor.
     messages = [e for e in events if e["event"] == "client_update" and e["round"] == 2]
     assert len(messages) == 4
-    assert all(owed.numel() // 5 < m["upload_bytes"] < owed.numel() // 5 + 1500 for m in messages)
+    assert all(error.numel() // 5 < m["upload_bytes"] < error.numel() // 5 + 1500 for m in messages)
     plain = Recipe.parse(made["values"], {**made["overrides"], "operators": {}})
     again = fedloom.run(plain, out=tmp_path / "plain").summary
     assert again["adapter_sha256"] == summary["adapter_sha256"]  # packing loses nothing
     saved = again["cost"]["upload_bytes"] - summary["cost"]["upload_bytes"]
-    assert saved > 8 * 0.7 * owed.numel()  # two rounds of four clients
-    assert all(m["download_bytes"] > 4 * owed.numel() for m in messages)
+    assert saved > 8 * 0.7 * error.numel()  # two rounds of four clients
+    assert all(m["download_bytes"] > 4 * error.numel() for m in messages)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("operators", [{}, {"up": ["fives"]}], ids=["plain", "packed"])
+def test_a_killed_run_of_the_pages_algorithm_resumes_to_the_same_bits(page, tiny_model, tmp_path, operators):
+    made = small(tiny_model)
+    recipe = Recipe.parse(made["values"], {**made["overrides"], "federation.rounds": 3, "operators": operators})
+    whole = fedloom.run(recipe, out=tmp_path / "whole").summary
+
+    def tick(what: str, round: int, done: int, total: int) -> None:
+        if (what, round, done) == ("train", 3, 1):
+            raise Killed
+
+    with pytest.raises(Killed):
+        fedloom.run(recipe, out=tmp_path / "killed", watch=Watch(tick=tick))
+    assert (
+        fedloom.run(recipe, out=tmp_path / "killed", resume=True).summary["adapter_sha256"] == whole["adapter_sha256"]
+    )
+    errors = [ClientStore(tmp_path / n / "clients").load("client-1", 3)["personal"] for n in ("whole", "killed")]
+    assert torch.equal(*(e.tensors["error"] for e in errors))
+
+
+def test_the_page_ends_with_a_check_that_its_algorithm_passes(page):
+    assert PAGE.index("\n## Check it") > PAGE.rindex("\n## An algorithm for fedloom itself")
+    page["test_sign_mean_keeps_the_contract"]()
+    (table,) = re.findall(r"^\| check \| what it asks \|\n\|---\|---\|\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    assert re.findall(r"^\| `([^`]+)`", table, re.MULTILINE) == list(CHECKS)
+
+
+def test_momentum_in_a_plain_attribute_would_be_named(page):
+    """The page warns of it: the same algorithm with the step in an attribute fails the check with the attribute's name."""
+    (code,) = [b for b in blocks("python") if "class SignMean" in b]
+    wrong = code.replace('self.kept.tensors.get("step", torch.zeros(()))', 'getattr(self, "step", 0.0)')
+    wrong = wrong.replace('self.kept.tensors["step"] = step', "self.step = step")
+    exec(compile(wrong, "docs/extending.md", "exec"), page)
+    with pytest.raises(ContractBroken, match=r"the server changed self\.step in round 1"):
+        check_algorithm(page["SignMean"], only=["resume"])
 
 
 def test_the_algorithms_two_halves_agree(page, tiny_recipe, tmp_path):
@@ -143,7 +186,7 @@ def test_the_algorithms_two_halves_agree(page, tiny_recipe, tmp_path):
         sent = client.shared_state()
         said += sent.tensors["size"] * sent.tensors["signs"]
         kept = client.client_state()
-        torch.testing.assert_close(said + kept.tensors["owed"], number * wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(said + kept.tensors["error"], number * wanted, rtol=0, atol=1e-4)
     assert float((said / number - wanted).norm() / wanted.norm()) < 0.2  # 0.6 where the rest is thrown away
     assert sent.tensors["signs"].dtype == torch.int8
 
@@ -196,7 +239,7 @@ def package(folder: Path, module: str = "fedloom_spelling", code: str | None = N
         text = "\n".join(lines) + "\n"
     folder.mkdir()
     (folder / "pyproject.toml").write_text(text, encoding="utf-8")
-    own = "\n\n".join(b for b in blocks("python") if ".register(" not in b)
+    own = "\n\n".join(b for b in blocks("python") if ".register(" not in b and "check_algorithm" not in b)
     (folder / f"{module}.py").write_text(own if code is None else code, encoding="utf-8")
     return folder
 

@@ -5,9 +5,6 @@ Everything is made from seeds here, so that no test needs a download and none de
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fedloom.models.random_model import VOCABULARY, tokenizer
+from fedloom.testing.tiny import WORDS, rows, write_rows
+
+__all__ = ["METHODS", "SHAPE", "WORDS", "causal_lm", "rows", "save_model", "words_tokenizer", "write_rows"]
 
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -72,31 +72,6 @@ def words_tokenizer(*digits: str, chat_template: str | None = None) -> PreTraine
     )
     made.chat_template = chat_template
     return made
-
-
-WORDS = ("ant", "bee", "cow", "dog", "eel", "fox", "gnu", "hen", "owl", "pig", "rat", "yak")
-
-
-def rows(n: int, categories: Sequence[str] = ("copy", "last", "upper"), seed: int = 0) -> list[dict[str, str]]:
-    """Short instructions; category i has i + 1 parts of the rows, so that clients differ in size."""
-    draw = random.Random(seed)
-    parts = [c for i, c in enumerate(categories) for _ in range(i + 1)]
-    made = []
-    for number in range(n):
-        category = parts[number % len(parts)]
-        words = [draw.choice(WORDS) for _ in range(draw.randint(1, 4))]
-        answer = {0: " ".join(words), 1: words[-1], 2: " ".join(words).upper()}[categories.index(category) % 3]
-        given = " ".join(words) if number % 2 else ""
-        asked = f"{category}:" if given else f"{category}: {' '.join(words)}"
-        made.append({"instruction": asked, "input": given, "output": answer, "category": category})
-    return made
-
-
-def write_rows(path: Path, n: int = 60, categories: Sequence[str] = ("copy", "last", "upper"), seed: int = 0) -> Path:
-    """`rows` as a jsonl file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(n, categories, seed)), encoding="utf-8")
-    return path
 
 
 #: A small adapter section of each PEFT method.
