@@ -177,3 +177,75 @@ def test_the_scan_finds_what_it_looks_for():
         saved.getvalue(),
     ):
         assert [p for p in FORBIDDEN if re.search(p, foreign)], foreign[:20]
+
+
+# ------------------------------------------------------------------ what a second writer could get wrong
+
+
+def body(head: object, data: bytes = b"", size: int | None = None) -> memoryview:
+    text = json.dumps(head).encode()
+    return memoryview(struct.pack("<Q", len(text) if size is None else size) + text + data)
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        (memoryview(b""), "shorter than its own head"),
+        (memoryview(b"1234567"), "shorter than its own head"),
+        (body({}, size=3), "claims more bytes than there are"),
+        (body([]), "the body's head is no mapping"),
+        (body({"F32": ENTRY}, bytes(7)), "do not lie one after another"),
+        (body({"F32": ENTRY}, bytes(9)), "bytes that belong to no part"),
+        (body({}, bytes(1)), "bytes that belong to no part"),
+        (body({"F32": {**ENTRY, "shape": [3]}}, bytes(8)), "do not lie one after another"),
+        (body({"F32": {**ENTRY, "shape": [-2]}}, bytes(8)), "do not lie one after another"),
+        (body({"F32": {**ENTRY, "shape": [2.0]}}, bytes(8)), "do not lie one after another"),
+        (body({"F32": {**ENTRY, "data_offsets": [1, 9]}}, bytes(9)), "do not lie one after another"),
+        (body({"F32": ENTRY, "I8": {"dtype": "I8", "shape": [4], "data_offsets": [4, 8]}}, bytes(8)), "do not lie"),
+    ],
+    ids=str,
+)
+def test_a_body_that_is_not_as_the_page_says_is_refused(made, sentence):
+    with pytest.raises(wire.WireError, match=sentence):
+        wire._parts(made)
+
+
+def test_a_body_as_the_page_says():
+    assert wire._parts(body({})) == {}
+    head = {
+        "F32": ENTRY,
+        "I8": {"dtype": "I8", "shape": [3], "data_offsets": [8, 11]},
+        "U8": {"dtype": "U8", "shape": [0], "data_offsets": [11, 11]},
+    }
+    found = wire._parts(body(head, struct.pack("<2f", 1.5, -2.0) + b"abc"))
+    assert {n: (dtype, count, bytes(data)) for n, (dtype, count, data) in found.items()} == {
+        "F32": (torch.float32, 2, struct.pack("<2f", 1.5, -2.0)), "I8": (torch.int8, 3, b"abc"), "U8": (torch.uint8, 0, b""),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", [[], None, "text", 3])
+def test_the_fields_of_a_message_are_a_mapping(fields):
+    message = wire.encode_outcome(Update("a", 1, Payload()))
+    header = json.loads(wire.split(message).start[8:])
+    start = json.dumps({**header, "fields": fields}).encode()
+    altered = b"FLM2" + struct.pack("<I", len(start)) + start + bytes(wire.split(message).body)
+    with pytest.raises(
+        wire.WireError, match=f"the fields of a message are a {type(fields).__name__} and not a mapping"
+    ):
+        wire.decode_outcome(altered + hashlib.sha256(altered).digest())
+
+
+def test_a_message_in_three_pieces_has_the_bytes_of_the_whole():
+    message = wire.encode_outcome(Update("a", 1, Payload(TENSORS)))
+    pieces = wire.split(message)
+    assert pieces.total == len(message)
+    assert pieces.start + bytes(pieces.body) + pieces.digest == message
+    assert len(pieces.digest) == 32
+    smallest = b"FLM2" + struct.pack("<I", 0) + bytes(32)
+    assert wire.split(smallest).total == 40
+    for short in (smallest[:-1], smallest[:7], b"", b"FLM1" + smallest[4:]):
+        with pytest.raises(wire.WireError):
+            wire.split(short)

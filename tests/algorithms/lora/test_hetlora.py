@@ -141,3 +141,9 @@ def test_without_gamma_nothing_is_pruned_and_a_lower_rank_is_refused():
     lower = drawn(server("hetlora", {"a": 2}))[0]
     with pytest.raises(ValueError, match="misshapen"):
         central.accept(lower)
+
+
+def test_the_ranks_of_a_round_are_told():
+    algorithm = server("hetlora", {"a": 1, "b": 2})
+    assert algorithm.aggregate(iter(drawn(algorithm))) == {"highest_rank": 3.0, "lowest_rank": 1.0}
+    assert algorithm.aggregate(iter(drawn(algorithm)[1:2])) == {"highest_rank": 2.0, "lowest_rank": 2.0}

@@ -253,3 +253,38 @@ def test_a_checkpoint_is_damaged_where_any_of_its_files_is(tmp_path, number, how
     found, said = store.newest()
     assert found.round == 1 and len(found.files) == 2
     assert said == [f"the checkpoint of round 2 is damaged: {name} cannot be read; using the one before it"]
+
+
+def test_what_is_wrong_with_a_damaged_checkpoint_is_said(tmp_path):
+    store = Checkpoints(tmp_path / "c")
+    path = store.save(state(1)) / "server.safetensors"
+    data = path.read_bytes()
+    for written, sentence in (
+        (data[:-3], rf"has {len(data) - 3} of {len(data)} bytes"),
+        (data + b"x", rf"has {len(data) + 1} of {len(data)} bytes"),
+        (data[:-1] + bytes([data[-1] ^ 1]), "server.safetensors was altered"),
+    ):
+        path.write_bytes(written)
+        with pytest.raises(Damaged, match=sentence):
+            store.load(1)
+    path.write_bytes(data)
+    described = path.with_name("state.json")
+    described.write_text(described.read_text().replace('"finished": 1', '"finished": 2'))
+    with pytest.raises(Damaged, match=r"state\.json was altered"):
+        store.load(1)
+    described.write_text("[]")
+    with pytest.raises(Damaged, match=r"state\.json was altered"):
+        store.load(1)
+    described.write_text("{")
+    with pytest.raises(Damaged, match="it cannot be read"):
+        store.load(1)
+
+
+def test_other_folders_beside_checkpoints_are_left_alone(tmp_path):
+    store = Checkpoints(tmp_path / "c", keep=1)
+    for name in ("round-old", "round-0001.bak", "round-"):
+        (tmp_path / "c" / name).mkdir(parents=True)
+    store.save(state(12345))
+    assert store.rounds() == [12345]
+    assert (tmp_path / "c" / "round-old").is_dir()
+    assert store.newest()[0].round == 12345
