@@ -157,3 +157,10 @@ def test_moving_a_batch_keeps_everything():
     packed = collate(SEQUENCES, packed=True, pad=2).to("meta")
     assert packed.positions.device.type == "meta"
     assert (packed.mask, moved.positions) == (None, None)
+
+
+def test_a_plan_takes_one_batch_a_step_unless_it_says_otherwise():
+    assert Plan(4, steps=3) == Plan(4, 1, 3, None)
+    assert [Plan(4, epochs=2).steps_per_round(n) for n in (1, 4, 5, 8, 9)] == [2, 2, 4, 4, 6]
+    assert [Plan(4, 2, epochs=1).steps_per_round(n) for n in (1, 8, 9)] == [1, 1, 2]
+    assert Plan(4, 2, steps=7).steps_per_round(1) == 7

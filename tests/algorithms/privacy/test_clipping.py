@@ -75,3 +75,36 @@ def test_honest_noise_hardly_ever_passes_the_servers_bound(numel):
     bound = clipping.largest_honest(2.0, 3.0, numel)
     assert stats.chi.sf((bound - 2.0) / 3.0, numel) < 1e-12
     assert bound < 2.0 + 3.0 * (math.sqrt(numel) + 8)  # and is not far above it
+
+
+def test_the_counts_noise_grows_with_the_noise_and_is_the_recipe_s_where_it_says_so():
+    """Noise other than 1, whose double and whose half differ."""
+    assert clipping.count_noise(AdaptiveConfig(), 3.0, 10) == 6.0
+    assert clipping.count_noise(AdaptiveConfig(), 0.25, 10) == 0.5
+    assert clipping.count_noise(AdaptiveConfig(), 0.25, 20) == 1.0
+    assert clipping.count_noise(AdaptiveConfig(), 0.0, 1000) == 0.0
+    assert clipping.count_noise(AdaptiveConfig(noise=7.5), 3.0, 1000) == 7.5
+    assert clipping.count_noise(AdaptiveConfig(noise=7.5), 0.0, 10) == 7.5
+
+
+def test_deviations_by_hand():
+    """z = 3 and a count's noise of 6: the vectors get (1/9 − 1/144)^(−1/2)."""
+    adaptive = PrivacyConfig(noise=3.0, adaptive=AdaptiveConfig())
+    assert clipping.deviations(adaptive, 10).count == 6.0
+    assert clipping.deviations(adaptive, 10).vector == pytest.approx((1 / 9 - 1 / 144) ** -0.5, rel=1e-12)
+    assert clipping.deviations(PrivacyConfig(noise=3.0), 10) == clipping.Deviations(3.0, None)
+    free = PrivacyConfig(noise=0.0, adaptive=AdaptiveConfig())
+    assert clipping.deviations(free, 10) == clipping.Deviations(0.0, 0.0)
+
+
+def test_the_clip_moves_towards_the_quantile():
+    adaptive = AdaptiveConfig(lr=0.5, quantile=0.25)
+    assert clipping.moved(2.0, adaptive, 0.25) == 2.0
+    assert clipping.moved(2.0, adaptive, 0.75) == pytest.approx(2.0 * math.exp(-0.25))
+    assert clipping.moved(2.0, adaptive, 0.0) == pytest.approx(2.0 * math.exp(0.125))
+
+
+def test_a_vector_at_the_clip_is_not_touched():
+    assert torch.equal(clipping.clipped(torch.tensor([3.0, -4.0]), 5.0), torch.tensor([3.0, -4.0], dtype=torch.float64))
+    assert clipping.clipped(torch.zeros(2), 0.0).tolist() == [0.0, 0.0]
+    assert clipping.clipped(torch.ones(2, dtype=torch.float32), 9.0).dtype == torch.float64
