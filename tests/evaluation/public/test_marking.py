@@ -153,3 +153,31 @@ def test_no_accepted_answer_is_never_met():
     assert f1("", [""]) == 1.0
     assert f1("the a an", ["?!"]) == 1.0  # nothing is left of either
     assert f1("owl", [""]) == f1("", ["owl"]) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "n", "expected"),
+    [
+        ("the cat sat", "the cat", 1, 2 * 2 / 5),
+        ("the cat sat", "the cat", 2, 2 * 1 / 3),
+        ("The CAT, sat!", "the cat sat", 2, 1.0),
+        ("a a b", "a c", 1, 2 * 1 / 5),  # a word counts as often as both have it
+        ("the cat", "cat the", 2, 0.0),
+        ("cat", "cat", 2, 0.0),  # too short for any pair
+        ("", "", 1, 0.0),
+        ("don't", "don t", 1, 1.0),
+    ],
+)
+def test_rouge_by_hand(answer, reference, n, expected):
+    """Without the library, which is not installed everywhere."""
+    assert rouge(answer, reference, n) == pytest.approx(expected)
+    assert rouge(reference, answer, n) == pytest.approx(expected)
+
+
+def test_pass_at_k_by_hand():
+    assert [pass_at_k(5, passed, 1) for passed in (0, 2, 5)] == pytest.approx([0.0, 0.4, 1.0])
+    assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
+    assert pass_at_k(5, 2, 4) == pass_at_k(5, 5, 5) == 1.0
+    assert pass_at_k(5, 0, 5) == 0.0
+    with pytest.raises(ValueError, match=r"pass@6 of 5 samples"):
+        pass_at_k(5, 5, 6)
