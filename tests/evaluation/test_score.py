@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 
 import pytest
@@ -67,10 +66,12 @@ def test_a_choice_is_right_where_the_most_likely_text_is_the_answer(model, templ
 
 
 def test_of_equally_likely_choices_the_first_is_taken(model, template):
-    asked = [question(1, 2, ("eel", "eel", "yak", "yak"))]
-    twice = dataclasses.replace(asked[0], output="eel", choices=("eel", "eel"))
-    assert choose(model, template, [twice], **HOW) == ["eel"]
-    assert len(choose(model, template, asked, **HOW)) == 1
+    """Two answers whose first eight tokens, which are all that fits, are the same."""
+    options = ("eel eel eel", "eel eel yak")
+    for order in (options, options[::-1]):
+        asked = Example("Which is it?", "", order[1], choices=order)
+        assert choose(model, template, [asked], batch_size=1, max_length=16) == [order[0]]
+        assert score(model, template, MULTIPLE_CHOICE, [asked], batch_size=1, max_length=16) == [False]
 
 
 def test_a_choice_that_is_too_long_is_cut_and_still_compared(model, template):
