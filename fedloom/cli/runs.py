@@ -141,7 +141,7 @@ def evaluate(
         typer.Option("--shots", min=0, help="answered examples in front; the benchmark's own number by default"),
     ] = None,
     allow_unsafe: Annotated[
-        bool, typer.Option("--allow-unsafe", help="run a model's programs as yourself where no cage works")
+        bool, typer.Option("--allow-unsafe", help="run a model's programs as yourself where no sandbox works")
     ] = False,
     client: Annotated[
         str | None, typer.Option("--client", help="a client's own result, after a personal algorithm")

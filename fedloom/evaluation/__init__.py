@@ -1,4 +1,4 @@
-"""Evaluation: what is measured of a model, and whether an answer is right."""
+"""Evaluation: loss, answers and scores of a model, and the rules that say whether an answer is right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Held-out loss: the sum of token losses over supervised tokens, as sums that a site may send and a server may add."""
+"""Held-out loss, as sums over supervised tokens. A site may send them, and a server may add them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedloom.models.layout import block_sum
 def loss_sums(
     model: AdaptedModel, sequences: TokenisedCorpus, indices: Sequence[int], *, batch_size: int, packed: bool
 ) -> tuple[float, int]:
-    """(Σ token losses, number of supervised tokens) of the live model over these examples."""
+    """Return (Σ token losses, number of supervised tokens) of the live model over these examples."""
     total, tokens = 0.0, 0
     chosen = [sequences[i] for i in indices]
     pad = model.tokenizer.pad_token_id or 0

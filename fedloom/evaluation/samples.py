@@ -1,4 +1,4 @@
-"""A few test questions and the model's answers before and after: what a reader of a report looks at first."""
+"""A few test questions with the model's answers before and after training (answers.json)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fedloom.evaluation.score import generate
 from fedloom.evaluation.suites import Suite
 from fedloom.models.adapters import AdaptedModel
 
-#: The longest answer where no suite says so.
+#: Tokens of the longest answer, where no suite sets a limit.
 MAX_NEW_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question; `client` holds it, or is empty where it comes from the corpus's own test set."""
+    """One question. `client` is its owner, or empty where the question is from the corpus's own test set."""
 
     client: str
     example: Example
 
 
-def pick(data: FederatedData, count: int) -> list[Sample]:
-    """`count` questions: one of each client in turn, or of the corpus's own test set where it has one."""
+def pick_samples(data: FederatedData, count: int) -> list[Sample]:
+    """Pick `count` questions: from the corpus's own test set where it has one, else one from each client in turn."""
     if data.server_questions:
         return [Sample("", e) for e in data.server_questions[:count]]
     if not count:
@@ -44,8 +44,8 @@ def pick(data: FederatedData, count: int) -> list[Sample]:
 
 
 @dataclass(frozen=True)
-class Asker:
-    """Asks the samples' questions; the limits are those of the paired evaluation."""
+class AnswerRecorder:
+    """Record the model's answers to the samples, with the limits of the paired evaluation."""
 
     template: Template
     suite: Suite | None
@@ -53,9 +53,9 @@ class Asker:
     max_length: int
     max_new_tokens: int | None
 
-    def before(self, samples: list[Sample], model: AdaptedModel) -> dict[str, Any]:
-        """answers.json with the untrained answers."""
-        texts = self._ask(samples, model)
+    def record_before(self, samples: list[Sample], model: AdaptedModel) -> dict[str, Any]:
+        """Return the content of answers.json with the answers before training."""
+        texts = self._generate(samples, model)
         return {
             "suite": self.suite.name if self.suite else None,
             "answers": [
@@ -73,18 +73,18 @@ class Asker:
             ],
         }
 
-    def after(
+    def record_after(
         self, stored: dict[str, Any], samples: list[Sample], model: AdaptedModel, load: Callable[[str], None]
     ) -> dict[str, Any]:
-        """answers.json completed. `load` puts a client's result into the live model before it is asked."""
+        """Return `stored` with the answers after training. `load` puts a client's result into the live model."""
         answers = []
         for sample, answer in zip(samples, stored["answers"], strict=False):
             load(sample.client)
-            text = self._ask([sample], model)[0]
+            text = self._generate([sample], model)[0]
             answers.append({**answer, "after": text, "right_after": self._right(sample.example, text)})
         return {**stored, "answers": answers}
 
-    def _ask(self, samples: list[Sample], model: AdaptedModel) -> list[str]:
+    def _generate(self, samples: list[Sample], model: AdaptedModel) -> list[str]:
         if not samples:
             return []
         own = self.suite.max_new_tokens if self.suite and self.suite.kind == "generate" else MAX_NEW_TOKENS

@@ -1,6 +1,6 @@
-"""The paired evaluation without a hub: answers by batched greedy generation, or a choice by log-likelihood.
+"""Run the paired evaluation: batched greedy generation, or a choice by log-likelihood.
 
-Prompts are written by data/prompts.py, as in training. What counts as right is the suite's own (suites.py).
+data/prompts.py writes the prompts, as in training. The suite decides which answers are right (suites.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def score(
     max_new_tokens: int | None = None,
     packed: bool = True,
 ) -> list[bool]:
-    """For each question, whether the live model's answer is right."""
+    """Return for each question whether the live model's answer is right."""
     if suite.kind == "choice":
         picked = choose(model, template, questions, batch_size=batch_size, max_length=max_length, packed=packed)
         return [text == example.output for text, example in zip(picked, questions, strict=True)]
@@ -58,7 +58,7 @@ def generate(
     max_length: int,
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers in the order of `questions`, without special tokens, stripped."""
+    """Generate greedy answers in the order of `questions`, without special tokens, stripped."""
     tokenizer = model.tokenizer
     prompts = [fit_prompt(template.prompt_ids(q), max_length) for q in questions]
     order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
@@ -78,9 +78,9 @@ def generate(
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
         with attention.using(model.causal_lm, plain_attention(model)):
-            said = virtual.generate(model, ids.to(model.device), mask.to(model.device), config)
+            output = virtual.generate(model, ids.to(model.device), mask.to(model.device), config)
         for row, i in enumerate(rows):
-            answers[i] = tokenizer.decode(said[row], skip_special_tokens=True).strip()
+            answers[i] = tokenizer.decode(output[row], skip_special_tokens=True).strip()
     return answers
 
 
@@ -94,7 +94,7 @@ def choose(
     max_length: int,
     packed: bool = True,
 ) -> list[str]:
-    """For each question the choice whose answer, as it would be trained on, has the highest log-likelihood."""
+    """Return for each question the choice with the highest log-likelihood, written as an answer in training."""
     sequences, owners = [], []
     for number, question in enumerate(questions):
         prompt = template.prompt_ids(question)

@@ -1,7 +1,7 @@
-"""Paired evaluations: for each corpus that has one, what makes an answer right.
+"""Paired evaluations: the rules that score a corpus's answers.
 
 A suite says how questions are answered (generate text, or choose among options) and judges one answer. It does not know
-models, prompts or clients; evaluation/ runs it. Nothing here imports torch.
+models, prompts or clients; score.py runs it. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedloom.common.errors import UserError
 if TYPE_CHECKING:
     from fedloom.data.corpus import Example
 
-#: A verifier's score from which an answer counts as right: full marks, up to rounding.
+#: The least verifier's score of a right answer: 1, up to rounding.
 FULL_MARKS = 0.999
 
 
@@ -33,10 +33,10 @@ class Suite:
     Attributes:
         name: as in a recipe's `evaluation.suite`.
         kind: ``generate`` writes an answer and judges it with `right`; ``choice`` takes the most likely of
-            `choice_texts`, which is right where it is the example's output.
-        max_new_tokens: the longest answer; 0 under ``choice``.
+            `choice_texts`, which is right if it equals the example's output.
+        max_new_tokens: tokens of the longest answer; 0 under ``choice``.
         right: (example, generated answer) → whether it is right; None under ``choice``.
-        note: what is measured, in one sentence.
+        note: what the suite measures, as a phrase.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Suite:
     note: str
 
     def check(self, questions: Iterable[Example]) -> None:
-        """Raise UserError unless each of these can be scored, before anything is written or trained."""
+        """Raise UserError unless each of these can be scored. Runs before anything is written or trained."""
         for question in questions:
             if self.right is None:
                 choice_texts(question)
@@ -56,7 +56,7 @@ class Suite:
 
 @cache
 def _verifier(task: str) -> Callable[[str, Any], float]:
-    """reasoning-gym's own scoring function of a task. Raises UserError where the library or the task is missing."""
+    """Return reasoning-gym's scoring function of a task. Raises UserError where the library or the task is missing."""
     try:
         library = import_module("reasoning_gym")
     except ModuleNotFoundError as error:
@@ -71,14 +71,14 @@ def _verifier(task: str) -> Callable[[str, Any], float]:
 
 
 def skill_right(example: Example, answer: str) -> bool:
-    """Whether the skill's own verifier gives the stripped answer full marks."""
+    """Return whether the skill's own verifier gives the stripped answer full marks."""
     if example.reference is None:
         raise UserError("the suite skills needs examples with a verifier's reference: use it with fed-skills")
     return _verifier(example.task)(answer.strip(), dict(example.reference)) >= FULL_MARKS
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the last ``####``, without commas and $; None where there is none."""
+    """Return the number after the last ``####``, without commas and $; None where there is none."""
     _, mark, tail = text.rpartition("####")
     match = _NUMBER.match(tail) if mark else None
     if match is None:
@@ -90,7 +90,7 @@ def final_number(text: str) -> Decimal | None:
 
 
 def gsm_right(example: Example, answer: str) -> bool:
-    """Whether the answer's final number equals the example's. Raises UserError where the example has none."""
+    """Return whether the answer's final number equals the example's. Raises UserError where the example has none."""
     expected = final_number(example.output)
     if expected is None:
         raise UserError(
@@ -101,7 +101,7 @@ def gsm_right(example: Example, answer: str) -> bool:
 
 
 def choice_texts(example: Example) -> list[str]:
-    """The answer strings to compare, in order, written as in training, so that one of them is `example.output`.
+    """Return the answer strings to compare, in order, written as in training: one of them is `example.output`.
 
     Raises:
         UserError: the example has no choices, or its output is none of them.

@@ -17,8 +17,7 @@ from fedloom.common.errors import UserError, suggest
 from fedloom.data.federated import ClientData
 from fedloom.data.prompts import Template
 from fedloom.evaluation.loss import loss_sums
-from fedloom.evaluation.means import pooled_mean
-from fedloom.evaluation.means import preference as measured_preference
+from fedloom.evaluation.means import pooled_mean, preference_means
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.federation.record.run_folder import RunFolder
@@ -66,7 +65,7 @@ def evaluate(
     return {
         "target": target,
         **_means(everything),
-        "preference": measured_preference(sums),
+        "preference": preference_means(sums),
         "suite": found.suite.name if found.suite else None,
         "note": found.score_note,
         "clients": {name: _means([s]) for name, s in sums.items()},
@@ -134,7 +133,7 @@ def evaluate_suite(
         target, recipe, values, client: as in `evaluate`; of the recipe the template, batch size and device matter.
         limit: the first so many questions of each task.
         shots: answered examples in front of each question; the suite's own number without.
-        allow_unsafe: run programs as the user, where no cage works.
+        allow_unsafe: run programs as the user, where no sandbox works.
 
     Returns:
         {"target", "suite", "note", "template", "limit", "command"} and what `harness.score` returns.

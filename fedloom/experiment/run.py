@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from fedloom.common import registry
 from fedloom.common.errors import RunFailed, disk_trouble
 from fedloom.common.logs import reworded
-from fedloom.evaluation.samples import Asker, pick
+from fedloom.evaluation.samples import AnswerRecorder, pick_samples
 from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import Setting, Source, prepare
 from fedloom.federation.coordinator import Coordinator
@@ -121,15 +121,15 @@ def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Res
 def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch) -> Result:
     recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     settings = recipe.evaluation
-    asker = Asker(
+    recorder = AnswerRecorder(
         setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
     )  # fmt: skip
-    samples = pick(setting.data, settings.answers)
+    samples = pick_samples(setting.data, settings.answers)
     answers = folder.read("answers.json")
     if answers is None:
         if samples:
             log.info(f"asking {len(samples)} test questions before training")
-        answers = asker.before(samples, model)  # the adapter is as the seed made it
+        answers = recorder.record_before(samples, model)  # the adapter is as the seed made it
         folder.write("answers.json", answers)
 
     progress = coordinator.run()
@@ -138,7 +138,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     if samples:
         log.info("asking the same questions after training")
     load = result_loader(algorithm, model, folder)
-    folder.write("answers.json", asker.after(answers, samples, model, load))
+    folder.write("answers.json", recorder.record_after(answers, samples, model, load))
     coordinator.close()
     spent = cost(progress)
     reference = None if setting.runtime else _reference(setting, folder, watch)

@@ -76,15 +76,15 @@ class Evaluator:
         own, cost, failures = self.measure(finished, "test", self._schedule.measuring)
         personal, emulator = self._algorithm.properties.personal, None
         if self._algorithm.properties.offsite:
-            emulator = measured.together(own)
-            found = measured.means(self._asked(self._server_measure) if self._server_measure else measured.total(()))
+            emulator = measured.combine_clients(own)
+            found = measured.means(self._asked(self._server_measure) if self._server_measure else measured.add_sums(()))
         elif pooled:
             sums, spent, failed = self.measure(finished, "pooled", self._schedule.measuring)
             cost, failures = cost + spent, failures + failed
-            found = measured.everywhere(sums)
+            found = measured.mean_over_models(sums)
         else:
             asks = self._server_measure if self._dispatcher.terms.score and not (personal and finished) else None
-            found = measured.together(own, self._asked(asks) if asks else None)
+            found = measured.combine_clients(own, self._asked(asks) if asks else None)
         result = {
             **{key: found[key] for key in ("loss", "score", "questions")},
             "tokens": int(sum(m["tokens"] for m in own.values())),
@@ -92,7 +92,7 @@ class Evaluator:
             "seconds": round(time.perf_counter() - started, 3),
             "pooled": pooled,
             "emulator": emulator,
-            "preference": measured.preference(own),
+            "preference": measured.preference_means(own),
         }
         return result, cost, failures
 
@@ -113,7 +113,7 @@ class Evaluator:
     def validate(self, finished: int) -> tuple[float | None, Cost, int]:
         """(mean loss of a token on the clients' validation data, what it cost, how many clients failed)."""
         sums, cost, failures = self.measure(finished, "validation", self._validating)
-        return measured.together(sums)["loss"], cost, failures
+        return measured.combine_clients(sums)["loss"], cost, failures
 
     def save_personal(self, finished: int) -> tuple[dict[str, str], Cost]:
         """Have every testing client write its own adapter: (client → sha256 of it, what it cost). Raises RunFailed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedloom.evaluation.means import everywhere, means, pooled_mean, preference, together, total
+from fedloom.evaluation.means import add_sums, combine_clients, mean_over_models, means, pooled_mean, preference_means
 
 A = {"loss_sum": 6.0, "tokens": 3, "right": 1, "questions": 2}
 B = {"loss_sum": 1.0, "tokens": 1, "right": 3, "questions": 4}
@@ -12,9 +12,9 @@ NOTHING = {"loss_sum": 0.0, "tokens": 0, "right": 0, "questions": 0}
 
 
 def test_totals_are_key_by_key():
-    assert total([]) == {"loss_sum": 0.0, "tokens": 0.0, "right": 0.0, "questions": 0.0}
-    assert total([A, B]) == {"loss_sum": 7.0, "tokens": 4, "right": 4, "questions": 6}
-    assert total([{**A, "pairs": 2}, B, {**B, "pairs": 3}])["pairs"] == 5
+    assert add_sums([]) == {"loss_sum": 0.0, "tokens": 0.0, "right": 0.0, "questions": 0.0}
+    assert add_sums([A, B]) == {"loss_sum": 7.0, "tokens": 4, "right": 4, "questions": 6}
+    assert add_sums([{**A, "pairs": 2}, B, {**B, "pairs": 3}])["pairs"] == 5
 
 
 def test_means_say_what_they_are_over():
@@ -24,29 +24,34 @@ def test_means_say_what_they_are_over():
 
 
 def test_all_clients_are_one():
-    assert together({"a": A, "b": B}) == {"loss": 1.75, "tokens": 4, "score": pytest.approx(4 / 6), "questions": 6}
-    assert together({}) == means(NOTHING)
+    assert combine_clients({"a": A, "b": B}) == {
+        "loss": 1.75,
+        "tokens": 4,
+        "score": pytest.approx(4 / 6),
+        "questions": 6,
+    }
+    assert combine_clients({}) == means(NOTHING)
 
 
 def test_the_server_s_own_questions_stand_in_for_the_clients():
     asked = {"right": 9, "questions": 10, "loss_sum": 99.0, "tokens": 99}
-    assert together({"a": A, "b": B}, asked) == {"loss": 1.75, "tokens": 4, "score": 0.9, "questions": 10}
+    assert combine_clients({"a": A, "b": B}, asked) == {"loss": 1.75, "tokens": 4, "score": 0.9, "questions": 10}
 
 
 def test_everywhere_is_the_mean_over_models_and_not_over_tokens():
     """a's model: 2.0 and 1/2; b's: 1.0 and 3/4. A client without tokens or questions does not count there."""
-    assert everywhere({"a": A, "b": B}) == {"loss": 1.5, "score": 0.625, "questions": 4}
-    assert everywhere({"a": A, "c": NOTHING}) == {"loss": 2.0, "score": 0.5, "questions": 2}
-    assert everywhere({"c": NOTHING}) == {"loss": None, "score": None, "questions": 0}
-    assert everywhere({}) == {"loss": None, "score": None, "questions": 0}
+    assert mean_over_models({"a": A, "b": B}) == {"loss": 1.5, "score": 0.625, "questions": 4}
+    assert mean_over_models({"a": A, "c": NOTHING}) == {"loss": 2.0, "score": 0.5, "questions": 2}
+    assert mean_over_models({"c": NOTHING}) == {"loss": None, "score": None, "questions": 0}
+    assert mean_over_models({}) == {"loss": None, "score": None, "questions": 0}
 
 
 def test_preferences_are_means_over_pairs():
     one = {**NOTHING, "pairs": 2, "preferred": 1, "margin_sum": 3.0, "preference_loss_sum": 1.0}
     two = {**NOTHING, "pairs": 6, "preferred": 5, "margin_sum": -1.0, "preference_loss_sum": 7.0}
-    assert preference({"a": one, "b": two}) == {"loss": 1.0, "accuracy": 0.75, "margin": 0.25, "pairs": 8}
-    assert preference({"a": A, "b": {**one, "pairs": 0}}) is None
-    assert preference({}) is None
+    assert preference_means({"a": one, "b": two}) == {"loss": 1.0, "accuracy": 0.75, "margin": 0.25, "pairs": 8}
+    assert preference_means({"a": A, "b": {**one, "pairs": 0}}) is None
+    assert preference_means({}) is None
 
 
 def test_pooled_means():

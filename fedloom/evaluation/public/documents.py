@@ -1,15 +1,15 @@
-"""What our lm-eval task files call: questions with their whole prompts, and the marks of answers.
+"""Functions that fedloom's lm-eval task files call: questions with whole prompts, and metrics of answers.
 
-lm-eval hands a task what the model's arguments and `--metadata` say, so a task can know the tokenizer, and its prompts are
-those of data/prompts.py, as in training (docs/adr/0007-evaluation-harness.md). A document is what lm-eval shows to
-templates: `prompt`, `target`, `choices`, `gold`, and for code the `record`. This file does not import lm-eval.
+lm-eval passes the model's arguments and `--metadata` to a task, so a task knows the tokenizer. data/prompts.py writes its
+prompts, as in training (docs/adr/0007-evaluation-harness.md). A document is what lm-eval passes to templates: `prompt`,
+`target`, `choices`, `gold`, and for code the `record`. This file does not import lm-eval.
 
-The metadata that is understood:
+Metadata keys:
 
-    tokenizer, pretrained   the folder or hub id whose tokenizer writes the prompts; the first that is there
-    template, system        as in a recipe's `data`; auto without
-    shots                   how many answered examples stand in front; the task's own number without
-    allow_unsafe            run programs without a cage where none works
+    tokenizer, pretrained   the folder or hub id of the tokenizer that writes the prompts; the first one set is used
+    template, system        as in a recipe's `data`; default: auto
+    shots                   number of answered examples in front; default: the task's own number
+    allow_unsafe            run programs without a sandbox where none works
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from fedloom.data.prompts import Template
 from fedloom.evaluation.public import datasets as benchmarks
 from fedloom.evaluation.public import marking
 from fedloom.evaluation.public.datasets import Questions
-from fedloom.evaluation.sandbox.execution import find_cage, run_all
-from fedloom.evaluation.sandbox.languages import check_runs, completed, language, of_task
-from fedloom.evaluation.sandbox.programs import Cage
+from fedloom.evaluation.sandbox.execution import find_sandbox, run_all
+from fedloom.evaluation.sandbox.languages import check_runs, language, language_of, trim_answer
+from fedloom.evaluation.sandbox.programs import Sandbox
 from fedloom.models.loading import load_tokenizer
 from fedloom.recipe.recipe import ModelConfig
 
 Doc = dict[str, Any]
 
 
-#: The columns of a document, as lm-eval asks for them.
+#: The columns of a document; lm-eval reads them as `features`.
 COLUMNS = ("prompt", "target", "choices", "gold", "category", "answers", "record", "allow_unsafe")
 
 
 class Docs(Sequence[Doc]):
-    """A benchmark's documents, each made when it is asked for: a limit of 50 costs 50 prompts.
+    """A benchmark's documents, built on access: a limit of 50 costs 50 prompts.
 
     Attributes:
         source: where the questions came from.
-        shots: how many answered examples stand in front of each, at most.
+        shots: the most answered examples in front of a question.
     """
 
     features = dict.fromkeys(COLUMNS)
@@ -101,20 +101,22 @@ def load(
     allow_unsafe: bool = False,
     **others: object,
 ) -> dict[str, Docs]:
-    """lm-eval's `custom_dataset`: one split, `test`. Whatever else lm-eval's metadata holds is passed over.
+    """Load a task's documents: lm-eval's `custom_dataset`, with one split, `test`. Other metadata is ignored.
 
     Raises:
-        UserError: no source of the questions, no tokenizer, or for code no cage or no toolchain.
+        UserError: no source of the questions, no tokenizer, or for code no sandbox or no toolchain.
     """
     where = tokenizer or pretrained
     if where is None:
-        raise UserError("our tasks write prompts with the model's tokenizer: give --model_args pretrained=FOLDER")
-    with heard_by(logging.getLogger("lm_eval").info):  # shown by lm-eval's own command line; quiet in ours (harness.py)
+        raise UserError(
+            "a task of fedloom needs the model's tokenizer, and none is given: add --model_args pretrained=FOLDER"
+        )
+    with heard_by(logging.getLogger("lm_eval").info):  # lm-eval's command line shows it; harness.py hides it
         questions = benchmarks.find(benchmark)
     records = [r for r in ((q.reference or {}).get("record") for q in questions.asked[:3]) if r]
-    if records:  # before a model has worked for hours
-        language(of_task(records[0]["task_id"]))
-        check_runs(_cage(allow_unsafe), records)
+    if records:  # a missing toolchain shows now, not after hours of generation
+        language(language_of(records[0]["task_id"]))
+        check_runs(_sandbox(allow_unsafe), records)
     chosen = Template.choose(_tokenizer(where), template, system)
     count = shots_by_default if shots is None else shots
     return {"test": Docs(questions, chosen, count, allow_unsafe)}
@@ -126,15 +128,15 @@ def _tokenizer(name: str) -> Any:
 
 
 @cache
-def _cage(allow_unsafe: bool) -> Cage:
-    return find_cage(allow_unsafe=allow_unsafe)
+def _sandbox(allow_unsafe: bool) -> Sandbox:
+    return find_sandbox(allow_unsafe=allow_unsafe)
 
 
-# ------------------------------------------------------------------ marks: a document and what the model said → numbers
+# ------------------------------------------------------------------ metrics: a document and the model's answer → numbers
 
 
 def mark_gsm8k(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
-    """Strict: the number behind the first ``####``. Flexible: the last number, wherever it is."""
+    """Return `strict`, by the number after the first ``####``, and `flexible`, by the last number anywhere."""
     right = marking.stated_number(doc["target"])
     return {
         "strict": float(marking.stated_number(results[0]) == right),
@@ -155,16 +157,21 @@ def mark_summary(doc: Mapping[str, Any], results: Sequence[str]) -> dict[str, fl
 
 
 def run_programs(answers: Sequence[Sequence[str]], docs: Sequence[Mapping[str, Any]]) -> list[list[bool]]:
-    """lm-eval's filter for code: every answer to every question, run in a cage; whether each passed its tests."""
+    """Run every answer in a sandbox and return whether it passed its tests. This is lm-eval's filter for code.
+
+    Args:
+        answers: [questions][answers]
+        docs: [questions]
+    """
     answers, docs = [list(each) for each in answers], list(docs)
-    made = [
-        language(of_task(doc["record"]["task_id"])).program(doc["record"], completed(doc["record"], answer))
-        for doc, said in zip(docs, answers, strict=True)
-        for answer in said
+    programs = [
+        language(language_of(doc["record"]["task_id"])).program(doc["record"], trim_answer(doc["record"], answer))
+        for doc, texts in zip(docs, answers, strict=True)
+        for answer in texts
     ]
-    ran = run_all(_cage(bool(docs[0]["allow_unsafe"])), [program for program, _ in made], _workers())
-    passed = iter([judge(each) for (_, judge), each in zip(made, ran, strict=True)])
-    return [[next(passed) for _ in said] for said in answers]
+    outcomes = run_all(_sandbox(bool(docs[0]["allow_unsafe"])), [program for program, _ in programs], _workers())
+    passed = iter([judge(outcome) for (_, judge), outcome in zip(programs, outcomes, strict=True)])
+    return [[next(passed) for _ in texts] for texts in answers]
 
 
 def _workers() -> int:
@@ -172,7 +179,7 @@ def _workers() -> int:
 
 
 def mark_programs(doc: Mapping[str, Any], results: Sequence[Sequence[bool]]) -> dict[str, float]:
-    """pass@1, and pass@10 where so many answers were drawn."""
+    """Return pass@1, and pass@10 where at least ten answers were drawn."""
     passed = results[0]
     sizes = [k for k in (1, 10) if k <= len(passed)]
     return {f"pass@{k}": marking.pass_at_k(len(passed), sum(passed), k) for k in sizes}

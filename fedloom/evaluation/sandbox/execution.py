@@ -1,15 +1,15 @@
-"""Runs programs that a model wrote: in a cage, never in this process.
+"""Run programs that a model wrote in a sandbox, never in this process.
 
-A program may do anything, so it is held from outside. It sees the system's own programs read-only, an empty /tmp of a
-bounded size, no network, no other process and no file of the user; it has bounded time, memory, processes and output,
-and when one of these is over, everything that it started ends with it.
+A program may do anything, so its limits are enforced from outside. It sees the system's own programs read-only, an empty
+/tmp of a bounded size, no network, no other process and no file of the user. Its time, memory, processes and output are
+bounded. When it exceeds one limit, it and everything that it started are ended.
 
     Bubblewrap   Linux namespaces through `bwrap`, where it is installed (bubblewrap.py)
-    Container    Docker or Podman, where it is not
-    Unsafe       a plain child process with limits and nothing else, only where the user insists
+    Container    Docker or Podman, where bwrap is not installed
+    Unsafe       a plain child process with limits only, where the user asks for it
 
-This file does not know languages, tasks or models. What a cage does not hold: the kernel is shared, so a program that
-knows an unmended hole in it may leave; who fears that runs the evaluation in a virtual machine.
+This file does not know languages, tasks or models. The kernel is shared: a program that exploits a hole in it may leave
+the sandbox. Where that matters, run the evaluation in a virtual machine.
 """
 
 from __future__ import annotations
@@ -32,44 +32,44 @@ from fedloom.evaluation.sandbox.programs import (
     PYTHON,
     SCRATCH,
     SOURCES,
-    Cage,
+    Outcome,
     Program,
-    Ran,
-    folder,
+    Sandbox,
     prlimit,
+    program_folder,
     start,
-    watched,
+    watch,
 )
 
 
-def find_cage(*, allow_unsafe: bool = False) -> Cage:
-    """The best cage that works here.
+def find_sandbox(*, allow_unsafe: bool = False) -> Sandbox:
+    """Return the best sandbox that works here.
 
     Raises:
-        UserError: there is none, and `allow_unsafe` was not asked for.
+        UserError: there is none, and `allow_unsafe` is False.
     """
     tried = []
-    for cage in (Bubblewrap(), Container()):
-        trouble = cage.trouble()
+    for sandbox in (Bubblewrap(), Container()):
+        trouble = sandbox.trouble()
         if not trouble:
-            return cage
+            return sandbox
         tried.append(trouble)
     if allow_unsafe:
         return Unsafe()
     raise UserError(
-        f"programs that a model wrote are run in a cage only, and none works here ({'; '.join(tried)}): install bubblewrap "
-        "(apt install bubblewrap), or insist on running them as yourself with --allow-unsafe"
+        f"programs that a model wrote run only in a sandbox, and none works here ({'; '.join(tried)}): install bubblewrap "
+        "(apt install bubblewrap), or run them as yourself with --allow-unsafe"
     )
 
 
-def run_all(cage: Cage, programs: Sequence[Program], workers: int) -> list[Ran]:
-    """How each ended, in their order."""
-    with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="cage") as pool:
-        return list(pool.map(cage.run, programs))
+def run_all(sandbox: Sandbox, programs: Sequence[Program], workers: int) -> list[Outcome]:
+    """Run all programs, `workers` at a time; returns their outcomes in order."""
+    with ThreadPoolExecutor(max_workers=max(1, workers), thread_name_prefix="sandbox") as pool:
+        return list(pool.map(sandbox.run, programs))
 
 
 class Container:
-    """Docker or Podman: one container for each program, which limits memory, processes and time by its engine."""
+    """Docker or Podman: one container for each program. The engine limits memory and processes."""
 
     name = "container"
     image = "fedloom-evaluation"
@@ -79,27 +79,27 @@ class Container:
         self._engine = next((e for e in engines if shutil.which(e)), None)
 
     def trouble(self) -> str:
-        """Why it cannot be used here; empty where it can."""
+        """Return why it cannot be used here; empty where it can."""
         if self._engine is None:
             return "neither docker nor podman found"
-        asked = subprocess.run(
+        inspected = subprocess.run(
             [self._engine, "image", "inspect", self.image], capture_output=True, text=True, check=False, timeout=30
         )
-        return "" if asked.returncode == 0 else f"{self._engine} has no image {self.image}, or does not run"
+        return "" if inspected.returncode == 0 else f"{self._engine} has no image {self.image}, or does not run"
 
-    def run(self, program: Program) -> Ran:
+    def run(self, program: Program) -> Outcome:
         assert self._engine is not None
         engine, name = self._engine, f"fedloom-{uuid.uuid4().hex[:12]}"
-        with folder(program) as sources:
+        with program_folder(program) as sources:
             process = start(self.argv(sources, name, program))
 
             def end() -> None:
                 subprocess.run([engine, "kill", name], capture_output=True, check=False, timeout=30)
 
-            return watched(process, program.limits, lambda: (0, 0), end)
+            return watch(process, program.limits, lambda: (0, 0), end)
 
     def argv(self, sources: Path, name: str, program: Program) -> list[str]:
-        """The engine's command line."""
+        """Return the engine's command line."""
         limits, (first, *others) = program.limits, program.command
         entry = "python3" if first == PYTHON else first  # the image has its own
         return [
@@ -112,18 +112,18 @@ class Container:
 
 
 class Unsafe:
-    """A child process as the user, with the kernel's limits: it sees and may change whatever the user may."""
+    """A child process as the user, with the kernel's limits. It may read and change all that the user may."""
 
     name = "unsafe"
     tools_at = "here"
 
-    def run(self, program: Program) -> Ran:
-        with folder(program) as sources, tempfile.TemporaryDirectory(prefix="fedloom-run-") as scratch:
+    def run(self, program: Program) -> Outcome:
+        with program_folder(program) as sources, tempfile.TemporaryDirectory(prefix="fedloom-run-") as scratch:
             here = {SOURCES: str(sources), SCRATCH: scratch}
-            argv = [*prlimit(program.limits), *(_moved(part, here) for part in program.command)]
+            argv = [*prlimit(program.limits), *(_local_paths(part, here) for part in program.command)]
             environment = {"PATH": os.environ.get("PATH", ""), "HOME": scratch, "TMPDIR": scratch, "LANG": "C.UTF-8"}
             process = start(argv, cwd=sources, env=environment)
-            return watched(process, program.limits, lambda: (0, 0), lambda: _kill_group(process.pid))
+            return watch(process, program.limits, lambda: (0, 0), lambda: _kill_group(process.pid))
 
 
 def _kill_group(pid: int) -> None:
@@ -131,6 +131,6 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _moved(part: str, here: Mapping[str, str]) -> str:
-    """A command's paths, where there is no cage to give them their names."""
+def _local_paths(part: str, here: Mapping[str, str]) -> str:
+    """Replace the sandbox's paths in a command's argument by local ones, since there is no sandbox."""
     return re.sub(rf"(?<![\w/.])({'|'.join(here)})(?![\w.])", lambda found: here[found[1]], part)

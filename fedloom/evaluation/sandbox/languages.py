@@ -1,9 +1,8 @@
-"""How a model's answer becomes a program in each language of HumanEval and HumanEval-X, and what says that it passed.
+"""Build a program from a model's answer in each language of HumanEval and HumanEval-X, and decide whether it passed.
 
-A program is the task's prompt, the answer, and the task's tests. A test that fails ends it with an error; that its end
-was reached it says itself where the language lets something follow the tests, by a word that is drawn anew each time,
-so that an answer that stops before the tests has not passed. This file does not know how programs are held
-(execution.py), models or scores.
+A program is the task's prompt, the answer, and the task's tests. A failed test ends it with an error. Where the language
+allows code after the tests, the program prints a random closing word there: an answer that exits before the tests has
+not passed. This file does not know how programs are run (execution.py), models or scores.
 
 HumanEval: arXiv 2107.03374. HumanEval-X: arXiv 2303.17568. The order of the parts is theirs.
 """
@@ -18,26 +17,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.common.errors import UserError, suggest
-from fedloom.evaluation.sandbox.programs import PYTHON, SCRATCH, SOURCES, Cage, Limits, Program, Ran
+from fedloom.evaluation.sandbox.programs import PYTHON, SCRATCH, SOURCES, Limits, Outcome, Program, Sandbox
 
 #: One record of a data file: HumanEval's or HumanEval-X's own keys.
 Record = Mapping[str, Any]
 
 
-#: What answers may use without including it, as HumanEval-X's own runner adds it.
+#: Headers that answers may use without including them, as in HumanEval-X's own runner.
 _CPP_HEADERS = (
     "stdlib.h", "algorithm", "math.h", "stdio.h", "vector", "string", "climits", "cstring", "iostream", "map", "set",
     "cassert",
 )  # fmt: skip
 
 
-#: JavaScript's console.assert only prints.
+#: JavaScript's own console.assert only prints.
 _JAVASCRIPT_ASSERT = (
     "console.assert = (held, ...said) => { if (!held) throw new Error('a test failed: ' + said.join(' ')) };\n"
 )
 
 
-#: The package that one of HumanEval-X's JavaScript prompts asks for.
+#: The package that one of HumanEval-X's JavaScript prompts requires.
 _MD5 = "const { createHash } = require('crypto');\n"
 
 
@@ -72,7 +71,7 @@ func (a *Assertions) Equal(expected, actual interface{}, _ ...interface{}) bool 
 """
 
 
-#: What an answer in Go may use without importing it.
+#: Packages that an answer in Go may use without importing them.
 _GO_PACKAGES = (
     "bytes", "crypto/md5", "fmt", "math", "math/rand", "regexp", "sort", "strconv", "strings", "time", "unicode",
 )  # fmt: skip
@@ -90,11 +89,11 @@ replace github.com/stretchr/testify => ./testify
 
 @dataclass(frozen=True)
 class Language:
-    """One language.
+    """One programming language.
 
     Attributes:
         name: as in HumanEval-X's file names.
-        tools: the programs that have to be there.
+        tools: the programs that have to be installed.
         build: (record, answer, closing word) → the program.
         closes: whether the program prints the closing word after its tests.
     """
@@ -105,21 +104,21 @@ class Language:
     closes: bool
 
     def missing(self) -> list[str]:
-        """The tools that are not installed."""
+        """Return the tools that are not installed."""
         return [tool for tool in self.tools if shutil.which(tool) is None]
 
-    def program(self, record: Record, answer: str) -> tuple[Program, Callable[[Ran], bool]]:
-        """The program of an answer, and what tells from its end whether the answer passed."""
+    def program(self, record: Record, answer: str) -> tuple[Program, Callable[[Outcome], bool]]:
+        """Return the program of an answer, and a function: its outcome → whether the answer passed."""
         word = f"all-tests-passed-{secrets.token_hex(8)}"
 
-        def passed(ran: Ran) -> bool:
-            return ran.well and (not self.closes or ran.output.rstrip().endswith(word))
+        def passed(ran: Outcome) -> bool:
+            return ran.succeeded and (not self.closes or ran.output.rstrip().endswith(word))
 
         return self.build(record, answer, word), passed
 
 
 def language(name: str) -> Language:
-    """Raises UserError where there is none of that name, or it cannot run here."""
+    """Return the language of that name. Raises UserError where it is unknown or its tools are not installed."""
     if name not in LANGUAGES:
         raise UserError(f"unknown language {name!r}: {suggest(name, sorted(LANGUAGES))}")
     found = LANGUAGES[name]
@@ -131,29 +130,30 @@ def language(name: str) -> Language:
     return found
 
 
-def check_runs(cage: Cage, records: Sequence[Record]) -> None:
-    """Raise UserError where programs of these records' language do not run in the cage, whose tools may be others.
+def check_runs(sandbox: Sandbox, records: Sequence[Record]) -> None:
+    """Raise UserError where programs of these records' language do not run in the sandbox.
 
-    The first records' own answers are run; one that passes is enough, since some of the data's own do not.
+    The sandbox may have other tools than this machine. The reference answers of the first records are run. One that
+    passes is enough, because some reference answers of these data sets do not pass.
     """
     ran = None
     for record in [r for r in records if r.get("canonical_solution")][:3]:
-        found = language(of_task(record["task_id"]))
+        found = language(language_of(record["task_id"]))
         program, passed = found.program(record, record["canonical_solution"])
-        ran = cage.run(program)
+        ran = sandbox.run(program)
         if passed(ran):
             return
     if ran is not None:
         said = " ".join(ran.output.split())[-200:] or f"it ended by {ran.end}"
         raise UserError(
-            f"{found.name} programs do not run in the cage here ({cage.name}): the right answer to {record['task_id']} did "
-            f"not pass ({said}): install {' and '.join(found.tools or ('python3',))} {cage.tools_at}, or leave "
-            f"{found.name} out"
+            f"{found.name} programs do not run in the sandbox here ({sandbox.name}): the right answer to "
+            f"{record['task_id']} did not pass ({said}): install {' and '.join(found.tools or ('python3',))} "
+            f"{sandbox.tools_at}, or leave {found.name} out"
         )
 
 
-def of_task(task_id: str) -> str:
-    """The language of a record: ``HumanEval/3`` and ``Python/3`` are Python, ``CPP/3`` is C++ …"""
+def language_of(task_id: str) -> str:
+    """Return the language of a record: ``HumanEval/3`` and ``Python/3`` are Python, ``CPP/3`` is C++ …"""
     kind = task_id.partition("/")[0].lower()
     return {"humaneval": "python", "javascript": "js"}.get(kind, kind)
 
@@ -187,7 +187,7 @@ def _java(record: Record, answer: str, word: str) -> Program:
 
 
 def _go(record: Record, answer: str, word: str) -> Program:
-    """A package may be neither imported twice nor without use, so those that the function uses are looked for in it."""
+    """Build a Go program. Go rejects double and unused imports, so only the packages that the function uses are added."""
     setup = str(record["test_setup"])
     function = str(record["prompt"]).replace(str(record["import"]), "", 1) + answer
     used = [
@@ -218,17 +218,18 @@ LANGUAGES = {
 }
 
 
-#: A comment, a text or a character: braces in these count for nothing.
+#: A comment, a string or a character literal: braces in these do not count.
 _NO_BRACES = re.compile(r"""//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'|`[^`]*`""", re.DOTALL)
 
 
-def completed(record: Record, answer: str) -> str:
-    """The answer without what follows the function that was asked for, which the model is free to go on with.
+def trim_answer(record: Record, answer: str) -> str:
+    """Cut the answer after the requested function: the model may have written more.
 
-    Where braces close a function, what follows its last one is left out, and braces that were open around it (Java's
-    class) are closed. An answer that never closes its function stays as it is. In Python the task's stop words do it.
+    In languages with braces, everything after the function's last brace is removed, and braces that were open around
+    it (Java's class) are closed. An answer that never closes its function is unchanged. In Python the task's stop words
+    do this.
     """
-    if of_task(str(record["task_id"])) == "python":
+    if language_of(str(record["task_id"])) == "python":
         return answer
     depth = around = _braces(str(record["prompt"]))
     around -= 1
@@ -242,6 +243,6 @@ def completed(record: Record, answer: str) -> str:
 
 
 def _braces(text: str) -> int:
-    """How many are open at the end of `text`."""
+    """Return how many braces are open at the end of `text`."""
     bare = _NO_BRACES.sub("", text)
     return bare.count("{") - bare.count("}")

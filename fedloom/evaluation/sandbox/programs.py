@@ -1,6 +1,6 @@
-"""One program that a model wrote, what it may take, and how it is watched from its start to its end.
+"""One program that a model wrote: its limits, its outcome, and the loop that watches it.
 
-This file does not know what holds the program (bubblewrap.py, execution.py) nor its language.
+This file does not know the sandbox (bubblewrap.py, execution.py) or the program's language.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-#: How often a running program is looked at, in seconds.
-LOOK = 0.02
+#: Time between two checks of a running program.
+POLL_SECONDS = 0.02
 
 
-#: Where a program finds its files, and where it may write.
+#: The folder of a program's files, and the folder that it may write to.
 SOURCES, SCRATCH = "/program", "/tmp"
 
 
-#: The Python that runs this, outside of any virtual environment: what a cage shows is this one.
+#: The Python that runs this, outside of any virtual environment: the one that a sandbox contains.
 PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))
 
 
@@ -34,14 +34,14 @@ End = Literal["ended", "timeout", "memory", "processes", "output"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What one program may take.
+    """Limits of one program.
 
     Attributes:
-        seconds: by the clock, from its start, compiling included.
-        memory: bytes that all its processes hold together.
-        processes: at the same time, threads counted.
+        seconds: wall time from its start, compiling included.
+        memory: bytes of all its processes together.
+        processes: at the same time, threads included.
         scratch: bytes that it may write.
-        output: bytes that it may print; what is over is not kept.
+        output: bytes that it may print; the rest is dropped.
     """
 
     seconds: float = 10.0
@@ -53,7 +53,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Program:
-    """What is to be run: files (name → text) and the command that runs them in their folder, with /tmp to write in."""
+    """Files (name → text), and the command that runs them in their folder. The program may write to /tmp."""
 
     files: Mapping[str, str]
     command: Sequence[str]
@@ -61,33 +61,33 @@ class Program:
 
 
 @dataclass(frozen=True)
-class Ran:
-    """How a program ended. `code`: its exit code, negative for a signal; None where the cage ended it."""
+class Outcome:
+    """How a program ended. `code`: its exit code, negative for a signal; None where a limit ended it."""
 
     end: End
     code: int | None
     output: str
 
     @property
-    def well(self) -> bool:
+    def succeeded(self) -> bool:
         return self.end == "ended" and self.code == 0
 
 
-class Cage(Protocol):
-    """Runs a program and outlives it (bubblewrap.py, execution.py)."""
+class Sandbox(Protocol):
+    """Runs a program within its limits (bubblewrap.py, execution.py)."""
 
     name: str
 
-    #: Where a language's tools have to be, for a sentence.
+    #: Where a language's tools have to be, for error messages.
     tools_at: str
 
-    def run(self, program: Program) -> Ran:
-        """Returns within the program's limits, whatever it does."""
+    def run(self, program: Program) -> Outcome:
+        """Run the program; returns within its time limit, whatever it does."""
 
 
 @contextlib.contextmanager
-def folder(program: Program) -> Iterator[Path]:
-    """The program's files, readable by whoever it runs as."""
+def program_folder(program: Program) -> Iterator[Path]:
+    """Write the program's files to a temporary folder that every user may read."""
     with tempfile.TemporaryDirectory(prefix="fedloom-program-") as name:
         folder = Path(name)
         for path, text in program.files.items():
@@ -109,14 +109,14 @@ def start(argv: Sequence[str], **how: object) -> subprocess.Popen[bytes]:
     )
 
 
-def watched(
+def watch(
     process: subprocess.Popen[bytes], limits: Limits, usage: Callable[[], tuple[int, int]], end: Callable[[], None]
-) -> Ran:
-    """Read what the program prints until it ends or has to.
+) -> Outcome:
+    """Read the program's output until it ends or exceeds a limit, which ends it.
 
     Args:
-        usage: its processes and the bytes that they hold.
-        end: ends all of it.
+        usage: returns its number of processes and their bytes of memory.
+        end: ends all its processes.
     """
     assert process.stdout is not None
     over: End = "ended"
@@ -126,20 +126,20 @@ def watched(
         selector.register(process.stdout, selectors.EVENT_READ)
         reading = True
         while process.poll() is None and over == "ended":
-            if reading and selector.select(LOOK):
+            if reading and selector.select(POLL_SECONDS):
                 piece = os.read(process.stdout.fileno(), 1 << 16)
                 reading = bool(piece)
                 kept += piece
             elif not reading:
-                time.sleep(LOOK)
-            over = _over(limits, len(kept), deadline, usage())
+                time.sleep(POLL_SECONDS)
+            over = _exceeded_limit(limits, len(kept), deadline, usage())
         if over != "ended":
             end()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=10.0)
         if process.poll() is None:
             process.kill()
-            end()  # of what there was not yet when it was first said, as of a container that had not begun
+            end()  # again: a container may not have started yet at the first call
         while over == "ended" and reading and len(kept) <= limits.output and selector.select(0):
             piece = os.read(process.stdout.fileno(), 1 << 16)
             reading = bool(piece)
@@ -147,10 +147,10 @@ def watched(
     if over == "ended" and len(kept) > limits.output:
         over = "output"
     text = bytes(kept[: limits.output]).decode(errors="replace")
-    return Ran(over, process.returncode if over == "ended" else None, text)
+    return Outcome(over, process.returncode if over == "ended" else None, text)
 
 
-def _over(limits: Limits, printed: int, deadline: float, usage: tuple[int, int]) -> End:
+def _exceeded_limit(limits: Limits, printed: int, deadline: float, usage: tuple[int, int]) -> End:
     processes, held = usage
     if printed > limits.output:
         return "output"
@@ -162,10 +162,10 @@ def _over(limits: Limits, printed: int, deadline: float, usage: tuple[int, int])
 
 
 def prlimit(limits: Limits) -> list[str]:
-    """What the kernel bounds for each process by itself, so that it cannot run away between two looks.
+    """Return the `prlimit` command: the kernel's own limits for each process, which also hold between two checks.
 
-    `data`, not `as`: a Java or a JavaScript machine reserves far more addresses than it uses. Processes are counted for
-    a user, not for a program, and not at all for root: the bound is a brake, what counts them is bubblewrap.py.
+    `data`, not `as`: a Java or a JavaScript machine reserves far more addresses than it uses. The kernel counts processes
+    by user, not by program, and not at all for root. So that limit is only a brake; bubblewrap.py counts processes.
     """
     return [
         "prlimit", f"--data={limits.memory}", f"--fsize={limits.scratch}", f"--cpu={int(limits.seconds) * 4 + 4}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from fedloom.common import registry
-from fedloom.evaluation.pick_suite import measured_once
+from fedloom.evaluation.pick_suite import public_suite_message
 from fedloom.federation.checks.facts import RecipeFacts
 from fedloom.federation.checks.rule import Rule
 from fedloom.federation.cohorts import alone_by_recipe
@@ -107,7 +107,7 @@ RUN_RULES = (
         "evaluation.suite",
         "a public benchmark as `evaluation.suite`, which a run measures every round",
         _task_suite,
-        lambda f, suite: measured_once(suite),
+        lambda f, suite: public_suite_message(suite),
     ),
     Rule[RecipeFacts](
         "cohort.recipe",

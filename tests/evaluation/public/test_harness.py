@@ -25,7 +25,7 @@ from fedloom.data.corpus import Example
 from fedloom.data.prompts import Template
 from fedloom.evaluation import score as scoring
 from fedloom.evaluation.public import harness
-from fedloom.evaluation.public.suites import TASKS, Measured, TaskSuite
+from fedloom.evaluation.public.suites import TASKS, TaskMetric, TaskSuite
 from fedloom.evaluation.sandbox.bubblewrap import Bubblewrap
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
@@ -38,7 +38,7 @@ CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-caged = not Bubblewrap().trouble()
+sandbox_works = not Bubblewrap().trouble()
 
 
 def program(number: int, body: str, result: int) -> dict[str, str]:
@@ -83,9 +83,9 @@ def benchmark_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def suite(tmp_path_factory: pytest.TempPathFactory) -> TaskSuite:
     """Our own task files, with short answers: what a package's own folder of tasks looks like."""
     folder = tmp_path_factory.mktemp("tasks")
-    tasks = {"gsm8k": Measured("strict", 2), "openbookqa": Measured("acc", 2)}
-    if caged:
-        tasks["humaneval"] = Measured("pass@1", 2)  # one command line: nothing lies there that could be shown
+    tasks = {"gsm8k": TaskMetric("strict", 2), "openbookqa": TaskMetric("acc", 2)}
+    if sandbox_works:
+        tasks["humaneval"] = TaskMetric("pass@1", 2)  # one command line: nothing lies there that could be shown
     for name in tasks:
         text = f"include: {TASKS / f'{name}.yaml'}\ntask: {name}\n"
         if name != "openbookqa":
@@ -232,7 +232,7 @@ def test_virtual_tokens_stand_in_front(base_folder, method):
     model = adapted(base_folder, config, trained=True)
     template = Template.choose(model.tokenizer, "alpaca")
     questions = [Example(f"Say {'x' * (3 * i)}", "", "yes", choices=("yes", "no")) for i in range(3)]
-    lm = harness.Handed(model, 3, None)
+    lm = harness.LiveModel(model, 3, None)
     assert lm.max_length == 2048 - 4
     how = {"until": [], "max_gen_toks": 12, "do_sample": False}
     asked = [Instance("generate_until", {}, (template.prompt_text(q), dict(how)), i) for i, q in enumerate(questions)]
@@ -250,7 +250,7 @@ def test_virtual_tokens_stand_in_front(base_folder, method):
     assert set(picked) <= {"yes", "no"}
 
 
-def greedy(lm: harness.Handed, ids: list[int], count: int) -> str:
+def greedy(lm: harness.LiveModel, ids: list[int], count: int) -> str:
     """The likeliest token, again and again, each time from the whole sequence anew."""
     answer: list[int] = []
     for _ in range(count):
@@ -277,24 +277,26 @@ def test_lm_eval_reads_prompts_as_the_tokens_that_training_saw(base_folder, styl
     model = adapted(base_folder, trained=False)
     model.tokenizer.chat_template = CHAT
     template = Template.choose(model.tokenizer, style)
-    lm = harness.Handed(model, 1, False if style == "chat" else None)
+    lm = harness.LiveModel(model, 1, False if style == "chat" else None)
     question, answer = Example("Which?", "A. red\nB. blue", "A. red"), "A. red"
     context, rest = lm._encode_pair(template.prompt_text(question), answer)
     assert context + rest == template.prompt_ids(question) + template.answer_ids(answer)[:-1]
     ids, _ = lm.tok_batch_encode([template.prompt_text(question)])
     assert ids[0].tolist() == template.prompt_ids(question)
     harness._check_prompts(lm, template)
-    with pytest.raises(UserError, match="as other tokens than training did"):
+    with pytest.raises(UserError, match="into other tokens than training did"):
         harness._check_prompts(
-            harness.Handed(model, 1, style == "chat"), Template(model.tokenizer, style)
-        ) if style == ("chat") else harness._check_prompts(harness.Handed(model, 1, False), template)
+            harness.LiveModel(model, 1, style == "chat"), Template(model.tokenizer, style)
+        ) if style == ("chat") else harness._check_prompts(harness.LiveModel(model, 1, False), template)
 
 
 def test_limit_shots_and_what_is_not_there(base_folder, benchmark_data, monkeypatch):
     from fedloom.common import registry
 
     model = adapted(base_folder, trained=False)
-    few = TaskSuite("few", "a test's", {"openbookqa": Measured("acc"), "hellaswag": Measured("acc_norm")}, partial=True)
+    few = TaskSuite(
+        "few", "a test's", {"openbookqa": TaskMetric("acc"), "hellaswag": TaskMetric("acc_norm")}, partial=True
+    )
     notes: list[str] = []
     with heard_by(notes.append):
         measured, texts = ours(model, few, benchmark_data, monkeypatch, limit=3)
@@ -303,9 +305,9 @@ def test_limit_shots_and_what_is_not_there(base_folder, benchmark_data, monkeypa
     assert measured["score"] == measured["tasks"]["openbookqa"]["score"]
     assert "no source of hellaswag was found" in measured["left_out"]["hellaswag"]
     with pytest.raises(UserError, match=r"no source of hellaswag was found .*FEDLOOM_DATA"):
-        ours(model, TaskSuite("one", "", {"hellaswag": Measured("acc_norm")}), benchmark_data, monkeypatch)
+        ours(model, TaskSuite("one", "", {"hellaswag": TaskMetric("acc_norm")}), benchmark_data, monkeypatch)
     with pytest.raises(UserError, match="has no file of it"):
-        ours(model, TaskSuite("one", "", {"helaswag": Measured("acc")}), benchmark_data, monkeypatch)
+        ours(model, TaskSuite("one", "", {"helaswag": TaskMetric("acc")}), benchmark_data, monkeypatch)
     named = {task for name in registry.task_suites.names() for task in registry.task_suites.get(name).tasks}
     there = {p.stem for p in TASKS.glob("*.yaml") if not p.stem.startswith("_")}
     assert named == there  # a suite's tasks have files, and each file a suite
@@ -315,7 +317,7 @@ def test_the_live_model_is_as_it_was(base_folder, suite, benchmark_data, monkeyp
     model = adapted(base_folder, trained=True)
     before, draws = model.adapter.flat.clone(), torch.get_rng_state()
     kind = model.causal_lm.config._attn_implementation
-    one = TaskSuite("one", "", {"openbookqa": Measured("acc")}, folder=suite.folder)
+    one = TaskSuite("one", "", {"openbookqa": TaskMetric("acc")}, folder=suite.folder)
     ours(model, one, benchmark_data, monkeypatch, limit=1)
     assert torch.equal(model.adapter.flat, before)
     assert torch.equal(torch.get_rng_state(), draws)

@@ -11,7 +11,7 @@ from fedloom.evaluation.public import datasets as benchmarks
 from fedloom.evaluation.public import documents as asked
 from fedloom.evaluation.public import readers
 from fedloom.evaluation.public.marking import exact_match, f1, last_number, pass_at_k, rouge, stated_number
-from fedloom.evaluation.sandbox.languages import completed
+from fedloom.evaluation.sandbox.languages import trim_answer
 
 
 def test_pass_at_k_is_the_mean_over_all_draws():
@@ -143,7 +143,7 @@ def test_questions_take_turns_and_examples_are_not_among_them(tmp_path, monkeypa
     ],
 )  # fmt: skip
 def test_what_follows_the_function_is_left_out(language, prompt, answer, kept):
-    assert completed({"task_id": f"{language}/0", "prompt": prompt}, answer) == kept
+    assert trim_answer({"task_id": f"{language}/0", "prompt": prompt}, answer) == kept
 
 
 def test_no_accepted_answer_is_never_met():

@@ -15,10 +15,10 @@ from fedloom.common.errors import UserError
 from fedloom.evaluation.public import documents as asked
 from fedloom.evaluation.sandbox.bubblewrap import Bubblewrap
 from fedloom.evaluation.sandbox.languages import LANGUAGES, check_runs
-from fedloom.evaluation.sandbox.programs import Ran
+from fedloom.evaluation.sandbox.programs import Outcome
 
 trouble = Bubblewrap().trouble()
-caged = pytest.mark.skipif(bool(trouble), reason=trouble)
+needs_sandbox = pytest.mark.skipif(bool(trouble), reason=trouble)
 DATA = os.environ.get("FEDLOOM_DATA", "")
 
 RECORDS = [
@@ -37,7 +37,7 @@ def passed(records: list[Mapping[str, Any]], answers: list[list[str]]) -> list[l
     return asked.run_programs(answers, [{"record": record, "allow_unsafe": False} for record in records])
 
 
-@caged
+@needs_sandbox
 def test_right_answers_pass_and_empty_ones_do_not():
     right = [record["canonical_solution"] for record in RECORDS]
     wrong = "    return None\n"
@@ -52,26 +52,26 @@ def test_right_answers_pass_and_empty_ones_do_not():
 
 
 class Elsewhere:
-    """A cage in which nothing is installed."""
+    """A sandbox in which nothing is installed."""
 
     name = "elsewhere"
     tools_at = "on the moon"
 
     def run(self, program):
-        return Ran("ended", 127, "python3: not found")
+        return Outcome("ended", 127, "python3: not found")
 
 
-def test_a_language_that_does_not_run_in_the_cage_is_refused_before_a_model_is_asked():
+def test_a_language_that_does_not_run_in_the_sandbox_is_refused_before_a_model_is_asked():
     with pytest.raises(
         UserError,
-        match=r"python programs do not run in the cage here \(elsewhere\): the right answer to HumanEval/\d did not pass "
+        match=r"python programs do not run in the sandbox here \(elsewhere\): the right answer to HumanEval/\d did not pass "
         r"\(python3: not found\): install python3 on the moon, or leave python out$",
     ):
         check_runs(Elsewhere(), RECORDS)
     check_runs(Elsewhere(), [{**RECORDS[0], "canonical_solution": ""}])  # nothing to try
 
 
-@caged
+@needs_sandbox
 def test_one_right_answer_that_passes_is_enough():
     check_runs(Bubblewrap(), [{**RECORDS[0], "canonical_solution": "    return None\n"}, *RECORDS[1:]])
     wrong = [{**record, "canonical_solution": "    return None\n"} for record in RECORDS]
@@ -79,7 +79,7 @@ def test_one_right_answer_that_passes_is_enough():
         check_runs(Bubblewrap(), wrong)
 
 
-@caged
+@needs_sandbox
 def test_answers_of_a_brace_language_may_go_on(tmp_path):
     if LANGUAGES["js"].missing():
         pytest.skip("node is not installed")
@@ -88,16 +88,16 @@ def test_answers_of_a_brace_language_may_go_on(tmp_path):
     assert passed([record], [answers]) == [[True, False, False]]
 
 
-def test_no_cage_is_refused_before_anything_is_asked(tmp_path, monkeypatch, tiny_model):
+def test_no_sandbox_is_refused_before_anything_is_asked(tmp_path, monkeypatch, tiny_model):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("FEDLOOM_DATA", str(tmp_path))
     folder = tmp_path / "humaneval"
     folder.mkdir()
     (folder / "test.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
-    asked._cage.cache_clear()
+    asked._sandbox.cache_clear()
     with pytest.raises(UserError, match=r"none works here .* --allow-unsafe"):
         asked.load("humaneval", pretrained=str(tiny_model))
-    asked._cage.cache_clear()
+    asked._sandbox.cache_clear()
 
 
 def records(path: str) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def records(path: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-@caged
+@needs_sandbox
 @pytest.mark.skipif(not DATA, reason="FEDLOOM_DATA is not set")
 def test_humaneval_canonical_all_and_empty_none():
     rows = records("humaneval/HumanEval.jsonl.gz")
@@ -115,7 +115,7 @@ def test_humaneval_canonical_all_and_empty_none():
 
 
 @pytest.mark.slow
-@caged
+@needs_sandbox
 @pytest.mark.skipif(not DATA, reason="FEDLOOM_DATA is not set")
 @pytest.mark.parametrize("name", sorted(LANGUAGES))
 def test_humaneval_x_canonical(name):
