@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from fedloom.algorithms.about import About
-from fedloom.common.errors import UserError, suggest
 from fedloom.data.batching import Batch
 from fedloom.messages.kept import check_kept
 from fedloom.messages.types import Payload, Update
@@ -310,18 +309,3 @@ class Algorithm(ABC):
         """
         check_kept(self.kept, f"self.kept of {type(self).__name__}")
         return self.kept
-
-
-def parse_options(algorithm: type[Algorithm], name: str, values: Mapping[str, Any]) -> AlgorithmOptions:
-    """The options of a recipe as the algorithm's own. Raises UserError with the nearest valid one."""
-    try:
-        return algorithm.Options.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            valid = [f"algorithm.{k}" for k in algorithm.Options.model_fields]
-            hint = suggest(f"algorithm.{key}", valid) if valid else f"{name} has no options"
-            raise UserError(f"unknown option algorithm.{key} of {name}: {hint}") from None
-        said = first["msg"].removeprefix("Value error, ").lower()
-        raise UserError(f"algorithm.{key}={first['input']!r} is not valid for {name}: {said}") from None

@@ -5,10 +5,11 @@ Whatever cannot be private is refused here, before any work. This file makes hal
 
 from __future__ import annotations
 
-from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.algorithms.base import Algorithm, AlgorithmOptions
 from fedloom.algorithms.privacy import accounting
 from fedloom.algorithms.privacy.private import Private
 from fedloom.common import registry
+from fedloom.common.complaints import parse_options
 from fedloom.common.errors import UserError
 from fedloom.recipe.recipe import Recipe
 
@@ -17,7 +18,7 @@ def make(recipe: Recipe) -> Algorithm:
     """A half of the recipe's algorithm. Raises UserError for an unknown name or option, or one that cannot be private."""
     name = recipe.algorithm.name
     cls = registry.algorithms.get(name)
-    inner: Algorithm = cls(parse_options(cls, name, recipe.algorithm.options), recipe.seed, recipe.adapter)
+    inner: Algorithm = cls(options_of(cls, recipe), recipe.seed, recipe.adapter)
     privacy = recipe.privacy
     if privacy is None:
         return inner
@@ -26,6 +27,11 @@ def make(recipe: Recipe) -> Algorithm:
         raise UserError(not_private(name))
     # Before the split is known there is no expected number: what is made then is only looked at.
     return Private(inner, privacy, recipe.federation.sampled(privacy.population or 1))
+
+
+def options_of(cls: type[Algorithm], recipe: Recipe) -> AlgorithmOptions:
+    """The recipe's options of `cls`, checked. Raises UserError with the nearest valid one."""
+    return parse_options(cls.Options, recipe.algorithm.options, recipe.algorithm.name, "algorithm.")
 
 
 def can_be_private(name: str) -> bool:

@@ -15,6 +15,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from fedloom.common.complaints import first_complaint
 from fedloom.common.errors import UserError, suggest
 from fedloom.common.yaml import dump_yaml, load_yaml
 from fedloom.recipe.adapter import AdapterConfig
@@ -217,12 +218,7 @@ def section_of(annotation: Any) -> type[BaseModel] | None:
 
 def _one_sentence(error: ValidationError) -> str:
     """Pydantic's first complaint as one sentence with the key, the value and the mend."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {where} in the recipe: {nearest_key(where, _valid_keys(Recipe))}"
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:] if message[:1].isupper() else message
-    if first["type"] == "value_error":
-        return message
-    return f"{where}={first['input']!r} is not valid: {message}"
+    complaint = first_complaint(error)
+    if complaint.unknown:
+        return f"unknown key {complaint.key} in the recipe: {nearest_key(complaint.key, _valid_keys(Recipe))}"
+    return complaint.of()

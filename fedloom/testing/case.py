@@ -11,7 +11,8 @@ from typing import Any
 
 from fedloom.algorithms.about import Sizes
 from fedloom.algorithms.averaging.fedavg import FedAvg
-from fedloom.algorithms.base import Algorithm, Properties, parse_options
+from fedloom.algorithms.base import Algorithm, Properties
+from fedloom.algorithms.build import options_of
 from fedloom.common import registry
 from fedloom.experiment.run import run as run_recipe
 from fedloom.federation.watch import Watch
@@ -104,7 +105,7 @@ class Case:
 
     def server(self) -> Algorithm:
         """A new server half, as before the first round."""
-        options = parse_options(self.cls, self.name, self.recipe.algorithm.options)
+        options = options_of(self.cls, self.recipe)
         made = self.cls(options, self.recipe.seed, self.recipe.adapter)
         made.server_model(self.models)
         return made
@@ -122,7 +123,7 @@ class Case:
     def sizes(self, round: int) -> Sizes:
         clients = {client for client, _ in self.whole.log.up}
         steps = self.recipe.train.steps or 0
-        options = parse_options(self.cls, self.name, self.recipe.algorithm.options)
+        options = options_of(self.cls, self.recipe)
         return Sizes(self.layout, self.recipe.adapter.rank, len(clients), round, steps, options)
 
 

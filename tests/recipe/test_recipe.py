@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedloom.algorithms.averaging.fedavg import FedAvg
-from fedloom.algorithms.base import parse_options
+from fedloom.common.complaints import parse_options
 from fedloom.common.errors import UserError, suggest
 from fedloom.common.yaml import load_yaml
 from fedloom.recipe.library import builtin_recipes, find_recipe
@@ -111,7 +111,7 @@ def test_bare_strings_stand_for_a_name():
 def test_an_algorithms_options_stand_beside_its_name():
     recipe = Recipe.parse({"algorithm": {"name": "fedavg", "weight_by": "tokens"}})
     assert recipe.algorithm.options == {"weight_by": "tokens"}
-    assert parse_options(FedAvg, "fedavg", recipe.algorithm.options).weight_by == "tokens"
+    assert parse_options(FedAvg.Options, recipe.algorithm.options, "fedavg", "algorithm.").weight_by == "tokens"
     assert recipe.resolved()["algorithm"] == {"name": "fedavg", "weight_by": "tokens"}
 
 
@@ -261,9 +261,9 @@ def test_a_recipe_that_is_not_there():
 
 def test_an_unknown_option_of_an_algorithm_is_refused_with_the_nearest():
     with pytest.raises(UserError, match=r"unknown option algorithm\.weigth_by of fedavg: .*algorithm\.weight_by"):
-        parse_options(FedAvg, "fedavg", {"weigth_by": "tokens"})
+        parse_options(FedAvg.Options, {"weigth_by": "tokens"}, "fedavg", "algorithm.")
     with pytest.raises(UserError, match=r"algorithm\.weight_by='words' is not valid for fedavg"):
-        parse_options(FedAvg, "fedavg", {"weight_by": "words"})
+        parse_options(FedAvg.Options, {"weight_by": "words"}, "fedavg", "algorithm.")
 
 
 def test_suggestions():

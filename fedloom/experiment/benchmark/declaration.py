@@ -28,6 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedloom.common import registry
+from fedloom.common.complaints import first_complaint
 from fedloom.common.errors import UserError, suggest
 from fedloom.common.yaml import load_yaml
 from fedloom.experiment.benchmark.columns import NAMED
@@ -111,7 +112,7 @@ class Benchmark(BaseModel):
         try:
             found = cls.model_validate({"name": path.stem, **values})
         except ValidationError as error:
-            raise UserError(f"benchmark {path}: {_first(error)}") from None
+            raise UserError(f"benchmark {path}: {first_complaint(error)}") from None
         found._check_points()
         found._check_columns()
         return found.at(size)
@@ -236,12 +237,6 @@ def _over(values: Values, changes: Mapping[str, Any]) -> Values:
     """`values` with `changes` set after them: a section that changes replaces single keys of it that stood before."""
     left = {k: v for k, v in values.items() if k not in changes and not any(k.startswith(f"{c}.") for c in changes)}
     return {**left, **changes}
-
-
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong, and where."""
-    first = error.errors()[0]
-    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 def _points(points: Mapping[str, Any], leave_out: list[str]) -> dict[str, Values]:

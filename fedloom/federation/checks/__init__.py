@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedloom.algorithms.base import Algorithm, parse_options
+from fedloom.algorithms.base import Algorithm
+from fedloom.algorithms.build import options_of
 from fedloom.common import registry
 from fedloom.data.corpus import Partition
 from fedloom.federation.checks.algorithm_rules import ALGORITHM_RULES, RANK_RULES
@@ -67,7 +68,7 @@ def look_up(facts: RecipeFacts) -> None:
 def check_algorithm(recipe: Recipe) -> None:
     """Raise UserError for an algorithm that cannot work with this recipe's method, model, privacy or ranks."""
     facts = RecipeFacts(recipe)
-    options = parse_options(facts.algorithm, recipe.algorithm.name, recipe.algorithm.options)
+    options = options_of(facts.algorithm, recipe)
     refuse(ALGORITHM_RULES, facts)
     refuse(RANK_RULES, facts)
     facts.algorithm.check(options, recipe.adapter, recipe.train, recipe.model)

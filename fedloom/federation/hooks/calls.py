@@ -11,11 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from fedloom.algorithms.base import Algorithm
 from fedloom.common import registry
-from fedloom.common.errors import UserError, suggest
+from fedloom.common.complaints import parse_options
 from fedloom.data.batching import Batch
 from fedloom.data.corpus import Partition
 from fedloom.federation.hooks.base import CLIENT_POINTS, SERVER_POINTS, Hook, Pass, ServerRound, Step
@@ -32,17 +31,7 @@ SECTION = "hooks"
 def parse_hook(config: HookConfig) -> Hook:
     """Raises UserError for an unknown name or option."""
     cls: type[Hook] = registry.hooks.get(config.name)
-    try:
-        return cls(cls.Options.model_validate(config.options))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            valid = list(cls.Options.model_fields)
-            hint = suggest(key, valid) if valid else f"{config.name} has no options"
-            raise UserError(f"unknown option {key} of the hook {config.name}: {hint}") from None
-        said = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{key}={first['input']!r} is not valid for the hook {config.name}: {said}") from None
+    return cls(parse_options(cls.Options, config.options, f"the hook {config.name}"))
 
 
 def check_hooks(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:

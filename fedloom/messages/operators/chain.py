@@ -19,12 +19,12 @@ from math import prod
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from fedloom.common import registry
-from fedloom.common.errors import UserError, suggest
+from fedloom.common.complaints import parse_options
+from fedloom.common.errors import UserError
 from fedloom.messages import limits
-from fedloom.messages.operators.base import Around, Operator, OperatorOptions, is_float
+from fedloom.messages.operators.base import Around, Operator, is_float
 from fedloom.messages.operators.flat import BadPayload, Part, Parts, Spec, Table, check, flatten, unflatten
 from fedloom.messages.types import Payload
 
@@ -49,7 +49,7 @@ class Chain:
             given = {"name": value} if isinstance(value, str) else dict(value)
             name = str(given.pop("name", ""))
             operator = registry.operators.get(name)
-            options = parse_options(operator, name, given, where)
+            options = parse_options(operator.Options, given, name, where=f"{where}: ")
             operators.append(operator(options))
             described.append({"name": name, **options.model_dump(mode="json")})
         chain = cls(operators, described)
@@ -158,23 +158,6 @@ class Chain:
             parts = self.operators[i].decode(parts, specs[i], notes[i], around)
             check(parts, specs[i])
         return parts
-
-
-def parse_options(operator: type[Operator], name: str, values: Mapping[str, Any], where: str) -> OperatorOptions:
-    """The options of a recipe as the operator's own. Raises UserError with the nearest valid one."""
-    try:
-        return operator.Options.model_validate(dict(values))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            valid = list(operator.Options.model_fields)
-            hint = suggest(key, valid) if valid else f"{name} has no options"
-            raise UserError(f"{where}: unknown option {key} of {name}: {hint}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error":
-            raise UserError(f"{where}: {name}: {message}") from None
-        raise UserError(f"{where}: {key}={first['input']!r} is not valid for {name}: {message.lower()}") from None
 
 
 def _with_residual(parts: Parts, table: Table, residual: Residual) -> Parts:

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError
 
+from fedloom.common.complaints import first_complaint
 from fedloom.common.errors import UserError
 from fedloom.common.yaml import load_yaml
 from fedloom.messages.types import Failure, Outcome
@@ -61,7 +62,7 @@ class Policy(Section):
         except FileNotFoundError:
             return cls.model_validate({})
         except (yaml.YAMLError, ValidationError, UnicodeDecodeError) as error:
-            first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else "it is not YAML"
+            first = first_complaint(error) if isinstance(error, ValidationError) else "it is not YAML"
             raise UserError(f"the policy {path} cannot be used: {first}") from None
 
     def check(self, recipe: Mapping[str, Any]) -> None:

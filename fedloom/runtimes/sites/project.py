@@ -13,6 +13,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from fedloom.common.complaints import first_complaint
 from fedloom.common.errors import UserError
 from fedloom.common.yaml import load_yaml
 from fedloom.recipe.sections import Section
@@ -135,7 +136,4 @@ def load_section(cls: type[Any], path: Path, what: str) -> Any:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].removeprefix("Value error, ")
-        raise UserError(f"{what} {path}: {f'{where}: ' if where else ''}{message}") from None
+        raise UserError(f"{what} {path}: {first_complaint(error)}") from None
