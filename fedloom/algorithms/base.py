@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict
 from fedloom.algorithms.about import About
 from fedloom.data.batching import Batch
 from fedloom.messages.kept import check_kept
+from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
@@ -264,18 +265,16 @@ class Algorithm(ABC):
         Raises ValueError where `kept` cannot be stored.
         """
         check_kept(self.kept, f"self.kept of {type(self).__name__}", reserved=(SHARED, *RESERVED))
-        shared = {f"{SHARED}{n}": t for n, t in self.shared.tensors().items()}
-        return Payload({**shared, **self.kept.tensors}, dict(self.kept.meta))
+        return Payload({**prefixed(self.shared.tensors(), SHARED), **self.kept.tensors}, dict(self.kept.meta))
 
     def load_server_state(self, state: Payload) -> None:
         """The inverse of `server_state`. Raises ValueError where a tensor of `shared` is missing or has another shape."""
         self.load_shared(state)
-        kept = {n: t for n, t in state.tensors.items() if not n.startswith(SHARED)}
-        self.kept = Payload(kept, dict(state.meta))
+        self.kept = Payload(state.without(SHARED), dict(state.meta))
 
     def load_shared(self, state: Payload) -> None:
         """The part of `load_server_state` that puts `shared` back, for algorithms with a state of their own form."""
-        self.shared.load({n.removeprefix(SHARED): t for n, t in state.tensors.items() if n.startswith(SHARED)})
+        self.shared.load(state.under(SHARED))
 
     def repeated(self, rounds: int) -> bool:
         """A run was interrupted and goes on from this state; `rounds` rounds after it were finished, and are done again.

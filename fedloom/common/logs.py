@@ -1,9 +1,8 @@
-"""What fedloom says while it works, and who hears it.
+"""What fedloom logs while it works, and who hears it.
 
-Every module says its sentences to Python's `logging`, under its own name below "fedloom": what goes on as INFO, what a user
-should know as WARNING. Nobody hears them unless asked: the package itself adds no handler that shows anything. Whoever uses
-`logging` configures it as for any library; a terminal, a run's `Watch` and a process with a log file of its own use what
-stands here.
+Every module logs its sentences with Python's `logging`, to a logger of its own below "fedloom": progress as INFO, what a
+user should know as WARNING. The package adds no handler that shows anything, so nobody hears them unless they ask. Users
+configure `logging` as for any library. The terminal, a run's `Watch` and a process with a log file use this module:
 
     with heard_by(print):     →  the sentences said in this thread, while the block lasts
     print_sentences()         →  all sentences of this process, for as long as it lives
@@ -27,7 +26,7 @@ _HEARERS: ContextVar[tuple[Say, ...]] = ContextVar("hearers", default=())
 
 
 class _ToHearers(logging.Handler):
-    """Stands at the logger "fedloom" while anybody hears.
+    """The handler of the logger "fedloom" while anybody hears.
 
     To hear INFO, that logger has to let it through, which would show it to a user's own handlers too, who may have asked
     for warnings only. So what is said ends here, and they are given what they would have been given without us.

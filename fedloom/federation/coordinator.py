@@ -28,7 +28,11 @@ from fedloom.federation.record.events import Events
 from fedloom.federation.record.progress import Progress
 from fedloom.federation.rounds.collection import UpdateSource
 from fedloom.federation.rounds.dispatcher import Dispatcher
+from fedloom.messages.names import prefixed
 from fedloom.messages.types import Cost, Failure, Outcome, Payload, Update
+
+#: What the hooks kept, in the server's state.
+HOOKS = f"{SECTION}/"
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,8 @@ class Coordinator:
         Args:
             lost: rounds that were finished after this checkpoint and are done again.
         """
-        prefix = f"{SECTION}/"
-        kept = {n.removeprefix(prefix): t for n, t in state.server.tensors.items() if n.startswith(prefix)}
-        server = {n: t for n, t in state.server.tensors.items() if not n.startswith(prefix)}
-        self.algorithm.load_server_state(Payload(server, state.server.meta))
-        self.hooks.load(Payload(kept, state.notes.get(SECTION, {})))
+        self.algorithm.load_server_state(Payload(state.server.without(HOOKS), state.server.meta))
+        self.hooks.load(Payload(state.server.under(HOOKS), state.notes.get(SECTION, {})))
         self.progress = Progress.from_notes(state.round, state.notes)
         self.dispatcher.channel.load_notes(state.notes["channel"])
         self.source.load(state.notes["gathering"], state.files)
@@ -231,7 +232,7 @@ class Coordinator:
         server = self.algorithm.server_state()
         if self.hooks:
             kept = self.hooks.state()
-            server = Payload({**server.tensors, **{f"{SECTION}/{n}": t for n, t in kept.tensors.items()}}, server.meta)
+            server = Payload({**server.tensors, **prefixed(kept.tensors, HOOKS)}, server.meta)
             notes[SECTION] = kept.meta
         return RoundState(self.progress.finished, server, notes, self.source.files())
 

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload
 
 #: Of what is written here. 2: what a round gathers from has its notes under `gathering`, virtual time among them.
@@ -57,7 +58,9 @@ def packed(state: Mapping[str, Payload]) -> bytes | None:
     """A client's state in one file; None where all of it is empty."""
     if not any(p.tensors or p.meta for p in state.values()):
         return None
-    tensors = {f"{section}/{n}": t for section, p in state.items() for n, t in p.tensors.items()}
+    tensors: dict[str, torch.Tensor] = {}
+    for section, payload in state.items():
+        tensors |= prefixed(payload.tensors, f"{section}/")
     return to_bytes(Payload(tensors, {section: p.meta for section, p in state.items()}))
 
 

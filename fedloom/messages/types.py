@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from fedloom.messages import limits
+from fedloom.messages.names import under, without
 
 JSON = str | bool | int | float | None | list["JSON"] | dict[str, "JSON"]
 
@@ -36,6 +37,14 @@ class Payload:
 
     def __post_init__(self) -> None:
         check_metadata(self.meta)
+
+    def under(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin with `prefix`, by their names without it (names.py)."""
+        return under(self.tensors, prefix)
+
+    def without(self, *prefixes: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names begin with none of `prefixes`."""
+        return without(self.tensors, *prefixes)
 
 
 def check_metadata(meta: Mapping[str, Any]) -> None:

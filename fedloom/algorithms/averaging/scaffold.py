@@ -31,6 +31,7 @@ import torch
 from fedloom.algorithms import base
 from fedloom.algorithms.about import About
 from fedloom.algorithms.averaging import fedavg
+from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
@@ -40,15 +41,6 @@ CONTROL = "control/"
 
 
 PENDING = "pending/"
-
-
-def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Those whose name begins with `prefix`, without it."""
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _prefixed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{n}": t for n, t in tensors.items()}
 
 
 class Scaffold(fedavg.FedAvg):
@@ -79,22 +71,21 @@ class Scaffold(fedavg.FedAvg):
     def round_payload(self, client: str) -> Payload:
         control = self.shared.layout.views(self.control())
         _, counted = self._counted.get(client, (0, 0))
-        return Payload({**self.shared.tensors(), **_prefixed(CONTROL, control)}, {"counted": counted})
+        return Payload({**self.shared.tensors(), **prefixed(control, CONTROL)}, {"counted": counted})
 
     def update_layout(self) -> Layout:
         shapes = self.shared.layout.shapes
-        return Layout({**shapes, **{f"{CONTROL}{n}": shape for n, shape in shapes.items()}})
+        return Layout({**shapes, **prefixed(shapes, CONTROL)})
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         mean = WeightedMean(self.shared.layout)
         total, counted = self._sum.clone(), dict(self._counted)  # the round's later clients are still sent the old c
         views = self.shared.layout.views(total)
         for update in updates:
-            tensors = update.payload.tensors
             weight = self.options.weight(update)
-            mean.add({n: t for n, t in tensors.items() if not n.startswith(CONTROL)}, weight)
+            mean.add(update.payload.without(CONTROL), weight)
             first, _ = counted.get(update.client, (weight, 0))
-            for name, change in _under(CONTROL, tensors).items():
+            for name, change in update.payload.under(CONTROL).items():
                 views[name].add_(change.to("cpu", torch.float64), alpha=first)
             counted[update.client] = (first, update.round)
         result = mean.result()
@@ -105,7 +96,7 @@ class Scaffold(fedavg.FedAvg):
 
     def server_state(self) -> Payload:
         state = super().server_state()
-        state.tensors.update(_prefixed("sum/", self.shared.layout.views(self._sum)))
+        state.tensors.update(prefixed(self.shared.layout.views(self._sum), "sum/"))
         # One entry a client: too many for metadata.
         state.tensors["counted"] = torch.tensor(list(json.dumps(self._counted).encode()), dtype=torch.uint8)
         return state
@@ -121,9 +112,9 @@ class Scaffold(fedavg.FedAvg):
 
     def receive(self, payload: Payload) -> None:
         layout, device = self.model.adapter.layout, self.model.device
-        super().receive(Payload({n: t for n, t in payload.tensors.items() if not n.startswith(CONTROL)}))
+        super().receive(Payload(payload.without(CONTROL)))
         control = Adapter(layout)
-        control.load(_under(CONTROL, payload.tensors))
+        control.load(payload.under(CONTROL))
         self._own = self._own_control(int(payload.meta["counted"]))
         self._correction = (control.flat - self._own.float()).to(device)  # c − c_k
         self._path = torch.zeros(layout.numel, device=device)  # Σ g_k(y) over the steps taken
@@ -153,6 +144,6 @@ class Scaffold(fedavg.FedAvg):
         mean = self._path.cpu().double() / max(1, self._steps)  # c_k⁺
         change = layout.views((mean - self._own).float())
         self.kept = Payload(
-            {**_prefixed(CONTROL, layout.views(self._own)), **_prefixed(PENDING, change)}, {"round": self.round}
+            {**prefixed(layout.views(self._own), CONTROL), **prefixed(change, PENDING)}, {"round": self.round}
         )
-        return Payload({**self.model.adapter.tensors(), **_prefixed(CONTROL, change)})
+        return Payload({**self.model.adapter.tensors(), **prefixed(change, CONTROL)})

@@ -14,6 +14,7 @@ import torch
 
 from fedloom.algorithms import base
 from fedloom.algorithms.lora.base import LoRAAlgorithm
+from fedloom.messages.names import prefixed, under
 from fedloom.messages.types import Payload
 from fedloom.models.lowrank import LowRank
 from fedloom.recipe.recipe import AdapterConfig
@@ -58,13 +59,13 @@ class BaseDelta:
 
     def prefixed(self) -> dict[str, torch.Tensor]:
         """`tensors` under the names that a payload or a state carries them by."""
-        return {PREFIX + n: t for n, t in self.tensors().items()}
+        return prefixed(self.tensors(), PREFIX)
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> BaseDelta:
         """From the prefixed tensors among `tensors`."""
         delta = cls()
-        found = {n.removeprefix(PREFIX): t for n, t in tensors.items() if n.startswith(PREFIX)}
+        found = under(tensors, PREFIX)
         for name, tensor in found.items():
             stem = name.removesuffix(".B").removesuffix(".A")
             if stem == name:
@@ -87,7 +88,7 @@ class DeltaAlgorithm(LoRAAlgorithm):
         return Payload({**super().round_payload(client).tensors, **self.delta.prefixed()})
 
     def receive(self, payload: Payload) -> None:
-        super().receive(Payload({n: t for n, t in payload.tensors.items() if not n.startswith(PREFIX)}))
+        super().receive(Payload(payload.without(PREFIX)))
         self.delta = BaseDelta.of(payload.tensors)
         self.model.set_base_delta(self.delta.tensors())
 

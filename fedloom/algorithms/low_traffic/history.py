@@ -15,9 +15,13 @@ from fedloom.algorithms import base
 from fedloom.algorithms.about import NUMBER
 from fedloom.algorithms.low_traffic.directions import Direction, Directions, Replay, check_coefficients
 from fedloom.common.errors import ClientFailed
+from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
+
+#: In the server's state, before a client's name: how many rounds it holds.
+CLIENT = "client/"
 
 
 def listed(scalars: int, rounds: int) -> int:
@@ -127,14 +131,13 @@ class Replayed(base.Algorithm):
         return super().deployed(client)
 
     def server_state(self) -> Payload:
-        held = {f"client/{c}": torch.tensor(n, dtype=torch.int32) for c, n in self.held.items()}
+        held = prefixed({c: torch.tensor(n, dtype=torch.int32) for c, n in self.held.items()}, CLIENT)
         return Payload({**self.history.since(0), **held})
 
     def load_server_state(self, state: Payload) -> None:
         self.history = History()
         self.history.extend(state.tensors)
-        named = {n.removeprefix("client/"): t for n, t in state.tensors.items() if n.startswith("client/")}
-        self.held = {client: int(rounds) for client, rounds in named.items()}
+        self.held = {client: int(rounds) for client, rounds in state.under(CLIENT).items()}
 
     # ------------------------------------------------------------------ client
 

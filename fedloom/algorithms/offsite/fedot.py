@@ -26,6 +26,7 @@ from fedloom.algorithms.about import About
 from fedloom.algorithms.offsite import fedavg_outer
 from fedloom.algorithms.offsite.alignment import Aligner, AlignOptions
 from fedloom.common.errors import ClientFailed, UserError
+from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models, attach
@@ -185,7 +186,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
             self._files = shipping.files_of(self.model.causal_lm, self.model.tokenizer)
         tensors = {
             **self.shared.tensors(),
-            **{EMULATOR + n: t for n, t in emulator.items()},
+            **prefixed(emulator, EMULATOR),
             **{FROZEN + n: t for n, t in self._rest().items()},
             **{FILE + n: t for n, t in self._files.items()},
         }
@@ -197,7 +198,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         """The adapter; and the emulator, where alignment changed it since this client got it."""
         emulator = self._emulator() if self._held.get(client) != self.version else {}
         self._held[client] = self.version
-        tensors = {**self.shared.tensors(), **{EMULATOR + n: t for n, t in emulator.items()}}
+        tensors = {**self.shared.tensors(), **prefixed(emulator, EMULATOR)}
         return Payload(tensors, {"emulator": self.version})
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
@@ -209,13 +210,13 @@ class FedOT(fedavg_outer.FedAvgOuter):
 
     def server_state(self) -> Payload:
         self._distil_once()
-        latents = {LATENT + n: t for n, t in (self.latents or {}).items()}
+        latents = prefixed(self.latents or {}, LATENT)
         aligned = list(self.aligned) if self.aligned else None
         return Payload({**super().server_state().tensors, **latents}, {"version": self.version, "aligned": aligned})
 
     def load_server_state(self, state: Payload) -> None:
         self.load_shared(state)
-        latents = {n.removeprefix(LATENT): t.clone() for n, t in state.tensors.items() if n.startswith(LATENT)}
+        latents = {n: t.clone() for n, t in state.under(LATENT).items()}
         self.latents = {n: t.to(self.model.device) for n, t in latents.items()} or None
         self.version = int(state.meta["version"])
         aligned = state.meta["aligned"]
@@ -251,14 +252,14 @@ class FedOT(fedavg_outer.FedAvgOuter):
         cut = payload.meta["cut"]
         self.cut = Cut(cut["path"], cut["total"], self.options.bottom, self.options.top, tuple(cut["kept"]))
         dtype = getattr(torch, payload.meta["dtype"])
-        files = _under(FILE, payload)
+        files = payload.under(FILE)
         empty = shipping.skeleton(files, self.cut, dtype)
         inside = self.cut.prefixes(self.cut.kept)
         self._shapes = {n: p.shape for n, p in empty.named_parameters() if n.startswith(inside)}
         self.compression = self._compression(dtype)
-        middle = self.compression.read(_under(EMULATOR, payload), self._shapes)
+        middle = self.compression.read(payload.under(EMULATOR), self._shapes)
         outer = _adapter(payload) if self.adapter.method == "full" else {}
-        base_model = shipping.fill(empty, {**_under(FROZEN, payload), **middle, **outer}, files, models.device)
+        base_model = shipping.fill(empty, {**payload.under(FROZEN), **middle, **outer}, files, models.device)
         self.model = attach(base_model, self.adapter, self.seed, self.cut.prefixes(self.cut.outer))
         self.version = int(payload.meta["emulator"])
         return self.model
@@ -268,7 +269,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         sent = int(payload.meta["emulator"])
         if sent == self.version:
             return
-        wire = _under(EMULATOR, payload)
+        wire = payload.under(EMULATOR)
         if not wire:
             raise ClientFailed("stale_emulator", f"the server is at emulator {sent} and this client at {self.version}")
         weights = self.model.base_weights()
@@ -278,11 +279,6 @@ class FedOT(fedavg_outer.FedAvgOuter):
         self.version = sent
 
 
-def _under(prefix: str, payload: Payload) -> dict[str, torch.Tensor]:
-    """The tensors of one kind, by their own names."""
-    return {n.removeprefix(prefix): t for n, t in payload.tensors.items() if n.startswith(prefix)}
-
-
 def _adapter(payload: Payload) -> dict[str, torch.Tensor]:
     """The trained tensors, under their names in the full model."""
-    return {n: t for n, t in payload.tensors.items() if not n.startswith((EMULATOR, FROZEN, FILE))}
+    return payload.without(EMULATOR, FROZEN, FILE)

@@ -13,14 +13,14 @@ import torch
 
 from fedloom.algorithms.freezing import Frozen
 from fedloom.data.batching import Batch
+from fedloom.messages.names import under
 from fedloom.models.adapters import AdaptedModel
 from fedloom.training.trainer import FitResult, Learner, LocalRun
 
 
 def turn(run: LocalRun, name: str, steps: Sequence[Sequence[Batch]] | None = None, first: int = 0) -> LocalRun:
     """The part of `run` that is turn `name`: all of its steps, or `steps`, which begin at its step `first`."""
-    prefix = f"{name}/"
-    kept = {n.removeprefix(prefix): t for n, t in (run.optimizer_state or {}).items() if n.startswith(prefix)}
+    kept = under(run.optimizer_state or {}, f"{name}/")
     walk = run.steps if steps is None else lambda: iter(steps)
     return replace(run, steps=walk, first_step=run.first_step + first, optimizer_state=kept or None)
 

@@ -19,6 +19,7 @@ from fedloom.data.batching import Batch
 from fedloom.data.corpus import Partition
 from fedloom.federation.hooks.base import CLIENT_POINTS, SERVER_POINTS, Hook, Pass, ServerRound, Step
 from fedloom.messages.kept import check_kept
+from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.layout import exchange
@@ -105,13 +106,14 @@ class Hooks:
         """What all of them kept, by ``hook/tensor``. Raises ValueError where something cannot be stored."""
         for name, hook in self._hooks.items():
             check_kept(hook.kept, f"self.kept of the hook {name}")
-        tensors = {f"{n}/{key}": t for n, hook in self._hooks.items() for key, t in hook.kept.tensors.items()}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, hook in self._hooks.items():
+            tensors |= prefixed(hook.kept.tensors, f"{name}/")
         return Payload(tensors, {n: hook.kept.meta for n, hook in self._hooks.items() if hook.kept.meta})
 
     def load(self, state: Payload) -> None:
         for name, hook in self._hooks.items():
-            own = {n.removeprefix(f"{name}/"): t for n, t in state.tensors.items() if n.startswith(f"{name}/")}
-            hook.kept = Payload(own, dict(state.meta.get(name, {})))
+            hook.kept = Payload(state.under(f"{name}/"), dict(state.meta.get(name, {})))
 
     # ------------------------------------------------------------------ the server's round
 
