@@ -1,9 +1,9 @@
-"""What an algorithm says of itself to people: its family, its paper, what travels, what each side keeps.
+"""Describe an algorithm to people: its family, its paper, what travels, what each side keeps.
 
-Bytes are said as functions of a federation's `Sizes` and not as numbers, so that they hold for any model: those of the
-tensors in a message or a state. `tests/algorithms/test_about.py` plays rounds of every registered algorithm and holds
-what it says against what was encoded and kept. `fedloom algorithms` and docs/algorithms/README.md print it for one
-federation (`reference`). This file does not know any algorithm by name.
+Bytes are functions of a federation's `Sizes`, not numbers, so they hold for any model. They count the tensors in a
+message or a state. `tests/algorithms/test_about.py` runs rounds of every registered algorithm and compares these bytes
+with what was encoded and kept. `fedloom algorithms` and docs/algorithms/README.md print them for one federation
+(`reference`). This file does not know any algorithm by name.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ NUMBER = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Sizes:
-    """A federation in the middle of a run, as far as traffic follows from it.
+    """What the traffic of one round depends on.
 
     Attributes:
         layout: the adapter's tensors, at the recipe's rank.
         rank: LoRA's r, the same for all clients.
-        clients: how many train, all of them in every round.
-        round: which round it is; 1 is the first.
-        steps: optimiser steps of a client in a round.
-        options: the algorithm's own.
+        clients: how many clients train; all of them train in every round.
+        round: the number of the round, from 1.
+        steps: optimiser steps of one client in one round.
+        options: the algorithm's own options.
     """
 
     layout: Layout
@@ -53,7 +53,7 @@ class Sizes:
     options: Any
 
     def part(self, wanted: Callable[[str], bool]) -> int:
-        """Bytes of the adapter's tensors with these names."""
+        """Bytes of the adapter's tensors whose name is `wanted`."""
         return NUMBER * sum(shape.numel() for name, shape in self.layout.shapes.items() if wanted(name))
 
     @property
@@ -68,15 +68,16 @@ class Sizes:
 
     @property
     def b(self) -> int:
+        """Bytes of LoRA's B factors."""
         return self.part(lambda name: name.endswith(B_END))
 
     @property
     def modules(self) -> int:
-        """How many layers have a pair of factors."""
+        """Number of layers that have a pair of factors."""
         return len(pairs(self.layout.names))
 
     def delta(self, rank: int) -> int:
-        """Bytes of a change of every adapted weight of this rank, as factors, or dense where that is less."""
+        """Bytes of a change of this rank to every adapted weight: as factors, or dense where that is smaller."""
         total = 0
         for pair in pairs(self.layout.names):
             rows, columns = self.layout.shapes[pair.b][0], self.layout.shapes[pair.a][1]
@@ -85,13 +86,13 @@ class Sizes:
 
     @property
     def outer(self) -> int:
-        """Bytes of the part that lies in the model's outer layers, as the algorithm's options draw them."""
+        """Bytes of the part in the model's outer layers, which the options `bottom` and `top` define."""
         bottom, top, total = self.options.bottom, self.options.top, self._layers()
         return self.part(lambda name: not bottom <= _layer(name) < total - top)
 
     @property
     def emulator(self) -> int:
-        """Bytes of what `dropped` leaves of the middle's own weights, float32: a Llama's, with two norms a layer."""
+        """Bytes (float32) of the middle's own weights that `dropped` leaves, for a Llama with two norms per layer."""
         bottom, top, total = self.options.bottom, self.options.top, self._layers()
         kept = thinned_middle(range(bottom, total - top), self.options.dropped)
         count = 0
@@ -106,7 +107,7 @@ class Sizes:
 
 
 def _layer(name: str) -> int:
-    """Which decoder layer a tensor lies in: the first number in its name."""
+    """The decoder layer that a tensor belongs to: the first number in its name."""
     return next(int(part) for part in name.split(".") if part.isdigit())
 
 
@@ -114,26 +115,27 @@ Bytes = Callable[[Sizes], int]
 
 
 def whole(sizes: Sizes) -> int:
-    """The whole adapter."""
+    """Bytes of the whole adapter."""
     return sizes.adapter
 
 
 def nothing(sizes: Sizes) -> int:
+    """No bytes."""
     return 0
 
 
 @dataclass(frozen=True)
 class About:
-    """An algorithm's own words and sizes. Each class has one of its own; none is inherited.
+    """What a class declares about one algorithm. Each class has its own; none is inherited.
 
     Attributes:
         family: a key of `FAMILIES`.
-        travels: what goes up and down, in at most 26 letters, for a table.
-        paper: first author and year, then ``arXiv ID``; empty where there is no paper.
-        up, down: bytes of the tensors of one client's update, and of what it gets before it trains.
-        server, client: bytes of what each keeps from one round to the next besides the recipe and the model; a
-            client's optimiser, which is the recipe's and not the algorithm's, is not in it.
-        at_most: whether `up` and `down` are bounds, which a round may stay below.
+        travels: what goes up and down, in at most 26 characters, for a table.
+        paper: first author and year, then ``arXiv ID``; empty if there is no paper.
+        up, down: bytes of the tensors in one client's update, and in what it receives before it trains.
+        server, client: bytes that each keeps from one round to the next, in addition to the recipe and the model. A
+            client's optimiser state is not counted, because it depends on the recipe and not on the algorithm.
+        at_most: whether `up` and `down` are upper bounds.
     """
 
     family: str
@@ -147,11 +149,11 @@ class About:
 
     @property
     def arxiv(self) -> str:
-        """The paper's arXiv id, or nothing."""
+        """The paper's arXiv id; empty if there is none."""
         return self.paper.rpartition("arXiv ")[2] if "arXiv " in self.paper else ""
 
 
-#: A Llama's linear layers: name, and what they map from and to, as keys of its widths.
+#: A Llama's linear layers: name → input and output width, as keys of `WIDTHS`.
 _LINEAR = {
     "self_attn.q_proj": ("hidden", "hidden"),
     "self_attn.k_proj": ("hidden", "kv"),
@@ -163,19 +165,19 @@ _LINEAR = {
 }
 
 
-#: SmolLM2-135M, the built-in model, which need not be there to print a table.
+#: Widths of SmolLM2-135M, the built-in model. Printing a table does not load it.
 WIDTHS = {"hidden": 576, "kv": 192, "inner": 1536}
 
 
 LAYERS = 30
 
 
-#: What tables are printed for.
+#: The federation that tables are printed for.
 REFERENCE = "SmolLM2-135M, LoRA of rank 8 on every linear layer, 8 clients of 8 steps, the second round"
 
 
 def reference(options: Any) -> Sizes:
-    """The federation of `REFERENCE`."""
+    """Return the sizes of the federation that `REFERENCE` describes."""
     rank = AdapterConfig().rank
     shapes = {}
     for layer in range(LAYERS):

@@ -1,4 +1,4 @@
-"""The unified interface: one class holds both halves of a federated algorithm, four steps connect them.
+"""The interface of every algorithm: one class has both halves, server and client, and four steps connect them.
 
     server                                            client
     server_model     model pre-processing             client_model
@@ -7,11 +7,11 @@
     round_payload    re-distribution           ─────▶ receive
     deployed         what is evaluated and saved      deployed
 
-One instance plays the server, another a client; in the simulator the client's instance plays all clients in turn. What
-either has to remember from round to round it puts into `kept`. The server's `kept` is in every checkpoint. A client's is
-stored with that client, loaded before its turn and saved after it. An algorithm never asks which runtime it is in, and a
-tensor leaves a client only through `shared_state`. The defaults below are plain federated training of the whole adapter;
-an algorithm overrides what it changes and nothing else.
+One instance is the server's half, another a client's. In the simulator one client instance trains all clients, one after
+another. Each half puts what it must remember between rounds into `kept`. The server's `kept` is in every checkpoint. A
+client's is stored with that client, loaded before its local training and saved after it. An algorithm does not know
+which runtime it is in. A tensor leaves a client only through `shared_state`. The defaults below are plain federated
+training of the whole adapter; an algorithm overrides only what it changes.
 """
 
 from __future__ import annotations
@@ -39,20 +39,20 @@ from fedloom.training.trainer import FitResult, LocalRun
 
 
 class AlgorithmOptions(BaseModel):
-    """An algorithm's own options, which stand beside its name in a recipe. Unknown ones are refused."""
+    """An algorithm's own options, which a recipe gives next to its name. Unknown options are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """What is evaluated and saved: an adapter and, where the algorithm changes base weights, their delta."""
+    """What is evaluated and saved: an adapter and, if the algorithm changes base weights, their delta."""
 
     adapter: Adapter
     base_delta: Mapping[str, torch.Tensor] | None = None
 
     def sha256(self) -> str:
-        """sha256 (hex) of all deployed tensors: the adapter's alone, or its and the delta's, each in name order."""
+        """Return the sha256 (hex) of all deployed tensors: the adapter's and then the delta's, each in name order."""
         if not self.base_delta:
             return self.adapter.sha256()
         digest = hashlib.sha256(self.adapter.flat.detach().cpu().numpy().tobytes())
@@ -61,39 +61,39 @@ class Deployed:
         return digest.hexdigest()
 
 
-#: Strategies of training/parallel.py.
+#: All strategies of training/parallel.py.
 ANY_PARALLEL = frozenset({"ddp", "fsdp"})
 
 
-#: Before the names of `shared` in a checkpoint; `RESERVED`: before those of hooks and of privacy, which lie there too.
+#: Prefix of the names of `shared` in a checkpoint. `RESERVED`: prefixes of the state of hooks and of privacy there.
 SHARED = "shared/"
 RESERVED = ("hooks/", "privacy/")
 
 
 @dataclass(frozen=True)
 class Properties:
-    """What an algorithm declares of itself; the contract suite tests each.
+    """What an algorithm declares. The contract suite tests each property.
 
     Attributes:
-        linear_sum: the server only needs Σ w_k x_k; may be privatised, streams.
+        linear_sum: the server needs only Σ w_k x_k, so the algorithm streams and can be made private.
         order_independent: the result does not depend on the order in which clients are listed.
-        exact: aggregation equals the mean of what clients learned, not an approximation.
-        personal: each client ends with a model of its own; those are evaluated and saved.
+        exact: aggregation gives the mean of what clients learned, not an approximation.
+        personal: each client ends with its own model; these are evaluated and saved.
         pooled: a baseline that trains on all clients' data in one place (simulator only).
-        mixed_ranks: clients may have ranks of their own (adapter.ranks).
-        asynchronous: clients are not waited for: `buffer` updates make a round, some from older versions of the model.
-        streams: aggregation folds one update at a time; otherwise it holds all of a round in memory.
-        methods: the PEFT methods it takes; None takes all.
-        neutral: options under which one client's run equals plain local training.
-        offsite: clients hold an emulator of the model and not the model; they measure that, the server measures the
-            result in the full model.
-        cohorts: clients may train several in one pass (train.cohort): they train by gradients, on the adapter alone, and
-            whatever they do to the base, all clients of a round do alike.
-        parallel: how several ranks may train one client (training/parallel.py). None: in every way where
-        `local_training`
-            is the default, in none where it is not. An algorithm that computes losses or gradients of its own declares it
-            once it takes `LocalRun.ranks` into account; one that writes into base weights cannot have them sharded.
-        weights: it reads, sends or changes weights of the base, which then cannot be quantised.
+        mixed_ranks: each client may have its own rank (adapter.ranks).
+        asynchronous: the server does not wait for all clients. `buffer` updates make a round; some start from older models.
+        streams: aggregation reads one update at a time; otherwise it keeps all updates of a round in memory.
+        methods: the PEFT methods that it supports; None means all.
+        neutral: options with which a run of one client equals plain local training.
+        offsite: clients have an emulator instead of the model. They evaluate the emulator; the server evaluates the
+            full model.
+        cohorts: several clients may train in one pass (train.cohort). They must train the adapter only, by gradients,
+            and any change to the base must be the same for all clients of a round.
+        parallel: how several ranks may train one client (training/parallel.py). None means every way if
+            `local_training` is the default, and no way if it is overridden. An algorithm that computes its own losses
+            or gradients declares this once it uses `LocalRun.ranks`. If it writes into base weights, they cannot be
+            sharded.
+        weights: it reads, sends or changes base weights, which then cannot be quantised.
     """
 
     linear_sum: bool = False
@@ -116,16 +116,17 @@ class Algorithm(ABC):
     """Subclass, override what differs, and name it in the registry (docs/extending.md adds one).
 
     Attributes:
-        properties: what is tested of it. `about`: what it says of itself in tables; each class has its own, or none.
-        adapter: the recipe's section: method, rank and each client's own rank.
-        model: this process's model; there once `server_model` or `client_model` was called.
-        shared: the server's copy of what all clients share, on the CPU; there once `server_model` was called.
+        properties: what the algorithm declares; tests check it.
+        about: the algorithm's description in tables. A class has its own, or none; it is not inherited.
+        adapter: the recipe's `adapter` section: method, rank and each client's own rank.
+        model: this process's model; set by `server_model` or `client_model`.
+        shared: the server's copy of what all clients share, on the CPU; set by `server_model`.
         kept: what this half remembers between rounds, tensors and JSON (messages/kept.py). The server's is part of every
-            checkpoint and comes back on resume. A client's stays with that client and is never sent. Tensors come back on
-            the CPU. Whatever else is assigned to `self` is lost when the run is killed.
-        client, round: client half: whose turn it is, and in which round.
-        evaluating: client half: the live model is about to be measured or saved, not trained. Personal algorithms
-            put the client's own weights in then; `receive` may ask.
+            checkpoint and is restored on resume. A client's stays with that client and is never sent. Restored tensors
+            are on the CPU. Every other attribute of `self` is lost when the run is killed.
+        client, round: client half: which client trains, and in which round.
+        evaluating: client half: whether the live model is evaluated or saved next, not trained. In that case `receive`
+            of a personal algorithm loads the client's own weights.
     """
 
     properties: ClassVar[Properties] = Properties()
@@ -145,28 +146,28 @@ class Algorithm(ABC):
 
     @classmethod
     def strategies(cls) -> frozenset[str]:
-        """How several ranks may train one client: what is declared, and where nothing is, what is sure."""
+        """How several ranks may train one client: as declared, otherwise as `Properties.parallel` says for None."""
         if cls.properties.parallel is not None:
             return cls.properties.parallel
         return ANY_PARALLEL if cls.local_training is Algorithm.local_training else frozenset()
 
     @classmethod
     def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
-        """Refuse a recipe that this algorithm cannot run, as far as its settings tell, before anything is loaded.
+        """Reject a recipe that this algorithm cannot run, from its settings alone, before anything is loaded.
 
-        Raises UserError with a sentence that names the setting and the mend. By default everything is taken.
+        Raises UserError that names the setting and how to fix it. By default every recipe is accepted.
         """
 
     # ------------------------------------------------------------------ model pre-processing
 
     def server_model(self, models: Models) -> AdaptedModel:
-        """The model that the server evaluates. Sets `model` and `shared`."""
+        """Build the model that the server evaluates. Sets `model` and `shared`."""
         self.model = models.adapted()
         self.shared = self.model.initial_adapter()
         return self.model
 
     def client_model(self, models: Models, payload: Payload) -> AdaptedModel:
-        """The model that a client trains, made once from its first payload. Sets `model`."""
+        """Build the model that a client trains, once, from its first payload. Sets `model`."""
         self.model = models.adapted()
         return self.model
 
@@ -174,40 +175,40 @@ class Algorithm(ABC):
 
     @property
     def own_initial(self) -> bool:
-        """Whether a client's first payload is unlike those of rounds, such as an emulator; a restart sends it anew."""
+        """Whether a client's first payload differs from later ones, such as an emulator. A restart sends it again."""
         return type(self).initial_payload is not Algorithm.initial_payload
 
     def initial_payload(self, client: str) -> Payload:
-        """What a client gets first. By default what it gets in every round."""
+        """Return a client's first payload. By default the same as in every round."""
         return self.round_payload(client)
 
     def round_payload(self, client: str) -> Payload:
-        """What a client gets before it trains or evaluates. By default all that is shared."""
+        """Return what a client receives before it trains or evaluates. By default the whole of `shared`."""
         return Payload(self.shared.tensors())
 
     # ------------------------------------------------------------------ shared-parameter aggregation
 
     @abstractmethod
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
-        """Fold this round's updates, in client order, into the server's state; returns numbers worth logging.
+        """Aggregate this round's updates, in client order, into the server's state; returns metrics to log.
 
-        `updates` is read once, so that a rule that sums needs memory for one update and not for all.
-        Reading it sends the round's later clients their payloads: nothing that `round_payload` reads may change before
-        it is exhausted.
+        `updates` can be read once, so a rule that sums needs memory for one update only. While it is read, the round's
+        later clients are still sent their payloads: change nothing that `round_payload` reads before the iterator is
+        exhausted.
         """
 
     def buffer(self, in_flight: int) -> int:
-        """How many updates make a round while `in_flight` clients work. Asked of asynchronous algorithms only."""
+        """How many updates make a round while `in_flight` clients work. Only asynchronous algorithms need it."""
         return in_flight
 
     def update_layout(self) -> Layout | None:
-        """Names and shapes that an update must have; None where they differ from client to client."""
+        """Names and shapes that an update must have; None if they differ between clients."""
         return self.shared.layout
 
     def accept(self, update: Update) -> None:
-        """Refuse an update that must not reach `aggregate`: foreign names or shapes, or numbers that are not finite.
+        """Reject an update with unexpected names or shapes, or with numbers that are not finite, before `aggregate`.
 
-        Raises ValueError with a sentence; the coordinator makes a `Failure` of it.
+        Raises ValueError, which the coordinator turns into a `Failure` of that client.
         """
         layout = self.update_layout()
         if layout is not None:
@@ -221,7 +222,7 @@ class Algorithm(ABC):
                 raise ValueError(f"{name} has numbers that are not finite")
 
     def server_step(self) -> None:
-        """Training on the server after aggregation, such as an emulator's alignment. By default nothing."""
+        """Train on the server after aggregation, such as aligning an emulator. By default nothing."""
 
     # ------------------------------------------------------------------ the client half
 
@@ -230,81 +231,81 @@ class Algorithm(ABC):
         self.model.adapter.load(payload.tensors)
 
     def local_training(self, run: LocalRun) -> FitResult:
-        """This round's training of the live model. By default optimiser steps on `local_loss`."""
+        """Train the live model for this round. By default optimiser steps on `local_loss`."""
         return run.fit(self)
 
     def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor:
-        """This batch's contribution to the loss of its optimiser step: a scalar to run backward from.
+        """Return this batch's contribution to the loss of its optimiser step: a scalar to call backward on.
 
         Args:
-            step_units: supervised tokens, or pairs, in the whole step, all accumulation together. Contributions add
-                up to the step's loss, so a penalty on the weights counts `batch.units / step_units` of itself.
+            step_units: supervised tokens, or pairs, in the whole step with gradient accumulation. Contributions add
+                up to the step's loss, so multiply a penalty on the weights by `batch.units / step_units`.
         """
         return unit_losses(model, batch).sum() / step_units
 
     def before_step(self, model: AdaptedModel) -> None:
-        """The gradient of the step stands in `model.grad`, not yet clipped: the place to correct it."""
+        """Correct the step's gradient in `model.grad`, before it is clipped. By default nothing."""
 
     def after_step(self, model: AdaptedModel) -> None:
-        """The optimiser has moved `model.adapter`: the place for a projection or a second model."""
+        """Change `model.adapter` after the optimiser step, such as a projection. By default nothing."""
 
     def shared_state(self) -> Payload:
-        """What leaves the client after training. By default the whole adapter."""
+        """Return what the client sends after training. By default the whole adapter."""
         return Payload(self.model.adapter.tensors())
 
     # ------------------------------------------------------------------ result and state
 
     def deployed(self, client: str | None = None) -> Deployed:
-        """The server's result, or (client half, `client` given) the one that stands in the live model."""
+        """Return the server's result, or with `client` (client half) the adapter of the live model."""
         return Deployed((self.shared if client is None else self.model.adapter).snapshot())
 
     def server_state(self) -> Payload:
-        """Everything that the server needs to carry on after this round: `shared` and `kept`.
+        """Return everything that the server needs to continue after this round: `shared` and `kept`.
 
-        Override it, together with `load_server_state`, only to store less, such as numbers that `shared` follows from.
-        Raises ValueError where `kept` cannot be stored.
+        Override it, together with `load_server_state`, only to store less, such as the numbers that determine `shared`.
+        Raises ValueError if `kept` cannot be stored.
         """
         check_kept(self.kept, f"self.kept of {type(self).__name__}", reserved=(SHARED, *RESERVED))
         return Payload({**prefixed(self.shared.tensors(), SHARED), **self.kept.tensors}, dict(self.kept.meta))
 
     def load_server_state(self, state: Payload) -> None:
-        """The inverse of `server_state`. Raises ValueError where a tensor of `shared` is missing or has another shape."""
+        """Restore a `server_state`. Raises ValueError if a tensor of `shared` is missing or has another shape."""
         self.load_shared(state)
         self.kept = Payload(state.without(SHARED), dict(state.meta))
 
     def load_shared(self, state: Payload) -> None:
-        """The part of `load_server_state` that puts `shared` back, for algorithms with a state of their own form."""
+        """Restore `shared` only, for algorithms that override `load_server_state`."""
         self.shared.load(state.under(SHARED))
 
     def repeated(self, rounds: int) -> bool:
-        """A run was interrupted and goes on from this state; `rounds` rounds after it were finished, and are done again.
+        """React to a resume: `rounds` rounds after this state were finished before the interruption and are repeated.
 
-        Returns whether that changed the state, which then is written at once.
+        Returns whether the state changed; if so, it is written at once.
         """
         return False
 
     def guarantee(self) -> Mapping[str, Any] | None:
-        """What is promised of the privacy of each client so far, as JSON values (docs/run-folder.md); None for nothing."""
+        """Return the privacy guarantee per client so far, as JSON values (docs/run-folder.md), or None."""
         return None
 
     def left_server(self) -> Mapping[str, int] | None:
-        """What a client was given of the model, under `offsite`: parameters and bytes, and those of the full model."""
+        """Return parameters and bytes of the model that a client received, and of the full model (`offsite` only)."""
         return None
 
     def compared_with(self) -> Mapping[str, Any] | None:
-        """The `algorithm` section of an ordinary run that this one wants to stand beside it; None wants none."""
+        """Return the `algorithm` section of an ordinary run to compare this one with; None for no such run."""
         return None
 
     def begin(self, client: str, round: int, kept: Payload | None) -> None:
-        """It is `client`'s turn in `round` (under evaluation: rounds finished), with what it kept from its last one."""
+        """Switch this half to `client` in `round` (in evaluation: rounds finished) and restore what that client kept."""
         self.client = client
         self.round = round
         self.kept = kept or Payload()
 
     def client_state(self) -> Payload:
-        """What stays with the client after training, by default `kept`; never part of a message.
+        """Return what stays with the client after training; by default `kept`. It is never part of a message.
 
-        Raises ValueError where `kept` cannot be stored.
+        Raises ValueError if `kept` cannot be stored.
         """
         check_kept(self.kept, f"self.kept of {type(self).__name__}")
         return self.kept

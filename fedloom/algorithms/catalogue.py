@@ -1,7 +1,7 @@
-"""The algorithms as a table: what each declares of itself, read from the registry, for the terminal and for the docs.
+"""List the registered algorithms as a table, for the terminal and for the docs.
 
-Nothing is known here that a class does not say: `Properties` is what tests hold it to, `About` its family, paper and
-bytes. Bytes are worked out for one federation (`about.REFERENCE`) from formulas that tests measure; no model is loaded.
+All of it comes from the classes: `Properties`, which tests check, and `About`, the family, paper and bytes. Bytes are
+computed for one federation (`about.REFERENCE`) from formulas that tests compare with real messages. No model is loaded.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from fedloom.common import registry
 from fedloom.common.errors import UserError
 from fedloom.recipe.adapter import METHODS
 
-#: The heading of algorithms that say no family.
+#: The heading of algorithms that declare no family.
 OTHERS = "others"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One algorithm. `about` and `sizes` are None where its class says nothing of itself."""
+    """One algorithm. `about` is None if its class declares none; `sizes` also if an option has no default."""
 
     name: str
     cls: type[Algorithm]
@@ -39,24 +39,24 @@ class Entry:
 
     @property
     def family(self) -> str:
-        """The heading that it stands under."""
+        """The heading that it is listed under."""
         return FAMILIES.get(self.about.family, OTHERS) if self.about else OTHERS
 
     @property
     def idea(self) -> str:
-        """The first line of its file, or of its class where the file has no docstring."""
+        """The first line of its module's docstring, or of its class's if the module has none."""
         text = sys.modules[self.cls.__module__].__doc__ or self.cls.__doc__ or ""
         return text.strip().split("\n")[0]
 
     def bytes(self, what: str) -> int | None:
-        """Of `up`, `down`, `server` or `client` in the reference federation; None where the class does not say."""
+        """Bytes in the reference federation; None if unknown. `what` is `up`, `down`, `server` or `client`."""
         if self.about is None or self.sizes is None:
             return None
         count: int = getattr(self.about, what)(self.sizes)
         return count
 
     def adapters(self, what: str) -> str:
-        """`bytes` as a number of adapters, such as 2 or 0.5; under one in a thousand is nearly 0."""
+        """`bytes` as a number of adapters, such as 2 or 0.5; ~0 below 0.001, ? if unknown."""
         count = self.bytes(what)
         if count is None or self.sizes is None:
             return "?"
@@ -65,29 +65,30 @@ class Entry:
 
     @property
     def methods(self) -> str:
+        """The PEFT methods that it supports, as text."""
         return (
             "all" if self.properties.methods is None else ", ".join(m for m in METHODS if m in self.properties.methods)
         )
 
 
 def entry(name: str) -> Entry:
-    """One algorithm of the registry. Raises UserError with the nearest name where there is none."""
+    """Look up one algorithm. Raises UserError with the nearest name if `name` is not registered."""
     cls = registry.algorithms.get(name)
     about = vars(cls).get("about")
     if not isinstance(about, About):
         return Entry(name, cls, None, None)
     try:
         options = cls.Options()
-    except ValidationError:  # an option without a default: no bytes can be worked out without a recipe
+    except ValidationError:  # an option without a default: bytes cannot be computed without a recipe
         return Entry(name, cls, about, None)
     return Entry(name, cls, about, reference(options))
 
 
 def entries(*, lenient: bool = False) -> tuple[list[Entry], list[str]]:
-    """Every algorithm, by family and then as the registry lists them, and sentences about those that cannot be had.
+    """List every algorithm, by family and then in the registry's order, and errors about those that cannot be imported.
 
     Args:
-        lenient: an algorithm that cannot be imported becomes a sentence; otherwise its UserError is raised.
+        lenient: collect the errors of algorithms that cannot be imported; otherwise the first UserError is raised.
     """
     order = [*FAMILIES.values(), OTHERS]
     found, troubles = [], []
@@ -102,7 +103,7 @@ def entries(*, lenient: bool = False) -> tuple[list[Entry], list[str]]:
 
 
 def shown(count: int | None) -> str:
-    """Bytes for a column: 9.8 MB, 16.4 kB, 0."""
+    """Format bytes for a column: 9.8 MB, 16.4 kB, 0."""
     if count is None:
         return "?"
     for unit, factor in (("MB", 1e6), ("kB", 1e3)):
@@ -116,25 +117,25 @@ def shown(count: int | None) -> str:
 MARKS = {
     "x": ("exact", "exact: the result is the mean of what the clients learned"),
     "s": ("linear_sum", "a plain sum of what clients send: privacy can be put around it"),
-    "f": ("streams", "folds one update at a time; the others hold a round's updates at once"),
-    "m": ("mixed_ranks", "clients may have ranks of their own (adapter.ranks)"),
-    "p": ("personal", "each client ends with a model of its own"),
+    "f": ("streams", "aggregates one update at a time; the others keep all updates of a round in memory"),
+    "m": ("mixed_ranks", "each client may have its own rank (adapter.ranks)"),
+    "p": ("personal", "each client ends with its own model"),
     "o": ("order_independent", "the order of the clients changes nothing"),
-    "a": ("asynchronous", "rounds wait for nobody (docs/architecture.md)"),
+    "a": ("asynchronous", "no round waits for a client (docs/architecture.md)"),
     "c": ("cohorts", "clients may train several in one pass (docs/cohort.md)"),
 }
 
 
 def marks(properties: Properties) -> str:
-    """One letter for each property that holds, a dash for each that does not."""
+    """Return one letter for each property that is true, and a dash for each that is false."""
     return "".join(letter if getattr(properties, name) else "-" for letter, (name, _) in MARKS.items())
 
 
-#: What the columns of bytes are, for under a table.
+#: Explains the columns of bytes, below a table.
 LEGEND = (
     f"up, down: the tensors of one client's messages in a round of {REFERENCE}. An adapter is 9.8 MB there; names add "
-    "0.3 % to a message with one. Worked out from each algorithm's formula, which tests hold against measured messages.",
-    "server, client: what each keeps between rounds, in adapters, a client's optimiser not counted.",
+    "0.3 % to a message with one. Computed from each algorithm's formula, which tests compare with real messages.",
+    "server, client: what each keeps between rounds, in adapters, without a client's optimiser state.",
 )
 
 
@@ -150,7 +151,7 @@ def _line(cells: tuple[str, ...]) -> str:
 
 
 def table(found: list[Entry]) -> list[str]:
-    """The lines of a table that fits 100 columns, a heading over each family."""
+    """Return the lines of a table of at most 100 columns, with a heading over each family."""
     lines, family = [_line(_HEAD)], ""
     for e in found:
         if e.family != family:
@@ -171,17 +172,17 @@ def table(found: list[Entry]) -> list[str]:
 
 
 def legend() -> list[str]:
-    """The lines that say what the columns and letters of `table` mean."""
+    """Return the lines that explain the columns and letters of `table`."""
     return [*wrapped(*LEGEND), *(f"{letter}  {meaning}" for letter, (_, meaning) in MARKS.items())]
 
 
 def wrapped(*sentences: str, indent: str = "") -> list[str]:
-    """Sentences as lines that fit 100 columns."""
+    """Wrap sentences to lines of at most 100 columns."""
     return [line for text in sentences for line in textwrap.wrap(text, 99, subsequent_indent=indent)]
 
 
 def page(found: Entry) -> list[str]:
-    """One algorithm's page: its idea, what it declares, its options."""
+    """Return the lines about one algorithm: its idea, what it declares, its options."""
     lines = [*wrapped(f"{found.name}: {found.idea}"), ""]
     lines += wrapped(*(f"{name:<19}{text}" for name, text in facts_of(found)), indent=" " * 19)
     rows = options_of(found.cls)
@@ -191,7 +192,7 @@ def page(found: Entry) -> list[str]:
 
 
 def options_of(cls: type[Algorithm]) -> list[tuple[str, str, str]]:
-    """An algorithm's own options: name, default as a recipe has it, description."""
+    """Return an algorithm's own options: name, default as a recipe writes it, description."""
     rows = []
     for name, field in cls.Options.model_fields.items():
         default: Any = "required" if field.default is PydanticUndefined else field.default
@@ -201,7 +202,7 @@ def options_of(cls: type[Algorithm]) -> list[tuple[str, str, str]]:
 
 
 def facts_of(found: Entry) -> list[tuple[str, str]]:
-    """An algorithm's page: what it is, what it declares, what it costs."""
+    """Return (name, text) rows: what an algorithm is, what it declares, what it costs."""
     properties, said = found.properties, found.about
     rows = [("family", found.family)]
     if said is not None:

@@ -1,7 +1,7 @@
-"""Some of the live adapter's tensors kept as they are, bit for bit, while the others train.
+"""Keep some of the live adapter's tensors unchanged, bit for bit, while the others train.
 
-Their gradient is zeroed before a step, so that clipping counts the rest alone, and their values are put back after it,
-since weight decay and momentum move a parameter without a gradient.
+Their gradient is zeroed before a step, so that clipping counts only the others. Their values are restored after the
+step, because weight decay and momentum change a parameter without a gradient.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from fedloom.models.adapters import AdaptedModel
 
 
 class Frozen:
-    """The tensors `names` of the live adapter, as they stand now, or a part of each.
+    """The current values of the tensors `names` of the live adapter, or of a part of each.
 
-    An algorithm makes one in `receive` and passes `before_step` and `after_step` on to it.
+    An algorithm creates one in `receive` and calls it from its own `before_step` and `after_step`.
 
     Args:
-        part: (name, tensor) → the window into the tensor that is kept; all of it unless given.
+        part: (name, tensor) → the view of the tensor that is frozen; by default all of it.
     """
 
     def __init__(
@@ -33,9 +33,11 @@ class Frozen:
         self._windows = [(values, gradient, values.clone()) for values, gradient in windows]
 
     def before_step(self) -> None:
+        """Zero the gradient of the frozen tensors."""
         for _, gradient, _ in self._windows:
             gradient.zero_()
 
     def after_step(self) -> None:
+        """Restore the values of the frozen tensors."""
         for values, _, kept in self._windows:
             values.copy_(kept)

@@ -195,7 +195,7 @@ def test_without_privacy_nothing_of_it_is_written(tiny_recipe, tmp_path):
     [
         ({"privacy": {"clip": 1.0}}, r"privacy needs a noise or an epsilon: set privacy.noise=1.0"),
         ({"privacy": {"noise": 0, "epsilon": 8}}, r"privacy.noise=0 cannot keep privacy.epsilon=8"),
-        ({"privacy": {"noise": 1, "delta": 0.4}}, r"privacy.delta=0.4 is no promise to 3 clients"),
+        ({"privacy": {"noise": 1, "delta": 0.4}}, r"privacy.delta=0.4 is no guarantee for 3 clients"),
         ({"privacy": {"noise": 1.0, "epsilon": 2.0}}, r"privacy.noise=1 over 2 rounds spends ε=6.57, more than"),
         ({"privacy": {"noise": 1.0, "adaptive": {"noise": 0.4}}}, r"privacy.adaptive.noise=0.4 spends all"),
         (

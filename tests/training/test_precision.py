@@ -161,7 +161,7 @@ def test_auto_goes_by_what_the_device_does_and_is_written_down(tiny_recipe, monk
 
 
 def test_an_algorithm_that_reads_gradients_on_their_way_takes_no_scale(tiny_recipe):
-    with pytest.raises(fedloom.UserError, match="slora gathers gradients before"):
+    with pytest.raises(fedloom.UserError, match="slora sums gradients before"):
         prepare(tiny_recipe({"algorithm": "slora", "train.precision": "fp16"}), Watch())
 
 

@@ -1,20 +1,20 @@
 """FedBuff: the server does not wait for its clients. It aggregates whenever K updates have arrived, however old they are.
 
 Nguyen et al., "Federated Learning with Buffered Asynchronous Aggregation", arXiv 2106.06639, Algorithm 1. A client that
-started from version v of the model sends Δ_k = θ_k − θ_v, what its training changed; an update that arrives after the
-model has moved on to version t is τ_k = t − v versions old. With K of them in the buffer
+started from version v of the model sends the change Δ_k = θ_k − θ_v. An update that arrives when the model is at
+version t is τ_k = t − v versions old. With K of them in the buffer
 
     θ_{t+1} = θ_t + η_g Σ_k p_k s(τ_k) Δ_k        p_k = n_k / Σ_j n_j over the buffer,   s(τ) = (1 + τ)^(−a)
 
-The paper has p_k = 1/K (its Δ has the other sign) and a = 1/2. s does not enter the denominator: a buffer of stale updates
-makes a shorter step, as in the paper, and not the same step with other proportions.
+The paper has p_k = 1/K (its Δ has the other sign) and a = 1/2. s is not in the denominator, as in the
+paper, so a buffer of stale updates makes a shorter step.
 
-Differences are fp32 on the wire, sums are fp64. θ_t + Σ p_k (θ_k − θ_t) is FedAvg's Σ p_k θ_k but for the rounding of
-each difference, at most 2⁻²⁴ of it: on the first numbers of a run the two agree within one unit in the last place, not
-bit for bit. The whole adapter travels down, its difference travels up; the server keeps no older version.
+Differences are fp32 on the wire, sums are fp64. θ_t + Σ p_k (θ_k − θ_t) is FedAvg's Σ p_k θ_k except for the rounding of
+each difference, at most 2⁻²⁴ of it: on the first numbers of a run the two agree within one unit in the last place, but
+not bit for bit. The whole adapter travels down and its difference travels up. The server keeps no older version.
 
-It is a sum, but not one that is declared `linear_sum`: updates and their weights do not share one set of w_k, a client may
-be in one buffer twice, and nobody is sampled for a round, so what wraps plain sums to make them private does not fit.
+The rule is a sum, but does not declare `linear_sum`, so it cannot be made private: updates and the denominator have
+different weights, a client may be in one buffer twice, and no clients are sampled for a round.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedloom.models.layout import WeightedMean
 
 
 class FedBuff(fedavg.FedAvg):
-    """The server keeps `version`: how often it has aggregated, what `Assignment.round` − 1 was when a client started."""
+    """The server keeps `version`: how often it has aggregated. A client starts from version `Assignment.round` − 1."""
 
     properties: ClassVar = base.Properties(order_independent=False, asynchronous=True)
     about: ClassVar = About("averaging", "adapter; its change up", "Nguyen et al. 2021, arXiv 2106.06639")
@@ -44,14 +44,14 @@ class FedBuff(fedavg.FedAvg):
         )
         lr: float = Field(1.0, gt=0, description="η_g, the server's learning rate")
         staleness: float = Field(
-            0.5, ge=0, description="a: an update that is τ versions old counts (1+τ)^(−a); 0 counts all alike"
+            0.5, ge=0, description="a: an update that is τ versions old counts (1+τ)^(−a); 0 gives all the same weight"
         )
 
         @field_validator("buffer")
         @classmethod
         def _number_or_fraction(cls, value: int | float) -> int | float:
             if isinstance(value, float) and value >= 1 and not value.is_integer():
-                raise ValueError("it is neither a whole number nor a fraction below 1")
+                raise ValueError("it is neither a whole number nor a fraction below 1: use such as 4 or 0.5")
             return int(value) if value >= 1 else value
 
     options: Options
@@ -67,7 +67,7 @@ class FedBuff(fedavg.FedAvg):
         return max(1, round(wanted * in_flight)) if isinstance(wanted, float) else wanted
 
     def staleness(self, update: Update) -> int:
-        """τ: versions that the model has moved on since this update started."""
+        """τ: how many versions old this update is."""
         return self.version - (update.round - 1)
 
     def accept(self, update: Update) -> None:

@@ -1,14 +1,15 @@
-"""Fed-SB: ΔW = s·B·R·A with B and A frozen; only R, r × r, trains and travels. Exact, and r² numbers a module.
+"""Fed-SB: ΔW = s·B·R·A with B and A frozen; only R, r × r, trains and travels. It is exact and sends r² numbers per module.
 
 Singhal et al., "Fed-SB: A Silver Bullet for Extreme Communication Efficiency and Performance in (Private) Federated
 LoRA Fine-Tuning", arXiv 2502.15436:
 
     Σ p_k s·B·R_k·A = s·B·(Σ p_k R_k)·A
 
-In the live adapter stand B and R·A. The optimiser steps R: its gradient is (∂L/∂(R·A))·Aᵀ, and after each step R·A is
-put back. A is LoRA's own first A; B is drawn with variance 1/r, so that a step of Adam moves ΔW about as far as in LoRA;
-R starts as 0. Both sides draw them from the recipe's seed, so nothing but R travels. The paper takes B, A and R from an
-SVD of the first gradient on the clients' data: that is not here, so its ranks and learning rates do not carry over.
+The live adapter contains B and R·A. The optimiser trains R: its gradient is (∂L/∂(R·A))·Aᵀ, and R·A is computed again
+after each step. A is LoRA's own initial A. B is drawn with variance 1/r, so that a step of Adam changes ΔW about as much
+as in LoRA. R starts as 0. Both sides draw A and B from the recipe's seed, so only R travels. The paper takes B, A and R
+from an SVD of the first gradient on the clients' data. This file does not, so the paper's ranks and learning rates do
+not apply here.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from fedloom.training.trainer import FitResult, LocalRun
 
 
 def middle(a: str) -> str:
-    """R's name beside its A."""
+    """Return the name of R for an A's name."""
     return a.removesuffix(A_END) + ".lora_R.weight"
 
 
 def _cores(sizes: Sizes) -> int:
-    """r² numbers a module."""
+    """Bytes of R in every module."""
     return NUMBER * sizes.modules * sizes.rank**2
 
 
@@ -67,7 +68,7 @@ class FedSB(LoRAAlgorithm):
 
     @one_thread()
     def _compose(self, adapter: Adapter) -> None:
-        """B and R·A into an adapter."""
+        """Write B and R·A into an adapter."""
         for p in self.pairs:
             adapter.views[p.b].copy_(self.left[p.b])
             adapter.views[p.a].copy_(self.core.views[middle(p.a)] @ self.right[p.a])

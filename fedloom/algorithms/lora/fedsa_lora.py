@@ -1,11 +1,11 @@
-"""FedSA-LoRA: A is shared and averaged, every client keeps a B of its own.
+"""FedSA-LoRA: A is shared and averaged; every client keeps its own B.
 
 Guo et al., "Selective Aggregation for Low-Rank Adaptation in Federated Learning", arXiv 2410.01463:
 
     A ← Σ p_k A_k;  client k's model is W + s·B_k·A
 
-A is what clients learn in common, B what is their own. A travels, both ways; B never leaves its client, rests there
-between rounds, and starts as zero, so a client that was never sampled is measured with the base model.
+A is what clients learn in common, B is personal. A travels, both ways. B never leaves its client and is kept there
+between rounds. B starts as zero, so a client that was never sampled is evaluated with the base model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""FlexLoRA: average the products, not the factors, and give each client the leading directions that its rank has room for.
+"""FlexLoRA: average the products, not the factors; each client gets as many leading directions as its rank.
 
 Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client Resources",
 arXiv 2402.11505:
@@ -6,11 +6,11 @@ arXiv 2402.11505:
     ΔW = Σ p_k s·B_k·A_k = U Σ Vᵀ          at any ranks
     client k gets  s·B = U_r √Σ_r,  A = √Σ_r V_rᵀ  with r = r_k
 
-The singular values come from QR of the stacked factors, never from the dense out × in matrix (the paper forms that), and
-are shared evenly between B and A, so both train at one pace. What is lost is the tail of the singular values beyond
-r_max (Eckart–Young), which is logged. A direction with no singular value gets B = 0 and A as first initialised: the
-product is the same and it can still learn. Both factors travel, both ways, each client's at its own rank; what a client
-of a lower rank is measured with is what it can hold.
+The singular values come from a QR of the stacked factors, never from the dense out × in matrix as in the paper. B and A
+each get the square root of a singular value, so both train at the same speed. The result loses the singular values
+beyond r_max (Eckart–Young); their share is logged. A direction without a singular value gets B = 0 and the initial A: the
+product is the same, and the direction can still learn. Both factors travel, both ways, at each client's own rank. A
+client of a lower rank is evaluated with the directions that it received.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from fedloom.algorithms.lora.base import METHODS, LoRAAlgorithm
 from fedloom.messages.types import Update
 from fedloom.models.lowrank import LowRank
 
-#: A singular value below this share of the largest is rounding.
+#: A singular value below this share of the largest is treated as rounding error.
 NOTHING = 1e-7
 
 
 def split(total: LowRank, unused: torch.Tensor) -> LowRank:
-    """The leading directions of `total`, as many as `unused` ([r, in]) has rows, which stand in where there are fewer."""
+    """Return the r leading directions of `total`; rows of `unused` ([r, in]) replace missing ones, with B = 0."""
     u, s, vh = total.svd()
     rank = unused.shape[0]
     real = min(rank, int((s > NOTHING * s[0]).sum()))

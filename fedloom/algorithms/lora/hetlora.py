@@ -1,16 +1,16 @@
-"""HetLoRA: clients of different ranks, padded with zeros and averaged by how much each has to say; ranks may shrink.
+"""HetLoRA: pad different ranks with zeros and average, weighted by the norms of the updates; ranks may shrink.
 
 Cho et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", arXiv 2401.06432:
 
     aggregate   A ← Σ S_k A_k / Σ S_k, B likewise, zeros beyond r_k;   S_k = ‖ΔW_k‖ over all modules (Frobenius)
     distribute  the leading r_k rows of A and columns of B
-    prune       during training a penalty λ‖B[:, γr_k:]‖‖A[γr_k:, :]‖; where that product of norms ended smaller than it
-                began, the client goes on with rank γ·r_k for good
+    prune       during training a penalty λ‖B[:, γr_k:]‖‖A[γr_k:, :]‖; if that product of norms is smaller after
+                training than before, the client continues with rank γ·r_k permanently
 
-Averaging A and B by themselves is inexact, as in `fedit`, which it equals for equal ranks and norms. Two things the
-paper leaves open: rows that no sampled client had keep the server's values (zeros there could never learn again), and
-where all norms are zero clients count alike. Both factors travel, both ways, at the client's rank of that day; what a
-client of a lower rank is measured with is what it can hold.
+Averaging A and B separately is inexact, as in `fedit`, which this rule equals for equal ranks and norms. The paper leaves
+two cases open. Rows that no sampled client had keep the server's values, because zeros there could never learn again.
+If all norms are zero, clients have the same weight. Both factors travel, both ways, at the client's current rank. A
+client of a lower rank is evaluated with the rows and columns that it received.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RANK = "rank/"
 
 
 class HetLoRA(LoRAAlgorithm):
-    """Both halves keep the ranks of clients that have pruned: the server one for each of them, a client its own.
+    """Both halves keep the ranks of clients that pruned: the server all of them, a client its own.
 
     Attributes:
         own: client half: this client's rank.
@@ -45,13 +45,13 @@ class HetLoRA(LoRAAlgorithm):
 
     class Options(base.AlgorithmOptions):
         weight_by: Literal["norm", "norm_and_examples"] = Field(
-            "norm", description="S_k: the size of a client's update, or that times its number of training examples"
+            "norm", description="S_k: the norm of a client's update, or that norm times its number of training examples"
         )
         gamma: float | None = Field(
             None,
             gt=0,
             lt=1,
-            description="γ: the share of its rank that a pruning client goes on with; null never prunes",
+            description="γ: the share of its rank that a client keeps when it prunes; null never prunes",
         )
         penalty: float = Field(
             1e-3, ge=0, description="λ on the part that may be pruned; without gamma it has no effect"
@@ -75,7 +75,7 @@ class HetLoRA(LoRAAlgorithm):
         return None if self.adapter.ranks or self.options.gamma else self.shared.layout
 
     def accept(self, update: Update) -> None:
-        """A client that prunes sends a lower rank than it was sent, and the same one for every module."""
+        """Check names and shapes; a client that prunes may send a lower rank, the same one for every module."""
         rank = rank_in(update.payload.tensors)
         if self.options.gamma is None or not 1 <= rank <= self.rank_of(update.client):
             rank = self.rank_of(update.client)
@@ -83,26 +83,26 @@ class HetLoRA(LoRAAlgorithm):
         base.Algorithm.accept(self, update)
 
     def weight(self, update: Update) -> float:
-        """S_k."""
+        """Return S_k."""
         norm = sum(low.norm() ** 2 for low in self.products(update.payload.tensors).values()) ** 0.5
         return float(norm * (1 if self.options.weight_by == "norm" else update.num_examples))
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         layout = self.shared.layout
-        by_norm, alike = (torch.zeros(layout.numel, dtype=torch.float64) for _ in range(2))
+        by_norm, unweighted = (torch.zeros(layout.numel, dtype=torch.float64) for _ in range(2))
         size, count, highest, lowest = 0.0, 0, 0, self.adapter.rank
         pruned = {}
         for update in updates:
             weight = self.weight(update)
             for name, tensor in padded(update.payload.tensors, layout).items():
                 layout.views(by_norm)[name].add_(tensor.double(), alpha=weight)
-                layout.views(alike)[name].add_(tensor.double())
+                layout.views(unweighted)[name].add_(tensor.double())
             rank = rank_in(update.payload.tensors)
             size, count, highest, lowest = size + weight, count + 1, max(highest, rank), min(lowest, rank)
             if rank < super().rank_of(update.client):
                 pruned[RANK + update.client] = torch.tensor(rank)
         self.kept.tensors.update(pruned)
-        mean = layout.views(by_norm / size if size else alike / count)
+        mean = layout.views(by_norm / size if size else unweighted / count)
         for name, view in of_rank(self.shared.tensors(), highest).items():
             target = self.shared.views[name][tuple(slice(0, n) for n in view.shape)]
             target.copy_(of_rank({name: mean[name]}, highest)[name])
@@ -112,18 +112,18 @@ class HetLoRA(LoRAAlgorithm):
 
     def receive(self, payload: Payload) -> None:
         self.own = rank_in(payload.tensors)
-        if RANK in self.kept.tensors:  # it pruned, and its update may not have reached the server
+        if RANK in self.kept.tensors:  # it pruned before, and that update may not have reached the server
             self.own = min(self.own, int(self.kept.tensors[RANK]))
         super().receive(Payload(of_rank(payload.tensors, self.own)))
         self.before = self._tail_size()
 
     def _tails(self, tensors: Tensors) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(B[:, γr:], A[γr:, :]) of every module, as windows."""
+        """(B[:, γr:], A[γr:, :]) of every module, as views."""
         start = self._pruned()
         return ((tensors[p.b][:, start:], tensors[p.a][start:]) for p in self.pairs)
 
     def _pruned(self) -> int:
-        """The rank that this client would go on with."""
+        """The rank that this client would have after pruning."""
         return max(1, int(self.own * (self.options.gamma or 1.0)))
 
     def _tail_size(self) -> float:
@@ -148,5 +148,5 @@ class HetLoRA(LoRAAlgorithm):
 
 
 def rank_in(tensors: Tensors) -> int:
-    """The rank of the factors in a payload; 0 where it has none."""
+    """Return the rank of the factors in a payload; 0 if it has none."""
     return next((t.shape[0] for n, t in sorted(tensors.items()) if n.endswith(A_END) and t.dim() == 2), 0)

@@ -1,4 +1,4 @@
-"""SLoRA: first rounds of sparse fine-tuning of the base weights, then LoRA that starts from what they found.
+"""SLoRA: sparse fine-tuning of the base weights in the first rounds, then LoRA that starts from their result.
 
 Babakniya et al., "SLoRA: Federated Parameter Efficient Fine-Tuning of Language Models", arXiv 2308.06522:
 
@@ -6,11 +6,11 @@ Babakniya et al., "SLoRA: Federated Parameter Efficient Fine-Tuning of Language 
     between   SVD of ΔW = mask∘V̄ = U Σ Vᵀ:   s·B = U_r √Σ_r,  A = √Σ_r V_rᵀ; the base weights are W₀ again
     stage 2   FedAvg of LoRA from there
 
-Here the mask covers the weights that have an adapter, is drawn from the recipe's seed on both sides, and by default has
-as many entries as LoRA has numbers, so a round costs the same traffic in both stages. In stage 1 the values of V travel
-and nothing else; in stage 2 both factors. Not here: the paper's masks that avoid what is frozen elsewhere, its tuned
-lengths of the stages, and the other trainable parts (heads, norms) of its classification models. A round of stage 1 needs
-the gradient of one whole weight at a time.
+Here the mask covers the weights that have an adapter. Both sides draw it from the recipe's seed. By default it has as many
+entries as LoRA has numbers, so a round costs the same traffic in both stages. In stage 1 only the values of V travel, in
+stage 2 both factors. Not implemented: the paper's masks that avoid weights frozen elsewhere, its tuned lengths of the
+stages, and the other trainable parts (heads, norms) of its classification models. Stage 1 needs memory for the gradient
+of one whole weight at a time.
 """
 
 from __future__ import annotations
@@ -92,14 +92,14 @@ class SLoRA(LoRAAlgorithm):
     def check(cls, options: Any, adapter: AdapterConfig, train: TrainConfig, model: ModelConfig) -> None:
         if model.dtype != "float32":
             raise UserError(
-                f"slora trains weights of the base, which have to be float32, and model.dtype={model.dtype}: "
+                f"slora trains base weights, which must be float32, but model.dtype={model.dtype}: "
                 "set model.dtype=float32"
             )
 
         if train.precision in {"fp16", "auto"}:
             raise UserError(
-                f"slora gathers gradients before a loss scale is divided out, so train.precision={train.precision} cannot "
-                "be had with it: set train.precision=fp32 or bf16"
+                f"slora sums gradients before the loss scale is divided out, so it cannot be used with "
+                f"train.precision={train.precision}: set train.precision=fp32 or bf16"
             )
 
     def _known(self, model: AdaptedModel) -> AdaptedModel:
@@ -119,7 +119,7 @@ class SLoRA(LoRAAlgorithm):
         return model
 
     def dense(self, weight: str) -> torch.Tensor:
-        """mask∘V of one weight: [out, in], however it is stored."""
+        """Return mask∘V of one weight as [out, in], also if the model stores it transposed."""
         values = self.sparse.views[SPARSE + weight]
         whole = torch.zeros(self.shapes[weight].numel(), device=values.device)
         stored = whole.index_copy_(0, self.mask[weight], values).view(self.shapes[weight])
@@ -147,7 +147,7 @@ class SLoRA(LoRAAlgorithm):
         return {"kept": self._begin_lora()} if self.finished == self.options.sparse_rounds else {}
 
     def _begin_lora(self) -> float:
-        """ΔW of the sparse stage as the first factors; returns the share of its norm that rank r holds."""
+        """Set the first factors from ΔW of the sparse stage; return the share of its norm that rank r keeps."""
         first = self.model.initial_adapter().views
         kept, size = 0.0, 0.0
         for pair in self.pairs:
@@ -211,7 +211,7 @@ class SLoRA(LoRAAlgorithm):
 
     @staticmethod
     def _gather(into: torch.Tensor, at: torch.Tensor, weight: torch.Tensor) -> None:
-        """Keep the gradient under the mask and let go of the rest before the next weight's is made."""
+        """Add the gradient under the mask to `into`, and free the whole gradient before the next weight's is computed."""
         assert weight.grad is not None
         into.add_(weight.grad.reshape(-1)[at])
         weight.grad = None

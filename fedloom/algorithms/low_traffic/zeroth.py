@@ -1,13 +1,13 @@
-"""Training without gradients: the loss at two points along a random direction says how far to go along it.
+"""Train without gradients: the loss at two points along a random direction gives the step along it.
 
     ĝ = (L(w + εz) − L(w − εz)) / 2ε,   w ← w − η · mean over the step's directions of ĝ z
 
 Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", arXiv 2305.17333 (MeZO), Definition 1; with z
-standard normal, E[ĝ z] is the gradient of a loss that is quadratic along z, and nearly so of others. It takes forward
-passes alone and no optimiser: of the recipe's `train` section the learning rate, its schedule, `clip` and `loss_chunk`
-count. ĝ² is on average the squared norm of the gradient, so `clip` bounds |ĝ|. Both points see the same dropout. Where
-a client has several ranks, each computes the losses of its own examples, and one number is summed over them for each
-point.
+standard normal, E[ĝ z] is the gradient of a loss that is quadratic along z, and approximates it for other losses. It
+needs only forward passes and no optimiser: of the recipe's `train` section only the learning rate, its schedule, `clip`
+and `loss_chunk` have an effect. ĝ² is on average the squared norm of the gradient, so `clip` bounds |ĝ|. Both points have
+the same dropout. If a client has several ranks, each computes the losses of its own examples, and one number per point
+is summed over the ranks.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from fedloom.training.trainer import FitResult, Learner, LocalRun
 
 
 def check_compile(name: str, train: TrainConfig) -> None:
-    """Refuse what is for passes with a backward. Raises UserError."""
+    """Reject `train.compile`, which needs a backward pass. Raises UserError."""
     if train.compile:
         raise UserError(
-            f"{name} trains without a backward pass, and train.compile is for those that have one: leave it out"
+            f"train.compile cannot be used with {name}, which trains without a backward pass: set train.compile=false"
         )
 
 
 def two_point(model: AdaptedModel, z: torch.Tensor, loss: Callable[[], float], epsilon: float) -> tuple[float, float]:
-    """(ĝ, the mean of both losses). The live buffer is afterwards as it was, bit for bit. z: [numel]."""
+    """Return (ĝ, the mean of both losses) along z: [numel]. The live buffer is restored bit for bit."""
     live = model.adapter.flat
     start = live.clone()
     torch.add(start, z, alpha=epsilon, out=live)
@@ -57,17 +57,17 @@ def descend(
     epsilon: float,
     dropout: Callable[[int], AbstractContextManager[None]],
 ) -> tuple[FitResult, list[float]]:
-    """Zeroth-order SGD on the live adapter over this round's steps.
+    """Run zeroth-order SGD on the live adapter over this round's steps.
 
     Args:
         draw: step → its directions, each [numel] on the CPU; drawn one at a time.
-        directions: how many those are.
-        dropout: step → the context that makes its forward passes repeatable.
+        directions: number of directions in a step.
+        dropout: step → a context that makes its forward passes repeatable.
 
     Returns:
-        The result (the loss is the mean of both points'; tokens and operations count every forward pass) and, step by
-        step, each direction's coefficient a = η ĝ / directions, rounded to float32: the step was w ← w − Σ a z. The
-        coefficients of a skipped step are 0.
+        The result, and the coefficient a = η ĝ / directions of each direction, step by step, rounded to float32: a step is
+        w ← w − Σ a z. The coefficients of a skipped step are 0. The result's loss is the mean over both points; tokens and
+        operations count every forward pass.
     """
     model, flops, result = run.model, Flops(run.model), FitResult()
     coefficients: list[float] = []
@@ -102,7 +102,7 @@ def descend(
 
 
 class _Loss:
-    """One step's loss at whatever stands in the live buffer, AdaLoRA's penalty included; counts what it computes."""
+    """Computes one step's loss at the live buffer, with AdaLoRA's penalty; counts tokens and operations."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ def _clipped(slope: float, clip: float | None) -> float:
 
 
 def _rounded(value: float) -> float:
-    """To float32, as it will travel."""
+    """Round to float32, the precision in which it travels."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 

@@ -1,6 +1,6 @@
-"""The server's public data for aligning an emulator, with settings of their own: nothing of `data` or `train` is used.
+"""Align an emulator on the server's public data. The settings are separate: `data` and `train` have no effect here.
 
-Each alignment takes the next stretch of the public examples, in an order of its own. This file does not know when an
+Each alignment uses the next part of the public examples, in an order of its own. This file does not know when an
 algorithm aligns.
 """
 
@@ -29,32 +29,34 @@ from fedloom.recipe.recipe import DataConfig
 
 log = logging.getLogger(__name__)
 
-#: Whose order of examples it is; no client can have this name, since it is no folder's.
+#: Names the random order of the examples. No client can have this name, because it cannot be a folder's name.
 STREAM = "/alignment"
 
 
 class AlignOptions(base.AlgorithmOptions):
     corpus: str | None = Field(None, description="public corpus by name")
-    path: str | None = Field(None, description="or a file of your own, as data.path")
+    path: str | None = Field(None, description="or your own file, as data.path")
     columns: dict[Literal["instruction", "input", "output", "category"], str] | None = Field(
         None, description="as data.columns"
     )
     template: Literal["auto", "chat", "alpaca", "plain"] = Field("auto", description="as data.template")
-    max_length: int = Field(256, ge=8, description="tokens a sequence may have")
+    max_length: int = Field(256, ge=8, description="most tokens in a sequence")
     limit: int | None = Field(None, ge=1, description="at most this many examples")
     seed: int | None = Field(
         None,
         ge=0,
-        description="what a generated corpus holds and limit draws; null: the recipe's seed + 1, so not the clients'",
+        description="seed of a generated corpus and of limit; null: the recipe's seed + 1, so not the clients' data",
     )
     steps: int = Field(50, ge=1, description="optimiser steps of one alignment")
     batch_size: int = Field(4, ge=1, description="examples in a step")
     lr: float = Field(1e-4, gt=0, description="AdamW's rate, constant")
     kl: float = Field(0.0, ge=0, description="λ of the next token's KL term")
-    layerwise: bool = Field(False, description="hold every kept layer's hidden states, not the middle's last alone")
+    layerwise: bool = Field(
+        False, description="match the hidden states of every kept layer, not only of the middle's last"
+    )
 
     def data(self) -> DataConfig:
-        """As a recipe's section. Raises UserError where no data are named."""
+        """Return these settings as a recipe's `data` section. Raises UserError if no data are named."""
         if self.corpus is None and self.path is None:
             raise UserError("algorithm.align names no data: set algorithm.align.corpus or algorithm.align.path")
         return DataConfig(
@@ -68,7 +70,7 @@ class AlignOptions(base.AlgorithmOptions):
 
 
 class Aligner:
-    """Public data at hand, and how to learn from them. Raises UserError where the data cannot be had."""
+    """Trains emulators on public data. Raises UserError if the data cannot be loaded."""
 
     def __init__(self, options: AlignOptions, model: AdaptedModel, seed: int) -> None:
         data = options.data()
@@ -80,7 +82,7 @@ class Aligner:
         self.settings = Distillation(options.lr, options.kl, options.layerwise)
 
     def batches(self, number: int, packed: bool) -> Iterator[Batch]:
-        """Those of alignment `number` (from 1)."""
+        """Yield the batches of alignment `number` (from 1)."""
         plan = Plan(self.options.batch_size, steps=self.options.steps)
         for (indices,) in round_indices(range(len(self.sequences)), plan, number, self.seed, STREAM):
             yield collate([self.sequences[i] for i in indices], packed=packed, pad=self.pad, examples=indices)
@@ -88,7 +90,7 @@ class Aligner:
     def align(
         self, model: AdaptedModel, cut: Cut, compression: Compression, latents: dict[str, torch.Tensor], number: int
     ) -> tuple[float, float]:
-        """Train `latents` in place; returns the loss of the first and of the last step."""
+        """Train `latents` in place; return the loss of the first and of the last step."""
         losses = align(
             model, cut, compression, latents, self.batches(number, supports_packing(model)), self.settings
         )  # fmt: skip

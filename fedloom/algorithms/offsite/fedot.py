@@ -2,15 +2,15 @@
 
 FS-LLM (Kuang et al., arXiv 2309.00363) with offsite-tuning (Xiao et al., arXiv 2302.04870):
 
-    server    cut the model into bottom layers A₁, middle M, top layers A₂; make an emulator E of M, smaller and lossy
+    server    cut the model into bottom layers A₁, middle M, top layers A₂; build an emulator E of M, smaller and lossy
     broadcast A₁, E, A₂, embeddings, norm and head; once. Layers that were dropped never leave the server
     client    train A₁, A₂ (or LoRA on them) in A₁ ∘ E ∘ A₂, with E and the rest frozen; send A₁, A₂
     server    average them (fedavg), and plug them into A₁ ∘ M ∘ A₂: the *plug-in*, which is evaluated and saved
 
-The emulator is the middle with layers left out (`drop_layers`), in few bits (`quantize`) or as thin factors (`low_rank`);
-with `align` it is first distilled on public data (models/emulator/distillation.py). Every tensor keeps its name of
-the full model (models/emulator/cut.py), so plugging in is loading by name. A client builds its model from the message
-alone.
+The emulator is the middle with layers left out (`drop_layers`), in few bits (`quantize`) or as low-rank factors
+(`low_rank`). With `align` it is first distilled on public data (models/emulator/distillation.py). Every tensor keeps its
+name in the full model (models/emulator/cut.py), so the plug-in loads tensors by name. A client builds its model from the
+message alone.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from fedloom.recipe.recipe import AdapterConfig
 EMULATOR, FROZEN, FILE, LATENT = "emulator/", "frozen/", "file/", "latent/"
 
 
-#: The share of the middle's layers that `drop_layers` leaves out unless it is told.
+#: The share of the middle's layers that `drop_layers` leaves out by default.
 DROP = 0.2
 
 
 class FedOT(fedavg_outer.FedAvgOuter):
     """Attributes:
     compression: how the middle travels.
-    version: server half: how often the emulator was aligned; client half: which emulator stands in the live model.
-    latents: server half: the aligned middle; None where it is the model's own.
-    aligned: (loss of the first step, of the last) of the newest alignment.
+    version: server half: how often the emulator was aligned; client half: the version of the emulator in the live model.
+    latents: server half: the aligned middle; None if it is the model's own.
+    aligned: (loss of the first step, of the last step) in the newest alignment.
     """
 
     properties: ClassVar = base.Properties(
@@ -69,7 +69,8 @@ class FedOT(fedavg_outer.FedAvgOuter):
 
     class Options(fedavg_outer.FedAvgOuter.Options):
         emulator: Literal["drop_layers", "quantize", "low_rank"] = Field(
-            "drop_layers", description="what the middle becomes: fewer layers, weights in few bits, or thin factors"
+            "drop_layers",
+            description="what replaces the middle: fewer layers, weights in few bits, or low-rank factors",
         )
         drop: float | None = Field(
             None,
@@ -84,11 +85,13 @@ class FedOT(fedavg_outer.FedAvgOuter):
             None, description="distil the emulator on public data before round 1: {corpus:} or {path:}, steps, lr …"
         )
         reference: bool = Field(
-            True, description="also tune the same layers of the full model, in RUN/reference, for the fifth number"
+            True,
+            description="also tune the same layers of the full model, in RUN/reference, to compare the plug-in with",
         )
 
         @property
         def dropped(self) -> float:
+            """`drop`, or its default under this emulator."""
             return self.drop if self.drop is not None else DROP if self.emulator == "drop_layers" else 0.0
 
     options: Options
@@ -120,7 +123,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
 
     @property
     def untouched(self) -> bool:
-        """Whether the emulator is the middle itself: then there is nothing to align."""
+        """Whether the emulator is the middle itself, so that there is nothing to align."""
         return isinstance(self.compression, Plain) and not self.cut.dropped
 
     def _cut(self, models: Models) -> Cut:
@@ -139,13 +142,13 @@ class FedOT(fedavg_outer.FedAvgOuter):
         return make_compression(self.options.emulator, dtype, self.options.bits, self.options.keep_rank)
 
     def _middle(self) -> dict[str, torch.Tensor]:
-        """The weights of the emulator's layers in the full model, by name, live."""
+        """Return the live weights of the emulator's layers in the full model, by name."""
         inside = self.cut.prefixes(self.cut.kept)
         weights = self.model.base_weights()
         return {n: weights[n] for n in self.model.frozen_tensors() if n.startswith(inside) and n in weights}
 
     def _rest(self) -> dict[str, torch.Tensor]:
-        """What else a client needs and nobody trains: embeddings, norm, head; under LoRA the outer layers' weights."""
+        """Return the other frozen tensors a client needs: embeddings, norm, head; under LoRA the outer layers too."""
         inside = self.cut.prefixes(self.cut.dropped)
         frozen = self.model.frozen_tensors()
         return {n: t.detach() for n, t in frozen.items() if n not in self._shapes and not n.startswith(inside)}
@@ -153,7 +156,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
     # ------------------------------------------------------------------ server: the emulator
 
     def _emulator(self) -> dict[str, torch.Tensor]:
-        """What travels of the middle."""
+        """Return the tensors of the middle that travel."""
         self._distil_once()
         if self._wire is None:
             latents = self.latents
@@ -164,13 +167,13 @@ class FedOT(fedavg_outer.FedAvgOuter):
         return self._wire
 
     def _distil_once(self) -> None:
-        """Before the first message or checkpoint; a resumed run has the result in its state."""
+        """Align before the first message or checkpoint. A resumed run has the result in its state."""
         if self._aligner is not None and self.latents is None:
             self.latents = self.compression.latents(self._middle())
             self._align()
 
     def _align(self) -> None:
-        """Train the emulator against the full model with the shared adapter in it."""
+        """Train the emulator against the full model, which has the shared adapter."""
         if self._aligner is None:
             return
         assert self.latents is not None
@@ -195,14 +198,14 @@ class FedOT(fedavg_outer.FedAvgOuter):
         return Payload(tensors, {"emulator": self.version, "cut": cut, "dtype": dtype})
 
     def round_payload(self, client: str) -> Payload:
-        """The adapter; and the emulator, where alignment changed it since this client got it."""
+        """Return the adapter, and the emulator if alignment changed it since this client received it."""
         emulator = self._emulator() if self._held.get(client) != self.version else {}
         self._held[client] = self.version
         tensors = {**self.shared.tensors(), **prefixed(emulator, EMULATOR)}
         return Payload(tensors, {"emulator": self.version})
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
-        """FedAvg's mean; beside it how the newest alignment went."""
+        """Aggregate as FedAvg does, and report the losses of the newest alignment."""
         metrics = super().aggregate(updates)
         if self.aligned is None:
             return metrics
@@ -237,7 +240,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         }
 
     def _names_of_the_base(self) -> set[str]:
-        """Names of the full model's own weights, without LoRA's."""
+        """Return the names of the full model's own weights, without LoRA's."""
         return {n for n, p in self.model.base_weights().items() if self.model.full or not p.requires_grad}
 
     def compared_with(self) -> Mapping[str, Any] | None:
@@ -280,5 +283,5 @@ class FedOT(fedavg_outer.FedAvgOuter):
 
 
 def _adapter(payload: Payload) -> dict[str, torch.Tensor]:
-    """The trained tensors, under their names in the full model."""
+    """Return the trained tensors, under their names in the full model."""
     return payload.without(EMULATOR, FROZEN, FILE)

@@ -1,13 +1,13 @@
-"""Ditto: beside the shared model each client trains one of its own, held near the shared one by a proximal term.
+"""Ditto: each client also trains its own model, and a proximal term keeps it near the shared model.
 
 Li et al., "Ditto: Fair and Robust Federated Learning Through Personalization", arXiv 2012.04221, Algorithm 1. The
-shared model w takes FedAvg's path, bit for bit. In the same round, on the same batches, client k trains
+shared model w is FedAvg's, bit for bit. In the same round, on the same batches, client k trains
 
     v_k ← argmin F_k(v) + λ/2 · ‖v − w_t‖²            (objective (Ditto), w_t as it was received)
 
-Two flat states take turns in one live buffer over one base; there is no second model. A round costs two trainings.
-What travels is what FedAvg sends; v_k stays, and is what is evaluated and saved for client k. A client that never
-trained is measured with w; v_k starts from the w that it first receives (the paper: from w_0).
+Both states use the one live buffer, one after the other; there is no second model. A round costs two trainings. FedAvg's
+tensors travel. v_k stays on client k, and is evaluated and saved for it. A client that never trained is evaluated with w.
+v_k starts from the first w that the client receives (in the paper: from w_0).
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ class Ditto(fedavg.FedAvg):
     about: ClassVar = About("personalised", "adapter, both ways", "Li et al. 2020, arXiv 2012.04221", client=whole)
 
     class Options(fedavg.FedAvg.Options):
-        lam: float = Field(0.1, ge=0, description="λ: 0 trains the personal model alone, ∞ leaves it the shared one")
+        lam: float = Field(
+            0.1, ge=0, description="λ: 0 trains the personal model independently, ∞ keeps it at the shared one"
+        )
 
     options: Options
 
@@ -54,12 +56,12 @@ class Ditto(fedavg.FedAvg):
             live.copy_(received)
         own = turn(run, "own").fit(_Near(self, received, self.options.lam))
         self.kept = Payload(copies(live.tensors()))
-        live.copy_(trained)  # `shared_state` sends what stands in the live buffer
+        live.copy_(trained)  # `shared_state` sends the live buffer
         return joined({"shared": shared, "own": own}, shared.loss)
 
 
 class _Near:
-    """The owner's loss, and λ/2 · ‖v − w_t‖² through its gradient λ(v − w_t); the loss is reported without it."""
+    """Adds the gradient λ(v − w_t) of λ/2 · ‖v − w_t‖² to the owner's. The reported loss does not include it."""
 
     def __init__(self, owner: Ditto, anchor: torch.Tensor, lam: float) -> None:
         self._owner, self._anchor, self._lam = owner, anchor, lam

@@ -1,19 +1,19 @@
-"""FedDPA: a global adapter that is averaged and a local one that stays, side by side on one base.
+"""FedDPA: a global adapter that is averaged and a local adapter that stays on the client, added on one base.
 
 Yang et al., "Dual-Personalizing Adapter for Federated Foundation Models", arXiv 2403.19211. With LoRA, client k runs
 
     W + s·(B_g A_g + B_k A_k)
 
-Only one LoRA buffer is live, so both lie in it: a LoRA of rank 2r whose first r rows of A (columns of B) are the
-global adapter and whose last r are the local one. Its product is the sum of the two, exactly, and s stays what it was,
-since α grows with the rank. What is saved for a client is an ordinary peft LoRA of rank 2r.
+There is one live LoRA buffer, of rank 2r: the first r rows of A (columns of B) are the global adapter, the last r the
+local one. Its product is exactly the sum of the two. s is unchanged, because α grows with the rank. An ordinary peft LoRA
+of rank 2r is saved for a client.
 
-In a round a client trains twice on the same batches, each time with one half frozen: the global half alone, the local
-one off (B_k = 0), which is FedAvg on a LoRA of rank r; then the local half on top of the global one *as received*,
-since that is what it will stand on when it is evaluated. Only the global half travels.
+In a round a client trains twice on the same batches, each time with one half frozen. First it trains the global half with
+the local one off (B_k = 0), which is FedAvg on a LoRA of rank r. Then it trains the local half with the global one *as
+received*, because the local half is evaluated together with such a global half. Only the global half travels.
 
-The paper weighs the two adapters for each test instance, by its likeness to the client's training data; here both
-count fully, as in training. That mixture, and its local adapter's start from a copy of the global one, are left out.
+The paper weights the two adapters for each test instance, by its similarity to the client's training data. Here both
+have weight 1, as in training. The paper also starts the local adapter from a copy of the global one; here it does not.
 """
 
 from __future__ import annotations
@@ -60,24 +60,25 @@ class FedDPA(fedavg.FedAvg):
         foreign = [n for n in initial if not n.endswith((A_END, B_END))]
         if foreign:
             raise UserError(
-                f"feddpa doubles LoRA's two factors, and the adapter also trains {foreign[0]}: use plain LoRA on linear "
+                f"feddpa doubles LoRA's two factors, but the adapter also trains {foreign[0]}: use plain LoRA on linear "
                 "layers"
             )
         return Adapter.of({n: self._global(n, t) for n, t in initial.items()})
 
     def _global(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """The global half of a factor of rank 2r: A's first r rows, B's first r columns."""
+        """Return the global half of a factor of rank 2r: A's first r rows, B's first r columns."""
         rank = self.adapter.rank
         return tensor[:rank] if name.endswith(A_END) else tensor[:, :rank]
 
     def _local(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the local half of a factor of rank 2r: A's last r rows, B's last r columns."""
         rank = self.adapter.rank
         return tensor[rank:] if name.endswith(A_END) else tensor[:, rank:]
 
     def receive(self, payload: Payload) -> None:
         check_names(self.shared.layout, payload.tensors)
         live = self.model.adapter
-        live.copy_(self.model.initial)  # the local half as the seed made it: B = 0 adds nothing
+        live.copy_(self.model.initial)  # the local half is initial: B = 0 adds nothing
         for name, tensor in payload.tensors.items():
             self._global(name, live.views[name]).copy_(tensor)
         if self.evaluating:
@@ -114,6 +115,6 @@ class FedDPA(fedavg.FedAvg):
 
 
 def doubled(adapter: AdapterConfig) -> AdapterConfig:
-    """Twice the rank at the same scale s, which is α/r, or α/√r under rsLoRA."""
+    """Double the rank at the same scale s, which is α/r, or α/√r under rsLoRA."""
     factor = 2**0.5 if adapter.rslora else 2
     return adapter.model_copy(update={"rank": 2 * adapter.rank, "alpha": factor * adapter.alpha})

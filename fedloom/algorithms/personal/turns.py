@@ -1,7 +1,7 @@
-"""Several trainings in one round on the one live buffer, one after another: a shared model and then a personal one.
+"""Run several trainings of one round on one live buffer, such as the shared model and then a personal one.
 
-Each turn has an optimiser of its own, whose state is kept under the turn's name, so that what the recipe keeps or
-resets (`train.optimizer_state`) holds for each apart. This file does not know what a turn trains.
+Each training ("turn") has its own optimiser, whose state is stored under the turn's name. So `train.optimizer_state`
+applies to each turn separately. This file does not know what a turn trains.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from fedloom.training.trainer import FitResult, Learner, LocalRun
 
 
 def turn(run: LocalRun, name: str, steps: Sequence[Sequence[Batch]] | None = None, first: int = 0) -> LocalRun:
-    """The part of `run` that is turn `name`: all of its steps, or `steps`, which begin at its step `first`."""
+    """Return the part of `run` that is turn `name`: all steps of the run, or `steps`, which start at its step `first`."""
     kept = under(run.optimizer_state or {}, f"{name}/")
     walk = run.steps if steps is None else lambda: iter(steps)
     return replace(run, steps=walk, first_step=run.first_step + first, optimizer_state=kept or None)
 
 
 def joined(turns: Mapping[str, FitResult], loss: float) -> FitResult:
-    """The round's result: costs added up, optimiser states side by side; `loss` is the one to report."""
+    """Combine the turns' results: add up costs, store optimiser states by turn, and report `loss`."""
     return FitResult(
         loss=loss,
         steps=sum(t.steps for t in turns.values()),
@@ -38,7 +38,7 @@ def joined(turns: Mapping[str, FitResult], loss: float) -> FitResult:
 
 
 class Holding:
-    """`learner`, with some of the live adapter frozen meanwhile."""
+    """A learner that keeps a part of the live adapter frozen."""
 
     def __init__(self, learner: Learner, frozen: Frozen) -> None:
         self.local_loss = learner.local_loss
@@ -55,5 +55,5 @@ class Holding:
 
 
 def copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies on the CPU, to keep: what stands in the live buffer will be another's."""
+    """Copy tensors to the CPU, because the live buffer is used for the next client."""
     return {n: t.detach().cpu().clone() for n, t in tensors.items()}

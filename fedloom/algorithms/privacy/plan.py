@@ -1,4 +1,4 @@
-"""The numbers of a private run, worked out before its first round."""
+"""Compute the numbers of a private run before its first round."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def settle_privacy(recipe: Recipe, population: int) -> dict[str, Any]:
         Dotted recipe keys with their values; empty for a recipe without privacy.
 
     Raises:
-        UserError: the numbers promise nothing or cannot be kept.
+        UserError: the numbers give no guarantee, or no noise can keep to them.
     """
     privacy = recipe.privacy
     if privacy is None:
@@ -29,13 +29,13 @@ def settle_privacy(recipe: Recipe, population: int) -> dict[str, Any]:
     delta = privacy.delta or min(1e-5, population**-1.1)
     if delta >= 1 / population:
         raise UserError(
-            f"privacy.delta={delta:g} is no promise to {population} clients: publishing all that one of them has would "
-            f"keep it; ask for less than {1 / population:.2g}, such as 1e-5"
+            f"privacy.delta={delta:g} is no guarantee for {population} clients, because publishing all data of one "
+            f"of them would satisfy it: set privacy.delta below {1 / population:.2g}, such as 1e-5"
         )
     values: dict[str, Any] = {"privacy.delta": delta, "privacy.population": population}
     at_clients = privacy.where == "client"
     rounds, rate = recipe.federation.rounds, 1.0 if at_clients else min(1.0, expected / population)
-    factor = 2.0 if at_clients else 1.0  # against the server a client's change has the sensitivity 2C
+    factor = 2.0 if at_clients else 1.0  # against the server, a client's change has sensitivity 2C
     noise = privacy.noise
     if noise is None:
         assert privacy.epsilon is not None
@@ -45,7 +45,8 @@ def settle_privacy(recipe: Recipe, population: int) -> dict[str, Any]:
         if spends > privacy.epsilon:
             raise UserError(
                 f"privacy.noise={noise:g} over {rounds} rounds spends ε={spends:.3g}, more than "
-                f"privacy.epsilon={privacy.epsilon:g}: leave privacy.noise out, ask for fewer rounds, or raise the epsilon"
+                f"privacy.epsilon={privacy.epsilon:g}: leave out privacy.noise, "
+                "set fewer federation.rounds, or raise privacy.epsilon"
             )
     values["privacy.noise"] = noise
     if privacy.adaptive is not None:
@@ -58,12 +59,12 @@ def settle_privacy(recipe: Recipe, population: int) -> dict[str, Any]:
 
 def describe_privacy(privacy: PrivacyConfig) -> list[str]:
     """Describe what a private run does. `privacy` has its open values filled in; the result is a list of sentences."""
-    alike = f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}"
+    clipped = f"privacy: every client counts the same, whatever its data; changes are clipped to {privacy.clip:g}"
     if not privacy.noise:
-        return [f"{alike}, and no noise is added: nothing is promised"]
+        return [f"{clipped}, and no noise is added: nothing is promised"]
     target = f", to keep to ε={privacy.epsilon:g}" if privacy.epsilon else ""
     sentences = [
-        f"{alike}, and noise of {privacy.noise:g} times the clip is added at the {privacy.where}{target} "
+        f"{clipped}, and noise of {privacy.noise:g} times the clip is added at the {privacy.where}{target} "
         f"(δ={privacy.delta:g})"
     ]
     if privacy.seeded:

@@ -1,19 +1,19 @@
-"""Around any algorithm that is a plain sum: clients send clipped changes, noise hides each of them, a ledger counts.
+"""Make an algorithm that is a plain sum private: clip each client's change, add noise, and count the privacy spent.
 
 DP-FedAvg of McMahan et al., "Learning Differentially Private Recurrent Language Models", arXiv 1710.06963, Algorithm 1
-with its estimator of fixed denominator. With Δ_k what client k sends less what it was sent, over all tensors together,
-m the expected number of clients, C the clip (clipping.py) and z the noise multiplier:
+with its estimator of fixed denominator. Δ_k is what client k sends minus what it received, over all tensors together, m
+the expected number of clients, C the clip (clipping.py) and z the noise multiplier:
 
     where: server     Δ̄ = (Σ_k clip_C(Δ_k) + N(0, (zC)² I)) / m
     where: client     Δ̄ = Σ_k (clip_C(Δ_k) + N(0, (zC)² I)) / m         each client's noise is added before it sends
 
-The algorithm inside is handed one update, what was sent plus Δ̄: all that a plain sum needs. So every client counts the
-same, however much data it has: a weight that follows the data would have to be bounded and hidden too. A client that
-failed adds nothing, and m and the noise stay as they are.
+The inner algorithm receives one update: what was sent to clients plus Δ̄. A plain sum needs nothing else. So every client
+has the same weight, however much data it has: a weight that depends on the data would have to be bounded and hidden too.
+A client that failed adds nothing; m and the noise are unchanged.
 
 The wrapper clips on the client and again on the server, which trusts no client: in `server` mode to C, in `client` mode
-to a norm that honest noise does not reach. What is private against whom is in docs/privacy.md. This file does not know
-which algorithm it carries.
+to a norm that honest noise does not reach. docs/privacy.md says against which parties each mode protects. This file does
+not know which algorithm it wraps.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from fedloom.models.layout import Layout, check_names
 from fedloom.recipe.privacy import PrivacyConfig
 from fedloom.training.trainer import FitResult, LocalRun
 
-#: What travels and rests beside the algorithm's own tensors.
+#: Prefix of what travels and is stored next to the algorithm's own tensors.
 OWN = "privacy/"
 
 
@@ -48,16 +48,16 @@ CLIP, WITHIN, LEDGER, JOINT = OWN + "clip", OWN + "within", OWN + "ledger", OWN 
 
 class Private(base.Algorithm):
     """Attributes:
-    inner: the algorithm that is made private; its server or client half.
-    clip: C of the coming round; a client's is what it was last sent.
-    ledger: what has been released, against whom the mode protects: whoever sees the models (server), or the server
-        too (client).
-    joint: in client mode, what those can tell who see the models alone.
+    inner: the server or client half of the algorithm that is made private.
+    clip: C of the next round; on a client the newest C that it received.
+    ledger: releases to the party that the mode protects against: everybody who sees the models (server mode), or also
+        the server (client mode).
+    joint: in client mode, releases to those who see the models only.
     """
 
     def __init__(self, inner: base.Algorithm, privacy: PrivacyConfig, expected: int) -> None:
         super().__init__(inner.options, inner.seed, inner.adapter)
-        # No instance shares what another one wraps, so this is the instance's own.
+        # Instances wrap different algorithms, so the properties belong to the instance, not to the class.
         self.properties = replace(inner.properties, linear_sum=False, exact=False, neutral=None)  # type: ignore[misc]
         self.inner = inner
         self.privacy = privacy
@@ -74,17 +74,17 @@ class Private(base.Algorithm):
 
     @property
     def _delta(self) -> float:
-        assert self.privacy.delta is not None, "private.settled comes before the first round"
+        assert self.privacy.delta is not None, "call plan.settle_privacy before the first round"
         return self.privacy.delta
 
     @property
     def rate(self) -> float:
-        """q that the accountant may count on: the probability of being sampled, where nobody sees who was."""
-        assert self.privacy.population is not None, "private.settled comes before the first round"
+        """q for the accountant: the probability of being sampled; 1 in client mode, where the server sees the sample."""
+        assert self.privacy.population is not None, "call plan.settle_privacy before the first round"
         return 1.0 if self._at_clients else min(1.0, self.expected / self.privacy.population)
 
     def _noise(self, count: int, round: int, client: str) -> tuple[torch.Tensor, float]:
-        """What hides a clipped sum, [count] float64, and what hides the count of those within the clip."""
+        """Draw noise for a clipped sum, [count] float64, and for the number of clients within the clip."""
         if self.privacy.seeded:
             generator = torch_generator(self.seed, "noise", round, client)
             normal = torch.randn(count + 1, generator=generator, dtype=torch.float64)
@@ -119,7 +119,7 @@ class Private(base.Algorithm):
     # ------------------------------------------------------------------ server
 
     def _layout(self) -> Layout:
-        """Of a round's change."""
+        """Return the layout of a round's change."""
         layout = self.inner.update_layout()
         assert layout is not None, "a plain sum has updates of one shape"
         return layout
@@ -147,11 +147,11 @@ class Private(base.Algorithm):
             bits += self._bit(update.payload)
             received += 1
         number = self.finished + 1
-        if not self._at_clients:  # always, whoever came
+        if not self._at_clients:  # always, however many clients sent an update
             noise, count_noise = self._noise(layout.numel, number, "")
             total, bits = total + noise, bits + count_noise
         metrics = {**self._stepped(layout, total / self.expected, number), "clip": self.clip}
-        if norms:  # without noise nothing is promised, so these may be seen
+        if norms:  # without noise there is no guarantee, so norms may be logged
             metrics |= {"median_norm": statistics.median(norms)}
         self.finished = number
         self._count(received)
@@ -161,23 +161,23 @@ class Private(base.Algorithm):
         return metrics | self._spent()
 
     def _bit(self, payload: Payload) -> float:
-        """b_k − ½, or what noise at the client left of it; nobody has more than one vote."""
+        """Return b_k − ½, with the client's noise in client mode, bounded so that no client has more than one vote."""
         if self.deviations.count is None:
             return 0.0
         most = clipping.largest_honest(0.5, self.deviations.count, 1) if self._at_clients else 0.5
         return max(-most, min(most, float(payload.tensors[WITHIN])))
 
     def _stepped(self, layout: Layout, mean: torch.Tensor, number: int) -> dict[str, float]:
-        """The algorithm's own step on what was sent plus `mean`."""
+        """Run the algorithm's own aggregation on what was sent plus `mean`."""
         sent = self.inner.round_payload("").tensors
         tensors = {n: (sent[n].detach().cpu().double() + v).to(sent[n].dtype) for n, v in layout.views(mean).items()}
         return dict(self.inner.aggregate(iter([Update("all clients", number, Payload(tensors), 1, 1)])))
 
     def _count(self, received: int) -> None:
-        """One round more in the ledgers."""
+        """Add one round to the ledgers."""
         if self._at_clients:
-            # Against the server: whatever a client has, its clipped change moves by 2C at most. Against all others: the
-            # sum has the noise of every client whose message came, and one client's change is C at most.
+            # Against the server: with other data, a client's clipped change differs by at most 2C. Against all others: the
+            # sum has the noise of every client whose message arrived, and one client's change is at most C.
             self.ledger.add(self.noise / 2)
             self.joint.add(self.noise * math.sqrt(received), count=min(1, received))
         else:
@@ -190,12 +190,12 @@ class Private(base.Algorithm):
         return known | ({"epsilon_models": self.joint.epsilon(self._delta)} if self._at_clients else {})
 
     def repeated(self, rounds: int) -> bool:
-        """The releases of rounds that are done again count again, unless they come out the same."""
+        """Count the releases of repeated rounds again, unless the noise is seeded and so the same."""
         if self.privacy.seeded:
             return False
         if self._at_clients:
-            self.ledger.add(self.noise / 2, count=rounds + 1)  # some may have sent in the round that was cut off
-            self.joint.add(self.noise, count=rounds)  # how many sent is not known: the one in question at least
+            self.ledger.add(self.noise / 2, count=rounds + 1)  # clients may have sent in the interrupted round
+            self.joint.add(self.noise, count=rounds)  # the number of senders is unknown; at least this client
             return True
         self.ledger.add(self.noise, self.rate, rounds)
         return rounds > 0
@@ -250,18 +250,19 @@ class Private(base.Algorithm):
         self.inner.receive(own)
 
     def shared_state(self) -> Payload:
-        """The clipped change, with this client's noise on it in client mode; and the bit, where the clip adapts."""
+        """Return the clipped change, in client mode with this client's noise, and the bit if the clip adapts."""
         sent = self.inner.shared_state()
         foreign = [n for n, t in sent.tensors.items() if n not in self._received or t.shape != self._received[n].shape]
         if foreign or sent.meta:
             what = foreign[0] if foreign else "metadata"
             raise ValueError(
-                f"{what} would leave the client unclipped: a plain sum sends what it was sent, and no more"
+                f"{what} would leave the client unclipped: shared_state must send only tensors that the "
+                "client received, and no metadata"
             )
         layout = Layout({n: t.shape for n, t in sent.tensors.items()})
         change = flattened(layout, sent.tensors) - flattened(layout, {n: self._received[n] for n in layout.names})
         if not bool(torch.isfinite(change).all()):
-            raise ClientFailed("non_finite", "what this client would send is not finite: lower train.lr")
+            raise ClientFailed("non_finite", "this client's update is not finite: lower train.lr")
         bit = 0.5 if clipping.norm_of(change) <= self.clip else -0.5
         change = clipping.clipped(change, self.clip)
         if self._at_clients:
@@ -298,7 +299,7 @@ class Private(base.Algorithm):
 
 
 def flattened(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """All tensors as one vector: [numel] float64, in name order."""
+    """Return all tensors as one vector: [numel] float64, in name order."""
     return torch.cat([tensors[n].detach().to("cpu", torch.float64).reshape(-1) for n in layout.names])
 
 

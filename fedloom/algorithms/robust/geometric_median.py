@@ -1,10 +1,10 @@
-"""The geometric median: the point whose distances to the clients' adapters add up to the least.
+"""The geometric median: the point with the smallest sum of distances to the clients' adapters.
 
 Pillutla et al., "Robust Aggregation for Federated Learning", arXiv 1912.13445, Algorithm 2, the smoothed Weiszfeld
-iteration: β_k = 1 / max(ν, ‖z − θ_k‖), z ← Σ β_k θ_k / Σ β_k. It stands firm while fewer than half of the clients are
-hostile. Unlike the paper's, every client has one voice (see coordinatewise.py), and z starts at the coordinate-wise
-median, so that a client that is 1e6 times too large costs no iterations. All updates are held at once, the whole
-adapter travels both ways.
+iteration: β_k = 1 / max(ν, ‖z − θ_k‖), z ← Σ β_k θ_k / Σ β_k. It is robust while fewer than half of the clients are
+hostile. Unlike in the paper, all clients have the same weight (see coordinatewise.py), and z starts at the coordinate-wise
+median, so a client that is 1e6 times too large costs no iterations. All updates are in memory at once. The whole adapter
+travels, both ways.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class GeometricMedian(robust.HoldsAll):
             gt=0,
             description="stop once the point moves by less than this share of its median distance to a client",
         )
-        iterations: int = Field(100, ge=1, description="stop after as many in any case")
-        smoothing: float = Field(1e-6, gt=0, description="ν: distances below it count as it")
+        iterations: int = Field(100, ge=1, description="stop after this many iterations in any case")
+        smoothing: float = Field(1e-6, gt=0, description="ν: smaller distances are raised to it")
 
     options: Options
 

@@ -1,9 +1,9 @@
-"""Krum: the client that stands closest to its neighbours speaks for all; multi-Krum averages the closest few.
+"""Krum: take the adapter of the client that is closest to its neighbours; multi-Krum averages the closest few.
 
 Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent", arXiv 1703.02757, section 4:
-of n clients of which f may be hostile, client i scores Σ ‖θ_i − θ_j‖² over its n − f − 2 closest others, and the
-smallest score wins. The guarantee needs n > 2f + 2. Every client has one voice, all updates are held at once, the whole
-adapter travels both ways.
+of n clients, f may be hostile. The score of client i is Σ ‖θ_i − θ_j‖² over its n − f − 2 closest others, and the
+smallest score wins. The guarantee needs n > 2f + 2. All clients have the same weight. All updates are in memory at once.
+The whole adapter travels, both ways.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from fedloom.algorithms.robust import coordinatewise as robust
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """‖one − other‖ in fp64, from blocks, so that scratch memory is bounded. Not through a Gram matrix: beside one
-    client that is 1e6 times too large, that would lose the others' distances to rounding."""
+    """Return ‖one − other‖ in fp64, computed in blocks to bound scratch memory.
+
+    A Gram matrix would lose the distances of normal clients to rounding if one client is 1e6 times too large.
+    """
     parts = zip(torch.split(one, robust.COLUMNS), torch.split(other, robust.COLUMNS), strict=True)
     return math.sqrt(sum(float((a.double() - b.double()).norm()) ** 2 for a, b in parts))
 
 
 def ranking(rows: Sequence[torch.Tensor], neighbours: int) -> list[int]:
-    """Clients by their Krum score, best first.
+    """Rank clients by their Krum score, best first.
 
-    With one neighbour, the two that are closest to each other always tie; the sum over one neighbour more decides then,
-    and so on, so that the order in which clients are listed does not.
+    With one neighbour, the two clients closest to each other always tie. Then the sum over one more neighbour decides, and
+    so on, so that the order of the clients does not matter.
     """
     squares: list[list[float]] = [[] for _ in rows]
     for i, j in combinations(range(len(rows)), 2):
@@ -57,9 +59,11 @@ class Krum(robust.HoldsAll):
 
     def combine(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, Mapping[str, float]]:
         clients = len(rows)
-        # Of fewer than 2f + 3 clients, only as many as the paper's condition allows can be taken for hostile.
+        # Of fewer than 2f + 3 clients, only as many as the paper's condition allows can be assumed hostile.
         f = max(0, min(robust.count_of(self.options.hostile, clients), (clients - 3) // 2))
-        keep = clients if clients < 3 else min(self.options.keep, clients - f)  # two have no nearest: their mean
+        keep = (
+            clients if clients < 3 else min(self.options.keep, clients - f)
+        )  # two clients have no nearest one: take their mean
         chosen = ranking(rows, max(1, clients - f - 2))[:keep]
         result = torch.zeros_like(rows[0], dtype=torch.float64)
         for i in sorted(chosen):
