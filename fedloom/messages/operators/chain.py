@@ -76,9 +76,6 @@ class Chain:
             first = first and operator.lossless
             spec = operator.layout(spec, self.lossless)
 
-    def __bool__(self) -> bool:
-        return bool(self.operators)
-
     @property
     def lossless(self) -> bool:
         return all(operator.lossless for operator in self.operators)

@@ -77,7 +77,7 @@ def test_an_update_from_a_version_that_is_not_there_is_refused(round):
 
 
 def test_a_buffer_may_be_a_number_or_a_share_of_those_in_flight():
-    wanted = {(2, 8): 2, (0.5, 8): 4, (0.5, 3): 2, (0.5, 1): 1, (0.01, 8): 1, (3.0, 8): 3}
+    wanted = {(2, 8): 2, (0.5, 8): 4, (0.5, 3): 2, (0.5, 1): 1, (0.01, 8): 1, (3.0, 8): 3, (1.0, 8): 1, (0.99, 8): 8}
     for (buffer, in_flight), expected in wanted.items():
         assert FedBuff.buffer(rounds.made("fedbuff", buffer=buffer), in_flight) == expected
 

@@ -288,3 +288,13 @@ def test_other_folders_beside_checkpoints_are_left_alone(tmp_path):
     assert store.rounds() == [12345]
     assert (tmp_path / "c" / "round-old").is_dir()
     assert store.newest()[0].round == 12345
+
+
+def test_other_files_beside_a_client_s_states_are_left_alone(tmp_path):
+    store = ClientStore(tmp_path, keep=2)
+    store.save("a", 3, {"personal": Payload({}, {"r": 3})})
+    for name in ("round-old.safetensors", "round-0009.safetensors.bak", "round-.safetensors"):
+        (tmp_path / "a" / name).write_bytes(b"not ours")
+    store.save("a", 4, {"personal": Payload({}, {"r": 4})})
+    assert [store.load("a", up_to)["personal"].meta["r"] for up_to in (3, 4, 99)] == [3, 4, 4]
+    assert (tmp_path / "a" / "round-old.safetensors").read_bytes() == b"not ours"

@@ -188,3 +188,37 @@ def test_an_exact_delta_of_equal_payloads_is_zero_bits_and_reconstructs_where_su
     assert same(chain_of("delta").decode(coded, base).tensors, sent)
     nothing = chain_of("delta").encode(Payload(base), reference=base)
     assert not nothing.tensors["F32"].any()
+
+
+# ------------------------------------------------------------------ what each operator says of itself
+
+
+def test_which_operators_lose_something_and_which_are_for_differences():
+    """Whether a difference is one of bits or of numbers follows from it, and what the server holds as a reference."""
+    from fedloom.common import registry
+
+    operators = {name: registry.operators.get(name) for name in registry.operators.names()}
+    assert {n for n, o in operators.items() if not o.lossless} == {"bf16", "cast", "fp16", "quantize", "sparsify"}
+    assert {n for n, o in operators.items() if o.for_differences} == {"sparsify"}
+    assert {n for n, o in operators.items() if o.needs_reference} == {"delta"}
+
+
+@pytest.mark.parametrize("lossy", ["bf16", "fp16", "cast", "quantize", "sparsify"])
+def test_before_a_lossy_operator_a_difference_is_one_of_numbers(lossy):
+    base = {"w": torch.full((4000,), 100.0)}
+    chain = chain_of("delta", lossy)
+    assert not chain.lossless and chain_of("delta", "zstd").lossless
+    change = 127 / 256  # no operator here has to round it
+    coded = chain.encode(Payload({"w": base["w"] + change}), reference=base)
+    assert sum(t.nbytes for t in coded.tensors.values()) <= 8000 + 32
+    got = chain.decode(coded, base).tensors["w"] - base["w"]
+    assert set(got.tolist()) <= {0.0, change} and change in got
+
+
+def test_a_residual_of_a_name_that_holds_integers_now_stays_as_it_is():
+    chain, residual = chain_of({"name": "quantize", "bits": 4, **FEEDBACK}), {}
+    chain.encode(Payload({"w": of(torch.float32, (300,))}), residual=residual)
+    kept = residual["w"].clone()
+    sent = {"w": torch.arange(300), "v": of(torch.float32, (8,))}
+    got = chain.decode(chain.encode(Payload(sent), residual=residual)).tensors
+    assert torch.equal(got["w"], sent["w"]) and torch.equal(residual["w"], kept)

@@ -152,3 +152,25 @@ def smollm2_sized() -> Payload:
             tensors[f"model.layers.{layer}.{name}.lora_A.weight"] = of(torch.float32, (8, wide), layer)
             tensors[f"model.layers.{layer}.{name}.lora_B.weight"] = of(torch.float32, (out, 8), layer, 0.01)
     return Payload(tensors)
+
+
+@pytest.mark.parametrize("kind", [8, 4])
+def test_the_promised_error_is_met_where_a_scale_is_rounded_up_the_most(kind):
+    """A scale just over 1 becomes 1 + 2⁻⁷; a value of almost half of that is rounded to nothing."""
+    high = {8: 127, 4: 7}[kind]
+    largest = high * (1 + 2**-22)
+    values = torch.zeros(256)
+    values[0], values[1] = largest, 0.5 * (1 + 2**-7) - 1e-4
+    _, got = coded(values, bits=kind)
+    worst = float((got - values).abs().max())
+    assert worst > 0.5 * (1 + 2**-8)
+    assert worst <= chain_of({"name": "quantize", "bits": kind}).operators[0].error(largest)
+
+
+def test_a_number_over_the_range_of_fp32_is_refused_by_name():
+    with pytest.raises(ValueError, match="a float64 number of the payload is over its range"):
+        coded(torch.tensor([1.0, 1e39], dtype=torch.float64))
+    with pytest.raises(ValueError, match="takes finite numbers only"):
+        coded(torch.tensor([1.0, float("nan")]))
+    most = float(torch.finfo(torch.float32).max)
+    assert coded(torch.tensor([most, -most], dtype=torch.float64))[1].dtype == torch.float64
