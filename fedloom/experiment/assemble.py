@@ -1,4 +1,4 @@
-"""The coordinator of a prepared run, connected to its clients: a runtime of this process, or one that is there already."""
+"""Connect the coordinator of a prepared run to its clients, in a new runtime or in one that is already open."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 
 
 def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Coordinator:
-    """Connect a runtime with its clients to a coordinator, at the round where the run has to begin or to go on.
+    """Connect a runtime with its clients to a coordinator, at the round where the run begins or resumes.
 
-    The recipe and the split are written; so are the first events.
+    Writes the recipe, the split and the first events into the run's folder.
     """
     recipe = setting.recipe
     checkpoints = Checkpoints(folder / "checkpoints", recipe.tracking.keep_checkpoints)
@@ -54,7 +54,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
 
 
 def _open_runtime(setting: Setting, folder: RunFolder, watch: Watch) -> Runtime:
-    """The runtime that the recipe names, with its clients."""
+    """Open the runtime that the recipe names, with its clients."""
     recipe, data = setting.recipe, setting.data
 
     def client() -> Client:
@@ -66,7 +66,7 @@ def _open_runtime(setting: Setting, folder: RunFolder, watch: Watch) -> Runtime:
 
 
 def _coordinator(setting: Setting, runtime: Runtime, record: Record, watch: Watch) -> Coordinator:
-    """The coordinator with its parts, before the first round."""
+    """Build the coordinator from its parts, before the first round."""
     recipe, algorithm, schedule = setting.recipe, setting.algorithm, setting.schedule
     folder, hooks = record.checkpoints.folder, Hooks.of_server(recipe.hooks)
     virtual = VirtualTime(setting.pace) if setting.pace is not None and runtime.capabilities.virtual else None

@@ -1,5 +1,6 @@
-"""`fedloom evaluate`: a run's result, an adapter's folder or a plain model, measured on a recipe's held-out data, or by a
-suite of lm-eval tasks on public benchmarks.
+"""`fedloom evaluate`: evaluate a run's result, an adapter's folder or a plain model.
+
+It uses a recipe's held-out data, or a suite of lm-eval tasks on public benchmarks.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def evaluate(
     values: Mapping[str, Any],
     client: str | None,
 ) -> dict[str, Any]:
-    """Held-out loss and score, for all and for each client.
+    """Compute held-out loss and score, for all clients together and for each client.
 
     Args:
         target: a run's folder, a folder with an adapter in peft's format, or a model's name or folder.
-        recipe: whose corpus, split and evaluation to use; a run brings its own, `quickstart` serves otherwise.
-        values: dotted recipe keys to change. A plain model's settings, and another base for an adapter than its
-            configuration names, are `model.…` here: a recipe's own are for that recipe's model.
-        client: after a personal algorithm, whose result.
+        recipe: the recipe with corpus, split and evaluation; by default the run's own, or else `quickstart`.
+        values: dotted recipe keys to change. Set `model.…` here for a plain model, or to give an adapter another base
+            than its configuration names. The recipe's own `model.…` applies only to that recipe's model.
+        client: the client whose result to evaluate, after a personal algorithm.
 
     Returns:
         {"target", "loss", "score", "questions", "preference", "suite", "note",
@@ -75,13 +76,11 @@ def evaluate(
 def _measure(
     recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None
 ) -> Callable[[ClientData], dict[str, float]]:
-    """What measures the live model on one client's data: sums of losses, right answers and preferences."""
+    """Return a function of one client's data that gives sums of losses, right answers and preferences."""
     size, packed = recipe.evaluation.batch_size, supports_packing(model)
     objective = OBJECTIVES[recipe.train.objective](recipe.train)
     if recipe.train.objective == "dpo" and (model.full or recipe.adapter.trains_base):
-        log.warning(
-            "no preferences: this result has weights of the base in it, so the base that they would be held against is gone"
-        )
+        log.warning("no preferences: this result changed weights of the base, so there is no base to compare with")
         objective = OBJECTIVES["sft"](recipe.train)
 
     def measured(part: ClientData) -> dict[str, float]:
@@ -107,7 +106,7 @@ def _measure(
 
 
 def measured_by_tasks(suite: str | None) -> bool:
-    """Whether a suite's name means lm-eval tasks (`evaluate_suite`) and not a recipe's own measure. Raises UserError."""
+    """Whether a suite's name means lm-eval tasks (`evaluate_suite`) and not a recipe's evaluation. Raises UserError."""
     if suite is None or suite in registry.suites or suite == "auto":
         return False
     if suite not in registry.task_suites:
@@ -127,16 +126,16 @@ def evaluate_suite(
     shots: int | None = None,
     allow_unsafe: bool = False,
 ) -> dict[str, Any]:
-    """Public benchmarks, scored by lm-eval with the live model. Prompts are written as the recipe writes them.
+    """Score public benchmarks with lm-eval and the live model. Prompts follow the recipe's template.
 
     Args:
-        target, recipe, values, client: as in `evaluate`; of the recipe the template, batch size and device matter.
-        limit: the first so many questions of each task.
-        shots: answered examples in front of each question; the suite's own number without.
-        allow_unsafe: run programs as the user, where no sandbox works.
+        target, recipe, values, client: as in `evaluate`; only the recipe's template, batch size and device matter.
+        limit: use only the first so many questions of each task.
+        shots: number of answered examples in front of each question; by default the suite's own number.
+        allow_unsafe: run programs as the user if no sandbox works.
 
     Returns:
-        {"target", "suite", "note", "template", "limit", "command"} and what `harness.score` returns.
+        {"target", "suite", "note", "template", "limit", "command"} and the values that `harness.score` returns.
     """
     chosen_suite = registry.task_suites.get(suite)
     from fedloom.evaluation.public import harness
@@ -167,7 +166,7 @@ def evaluate_suite(
 def _loaded(
     target: str, recipe: str | None, values: Mapping[str, Any], client: str | None
 ) -> tuple[Recipe, AdaptedModel]:
-    """The recipe that says how to measure, and the model, live."""
+    """Load the recipe of the evaluation, and the model."""
     run = RunFolder(Path(target))
     if run.holds_a_run:
         chosen = (Recipe.load(recipe) if recipe else run.stored_recipe()).with_values(values)
@@ -183,14 +182,14 @@ def _loaded(
         base = Recipe.parse({"model": {"name": _base_of(adapter) or chosen.model.name}}, named).model
         log.info(f"loading {base.name}, the base of {target}")
         return chosen, load_adapted(base, Path(target), device)
-    # A fresh LoRA changes nothing: a plain model is measured by the same code.
+    # A new LoRA changes no output, so the same code evaluates a plain model.
     lora = chosen.adapter if chosen.adapter.method == "lora" else AdapterConfig()
     plain = Recipe.parse({}, {**named, "model.name": target}).model
     return chosen, open_models(chosen.model_copy(update={"model": plain, "adapter": lora})).adapted()
 
 
 def _base_of(adapter: Path) -> str | None:
-    """The base model that an adapter's configuration names. Raises UserError where it cannot be read."""
+    """Read the base model's name in an adapter's configuration. Raises UserError if it cannot be read."""
     try:
         name = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:

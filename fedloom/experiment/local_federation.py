@@ -1,4 +1,4 @@
-"""`runtime.name=distributed` under `fedloom run`: a federation of which this machine has every part."""
+"""`runtime.name=distributed` under `fedloom run`: a federation with server and all sites on this machine."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LocalFederation(Distributed):
 
     @classmethod
     def conduct(cls, recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Watch) -> Any:
-        """Raises UserError and RunFailed as `experiment.sites.serve` does."""
+        """Run the recipe. Raises UserError and RunFailed as `experiment.sites.serve` does."""
         with needing_extras():
             from fedloom.experiment.local_sites import run_here
         return run_here(recipe, out, resume, overwrite, watch)

@@ -1,7 +1,7 @@
-"""A whole federation on one machine: certificates, a server and every site as processes, on loopback.
+"""Run a whole federation on one machine: certificates, a server and every site as processes, on loopback.
 
-For demonstrations and tests: the same commands' functions that organisations use, with the corpus split as the simulator
-splits it and each site given its own part as a file. This file adds nothing to the server or to a site.
+For demonstrations and tests. It calls the same functions as the commands that organisations use. The corpus is split as
+in the simulator, and each site gets its part as a file. This file adds nothing to the server or to a site.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ from fedloom.runtimes.sites.supervisor import Server
 
 log = logging.getLogger(__name__)
 
-#: Sites on one machine: each has three processes.
+#: The most sites on one machine: each has three processes.
 MOST_SITES = 16
 
 
 def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Watch) -> Result:
-    """A run with its server and sites as children of this process. Raises UserError and RunFailed as `serve` does."""
+    """Run a recipe with server and sites as children of this process. Raises UserError and RunFailed as `serve` does."""
     with opened(out, resume=resume, overwrite=overwrite) as folder:
         chosen = resumed(folder, recipe) if resume else recipe
         check_recipe(chosen)
@@ -61,7 +61,7 @@ def run_here(recipe: Recipe, out: Path, resume: bool, overwrite: bool, watch: Wa
 
 @contextlib.contextmanager
 def _replaced(folder: Path) -> Iterator[None]:
-    """Let the block fill `folder` anew. What was in it is deleted afterwards, or put back where the block is refused."""
+    """Empty `folder` for the block. Its old content is deleted afterwards, or restored if the block raises UserError."""
     before = folder / "before"
     shutil.rmtree(before, ignore_errors=True)
     old = list(folder.iterdir()) if folder.is_dir() else []
@@ -84,7 +84,7 @@ def _replaced(folder: Path) -> Iterator[None]:
 def _serve_here(
     recipe: Recipe, found: Found, sites: dict[str, str], out: Path, resume: bool, overwrite: bool, watch: Watch
 ) -> None:
-    """Provision a server and its sites, deal the data out, and run the recipe among them. `sites`: client → site."""
+    """Provision a server and its sites, divide the data, and run the recipe among them. `sites`: client → site."""
     kits = out / FEDERATION / "kits"
     project = Project.model_validate(
         {
@@ -105,7 +105,7 @@ def _serve_here(
         def look() -> None:
             for site, one in joined.items():
                 for text in one.look():
-                    if text not in {CONNECTED, SILENT}:  # its coming and going is told by the server
+                    if text not in {CONNECTED, SILENT}:  # the server logs these itself
                         log.info(f"{site}: {text}")
 
         server = Server.open(kits / "server", None)
@@ -126,7 +126,7 @@ def deal(recipe: Recipe, found: Found, files: dict[str, Path]) -> None:
 
 
 def site_names(clients: tuple[str, ...]) -> dict[str, str]:
-    """Client → a name that a certificate can carry. Raises UserError where there are too many for one machine."""
+    """Return client → a name that fits a certificate. Raises UserError for more than `MOST_SITES` clients."""
     if len(clients) > MOST_SITES:
         raise UserError(
             f"{len(clients)} sites are too many for one machine (three processes each, at most {MOST_SITES} sites): lower "
@@ -138,7 +138,7 @@ def site_names(clients: tuple[str, ...]) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port of loopback that nobody uses, outside the range from which the system gives others theirs in the meantime."""
+    """Find a free port of loopback, outside the range from which the system gives ports to other processes."""
     draw = random.SystemRandom()
     while True:
         port = draw.randrange(20_000, 30_000)
@@ -148,7 +148,7 @@ def free_port() -> int:
 
 
 def result(out: Path) -> Result:
-    """What a finished run left in its folder."""
+    """Read the result of a finished run from its folder."""
     folder = RunFolder(out)
     summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     recipe = folder.stored_recipe()

@@ -1,16 +1,16 @@
-"""From a recipe to data, algorithm and model, wherever the clients are. What cannot be is refused on the way.
+"""Turn a recipe into data, algorithm and model, wherever the clients are. Recipes that cannot run are rejected on the way.
 
-    check_recipe      refuse what the recipe alone rules out
-    Source.find       the data, as far as they are known without a model: here a corpus and its split, of sites their names
-    settle            what the recipe leaves open and the data decide; then the algorithm, check_data, the schedule
+    check_recipe      reject what the recipe alone rules out
+    Source.find       the data that are known without a model: a corpus and its split, or the names of sites
+    settle            choose open values that depend on the data; then the algorithm, check_data, the schedule
     server_model      the frozen base with one adapter in it
-    _probe            what the recipe leaves open and only the model can tell; then check_model
+    _probe            choose open values that depend on the model; then check_model
     Source.tokenise   each client's tokens and questions
-    Source.join       sites are told the recipe, and report how much data they have
+    Source.join       sites receive the recipe, and report how much data they have
 
-Three recipes pass through here: the one that was given, `settled.recipe` and, with nothing left open, `resolved`. Values
-are settled in two places because kernels, packing and cohorts are tried on the model, and the model's own adapter follows
-from what the data decide (`adapter.ranks`, `privacy`).
+There are three recipes here: the one given, `settled.recipe`, and `resolved`, in which no value is open. Values are
+chosen in two steps because kernels, packing and cohorts are probed on the model. The model's adapter depends on values
+that the data decide (`adapter.ranks`, `privacy`).
 """
 
 from __future__ import annotations
@@ -49,29 +49,29 @@ log = logging.getLogger(__name__)
 
 
 class Source(Protocol):
-    """Where the clients' data are: in this process (`Here`), or at sites (sites.py)."""
+    """Where the clients' data are: in this process (`Here`), or at sites (site_data.py)."""
 
     elsewhere: bool
 
     def find(self, recipe: Recipe) -> Found:
-        """The data, as far as they are known before there is a model. Raises UserError."""
+        """Find the data that are known before there is a model. Raises UserError."""
         ...
 
     def open_models(self, recipe: Recipe) -> Models:
-        """The server's base model."""
+        """Open the server's base model."""
         ...
 
     def tokenise(self, recipe: Recipe, found: Found, template: Template) -> FederatedData:
-        """What is here of the data, as tokens."""
+        """Tokenise the data that are in this process."""
         ...
 
     def join(self, setting: Setting) -> Setting:
-        """The setting once the clients know the recipe."""
+        """Give the clients the recipe; return the setting that results."""
         ...
 
 
 class Here:
-    """The data are in this process: those of a simulation, whose corpus is split among its clients."""
+    """The data are in this process: a simulation splits its corpus among its clients."""
 
     elsewhere = False
 
@@ -94,8 +94,9 @@ class Setting:
 
     Attributes:
         recipe: resolved: every default and choice is written out.
-        split: what split.json says.
-        runtime: clients who are elsewhere and keep their data; None where this process opens the recipe's runtime.
+        split: the content of split.json.
+        runtime: connects clients that are elsewhere and keep their data; None where this process opens the recipe's
+            runtime.
     """
 
     recipe: Recipe
@@ -119,8 +120,8 @@ class Settled:
     """A recipe whose data are known, and what follows from both.
 
     Attributes:
-        recipe: with all that recipe and data decide written into it.
-        fleet: the clients' devices, None for a recipe without.
+        recipe: the recipe with every value that the data decide.
+        fleet: the clients' devices; None for a recipe without devices.
         notes: sentences for the user.
     """
 
@@ -132,18 +133,18 @@ class Settled:
 
 
 def prepare(recipe: Recipe, watch: Watch, source: Source | None = None, *, models: Models | None = None) -> Setting:
-    """From a recipe to data, algorithm and model. Raises UserError for whatever cannot be.
+    """Turn a recipe into data, algorithm and model. Raises UserError if the recipe cannot run.
 
     Args:
         source: where the data are; by default in this process.
-        models: a base that is loaded already, of the same recipe but for its algorithm.
+        models: a base that is already loaded, from a recipe that differs only in its algorithm.
     """
     with watch.hearing():
         return _prepared(recipe, source or Here(), models)
 
 
 def _prepared(recipe: Recipe, source: Source, models: Models | None) -> Setting:
-    """`prepare`, with its sentences on their way to whoever hears them."""
+    """Do what `prepare` says, after `watch` began to receive log lines."""
     torch.set_num_threads(_threads(recipe))
 
     check_recipe(recipe)
@@ -153,14 +154,14 @@ def _prepared(recipe: Recipe, source: Source, models: Models | None) -> Setting:
     for note in settled.notes:
         log.info(note)
 
-    # A frozen base with one adapter in it, and how it is spoken to.
+    # The frozen base with one adapter in it, and the template of its prompts.
     models = models or source.open_models(settled.recipe)
     model = algorithm.server_model(models)
     template = open_template(settled.recipe, model.tokenizer)
     for note in registry.notes():
         log.warning(note)
 
-    # What only the model can tell; cohorts are timed on the clients' own tokens.
+    # Values that depend on the model; cohorts are timed on the clients' own tokens.
     attention, train = _probe(settled.recipe, model, source.elsewhere)
     check_model(ModelFacts(settled.recipe, train, model, settled.schedule, settled.fleet, source.elsewhere))
     check_hooks(settled.recipe, algorithm, holders(settled.recipe, found))
@@ -184,9 +185,9 @@ def _prepared(recipe: Recipe, source: Source, models: Models | None) -> Setting:
 
 
 def settle(recipe: Recipe, found: Found) -> Settled:
-    """Decide what the recipe leaves open, as far as the data tell, and make the algorithm. Raises UserError.
+    """Choose open values that depend on the data, and build the algorithm. Raises UserError.
 
-    No model is loaded, so that the server of sites can call this before anything is started.
+    This loads no model, so the server of sites can call it before it starts anything.
     """
     values: dict[str, Any] = {
         "runtime.threads": _threads(recipe),
@@ -210,9 +211,9 @@ def settle(recipe: Recipe, found: Found) -> Settled:
 
 
 def _probe(recipe: Recipe, model: AdaptedModel, elsewhere: bool) -> tuple[str, TrainConfig]:
-    """Try the model: the kernel of packed batches, and the section `train` with precision and packing chosen.
+    """Probe the model: choose the kernel of packed batches, and precision and packing of the section `train`.
 
-    Kernel and precision stay open where clients are elsewhere, for each site chooses its own.
+    Kernel and precision stay open where clients are elsewhere, because each site chooses its own.
     """
     attention: str = recipe.model.attention
     precision: str = recipe.train.precision

@@ -2,8 +2,8 @@
 
     recipe → corpus → partition → model → algorithm → runtime → rounds and evaluation → adapter, summary, report
 
-`prepare` goes as far as the model and refuses whatever cannot be, before anything is written; `assemble` connects the
-coordinator to its clients; `run` drives both and keeps the results. No arithmetic and no loop over rounds stands here.
+`prepare` loads data and model, and rejects a recipe that cannot run before anything is written. `assemble` connects the
+coordinator to its clients. `run` calls both and saves the results. This file has no arithmetic and no loop over rounds.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Result:
     """A finished run.
 
     Attributes:
-        summary: what summary.json holds.
+        summary: the content of summary.json.
         folder: the run's folder.
-        report: its report.html.
-        model: peft's model with the result in it, ready for `model.generate(...)`; after an algorithm whose clients end
-            with models of their own, the one that all started from.
-        tokenizer: the model's.
+        report: the run's report.html.
+        model: peft's model with the result in it, ready for `model.generate(...)`. After a personal algorithm, the model
+            that all clients started from.
+        tokenizer: the model's tokenizer.
     """
 
     summary: dict[str, Any]
@@ -68,16 +68,16 @@ def run(
     """Run a recipe to its end.
 
     Args:
-        out: the run's folder; `runs/<name>` where it is None.
-        resume: go on from the newest whole checkpoint in `out`. The recipe that is stored there counts; of `recipe`
-            only what may change is taken (run_folder.continued), such as more rounds.
-        overwrite: replace the run that lies in `out`.
-        source: clients that are elsewhere already, with their data (sites.py); by default the recipe's runtime says where
-            they run.
+        out: the run's folder; `runs/<name>` if None.
+        resume: resume from the newest valid checkpoint in `out`. The recipe stored there is used. Only values that may
+            change are taken from `recipe` (run_folder.continued), such as more rounds.
+        overwrite: replace the run in `out`.
+        source: clients that are already elsewhere, with their data (site_data.py); by default the recipe's runtime says
+            where they run.
 
     Raises:
-        UserError: the recipe asks for what cannot be. Nothing was written or deleted.
-        RunFailed: the work failed; finished rounds are kept and `resume` goes on from them.
+        UserError: the recipe cannot run. Nothing was written or deleted.
+        RunFailed: the run failed. Finished rounds are kept, and `resume` continues after them.
     """
     path = Path(out) if out is not None else Path("runs") / (recipe.name or "run")
     watch = watch or Watch()
@@ -88,7 +88,7 @@ def run(
 def _conducted(
     recipe: Recipe, path: Path, resume: bool, overwrite: bool, watch: Watch, source: Source | None
 ) -> Result:
-    """`run`, with its sentences on their way to whoever hears them."""
+    """Do what `run` says, after `watch` began to receive log lines."""
     if source is None and (runtime := registry.runtimes.get(recipe.runtime.name)).capabilities.conducts:
         conducted: Result = runtime.conduct(recipe, path, resume, overwrite, watch)
         return conducted
@@ -96,7 +96,7 @@ def _conducted(
         with opened(path, resume=resume, overwrite=overwrite) as folder:
             setting = prepare(resumed(folder, recipe) if resume else recipe, watch, source)
             if overwrite:
-                folder.clear()  # nothing is refused from here on
+                folder.clear()  # nothing is rejected after this line
             return _run(setting, folder, resume, watch)
     except (OSError, SafetensorError) as error:
         trouble = disk_trouble(error, path)
@@ -108,14 +108,14 @@ def _conducted(
 
 
 def _run(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) -> Result:
-    """Rounds, then results."""
+    """Run the rounds, then save the results."""
     coordinator = assemble(setting, folder, resume, watch)
-    gc.freeze()  # libraries, data and model live as long as the run: looking through them over and over finds nothing
+    gc.freeze()  # libraries, data and model live as long as the run: scanning them again and again frees nothing
     try:
         return _results(setting, folder, coordinator, watch)
     finally:
         gc.unfreeze()
-        coordinator.close()  # processes too, where clients have some
+        coordinator.close()  # ends the clients' processes too
 
 
 def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watch: Watch) -> Result:
@@ -129,7 +129,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     if answers is None:
         if samples:
             log.info(f"asking {len(samples)} test questions before training")
-        answers = recorder.record_before(samples, model)  # the adapter is as the seed made it
+        answers = recorder.record_before(samples, model)  # the adapter still has its initial values
         folder.write("answers.json", answers)
 
     progress = coordinator.run()
@@ -167,9 +167,9 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
 
 
 def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, Any] | None:
-    """The summary of the ordinary run that the algorithm wants to stand beside this one, in `reference/`; None: none.
+    """Run the reference that the algorithm is compared with, in `reference/`; return its summary. None: no reference.
 
-    It uses the base model that is loaded already. A run that was killed in it, or has more rounds now, carries it on.
+    The reference uses the base model that is already loaded. It is resumed if it was killed, or has more rounds now.
     """
     section = setting.algorithm.compared_with()
     if section is None:

@@ -1,9 +1,9 @@
-"""Where the data are at sites: what their server knows of them, and when (`Sites`, a `prepare.Source`).
+"""What the server knows of data at sites, and when (`Sites`, a `prepare.Source`).
 
-    before anything starts   the clients' names: `check` refuses what recipe and names rule out
-    once sites are there     five numbers of each site's data
+    before anything starts       the clients' names: `check` rejects what recipe and names rule out
+    once sites are connected     five numbers about each site's data
 
-The server has no example of anybody. This file does not know the engine, nor how a site works.
+The server has no examples of any client. This file does not know the engine, nor how a site works.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ log = logging.getLogger(__name__)
 
 
 class Sites:
-    """The data are at sites (`prepare.Source`): this process knows their clients' names, and later how much they have.
+    """The data are at sites (`prepare.Source`). This process knows the clients' names, and later how much data they have.
 
     Args:
         folder: the run's folder.
-        resume: the run continues, so that sites find their state of it again.
+        resume: the run continues, so sites use their stored state of it.
     """
 
     elsewhere = True
@@ -61,7 +61,7 @@ class Sites:
         return find_at_sites(recipe, self._runtime.clients)
 
     def open_models(self, recipe: Recipe) -> Models:
-        """Each site chooses its kernel; here the model only tells whether it keeps sequences apart."""
+        """Open the server's base. Its kernel only shows whether sequences can be packed; each site chooses its own."""
         plain = recipe.model.model_copy(update={"attention": "sdpa"})
         return open_models(recipe.model_copy(update={"model": plain}))
 
@@ -71,14 +71,15 @@ class Sites:
         )
 
     def join(self, setting: Setting) -> Setting:
-        """Give every site the recipe; who takes part, and with how much data, is known afterwards.
+        """Give every site the recipe, and learn which sites take part and how much data they have.
 
-        Raises UserError where a hook or the schedule cannot work with these data, and RunFailed where too few sites are
-        there.
+        Raises:
+            UserError: a hook cannot work with these data.
+            RunFailed: too few sites take part.
         """
         recipe, algorithm, everybody = setting.recipe, setting.algorithm, setting.clients
         log.info("asking the sites about their data")
-        # Who holds an emulator has nothing of the model but what comes from here, its tokenizer too.
+        # A client with an emulator has only the parts of the model that the server sends, so it needs the tokenizer too.
         files = shipping.tokenizer_files(setting.model.tokenizer) if algorithm.properties.offsite else {}
         counts = self._runtime.greet(for_clients(recipe), run_id(self._folder, recipe, self._resume), files)
         clients = Partition({c: _shard(counts[c]) for c in everybody.clients if c in counts}, "sites", recipe.seed)
@@ -86,8 +87,8 @@ class Sites:
             raise RunFailed("no site with training data takes part: see the sites' own logs")
         if recipe.privacy is not None and clients.training_clients != everybody.training_clients:
             raise RunFailed(
-                "a private run begins with all its sites, since what it promises was computed for their number: start it "
-                "again once they are there"
+                "a private run needs all its sites, because its privacy guarantee was computed for their number: start it "
+                "again once they are all connected"
             )
         schedule = _schedule(recipe, algorithm, clients)
         check_hooks(recipe, algorithm, clients)
@@ -98,7 +99,7 @@ class Sites:
 
 
 def find_at_sites(recipe: Recipe, clients: Sequence[str]) -> Found:
-    """What is known of sites' data before they are asked: whose they are. Each is taken to have some of every kind."""
+    """Describe the sites' data before the sites report them: only names are known. Each is assumed to have every part."""
     everybody = Partition({c: Shard((0,), (0,), (0,)) for c in clients}, "sites", recipe.seed)
     named = registry.corpora.get(recipe.data.corpus).suite if recipe.data.corpus else None
     corpus = Corpus(recipe.data.corpus or "the sites' own", (), recipe.data.license or "the sites'", SITES, named)
@@ -111,30 +112,30 @@ def find_at_sites(recipe: Recipe, clients: Sequence[str]) -> Found:
 
 
 def _schedule(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Schedule:
-    """Make the schedule. With all sites there it was possible, so a refusal now means that some are missing."""
+    """Build the schedule. It was possible with all sites, so if it is rejected now, sites are missing."""
     try:
         check_data(recipe, algorithm, clients)
         return make_schedule(recipe, algorithm, clients)
     except UserError:
         raise RunFailed(
             f"{len(clients.training_clients)} sites take part and a round needs {recipe.federation.min_clients} updates "
-            "(federation.min_clients): finished rounds are kept, continue with --resume once the others are there"
+            "(federation.min_clients): finished rounds are kept, continue with --resume once the others are connected"
         ) from None
 
 
 def check(recipe: Recipe, clients: Sequence[str]) -> None:
-    """Raise UserError for what the server can refuse before it starts anything. `clients`: of the project's sites."""
+    """Raise UserError for what the server can reject before it starts anything. `clients`: those of the project's sites."""
     check_recipe(recipe)
     settle(recipe, find_at_sites(recipe, clients))
 
 
 def _shard(counts: Mapping[str, int]) -> Shard:
-    """Turn numbers into places without examples: only the site has those."""
+    """Build a shard of indices from counts. Only the site has the examples."""
     return Shard(*(tuple(range(counts[part])) for part in ("train", "validation", "test")))
 
 
 def _split(clients: Partition) -> dict[str, Any]:
-    """split.json: sizes; a site's categories stay with it."""
+    """Build split.json with sizes only: a site's categories stay at the site."""
     rows = [
         {"client": c, "train": len(s.train), "validation": len(s.validation), "test": len(s.test), "categories": {}}
         for c, s in clients.shards.items()
@@ -143,7 +144,7 @@ def _split(clients: Partition) -> dict[str, Any]:
 
 
 def run_id(folder: RunFolder, recipe: Recipe, resume: bool) -> str:
-    """What sites keep their state of this run under: made when the run begins, found again when it is resumed."""
+    """Return the id under which sites store their state of this run: created with the run, read again on resume."""
     path = folder / FEDERATION / "run.json"
     if resume and path.is_file():
         return str(json.loads(path.read_text(encoding="utf-8"))["run"])

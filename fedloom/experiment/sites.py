@@ -1,11 +1,11 @@
-"""A federation's server: the run inside the engine's job (`RunJob`), and around it the command that watches over it.
+"""A federation's server: the run inside the engine's job (`RunJob`), and the command that supervises it.
 
-    fedloom serve ── the engine's service ── its job: experiment.run, with sites for clients
-        │                                        │ says, events, progress: lines of a file
-        └── shows them; begins the job again from the last checkpoint when it was lost, or when a site is back
+    fedloom serve ── the engine's service ── its job: experiment.run, with sites as clients
+        │                                        │ log lines, events, progress: lines of a file
+        └── shows them; starts the job again from the last checkpoint when it was lost, or when a site is back
 
-What the server knows of the sites' data is in site_data.py. This file does not know how a site works, nor what certificates
-are.
+site_data.py has what the server knows of the sites' data. This file does not know how a site works, nor what
+certificates are.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fedloom.runtimes.sites.supervisor import Server, _Supervisor
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a site has to load model and data, whatever the round's deadline.
+#: Seconds that a site always has to load model and data, even under a shorter deadline of a round.
 LOADING = 600.0
 
 
@@ -45,7 +45,7 @@ LOADING = 600.0
 
 
 class RunJob(RunController):
-    """The engine's job: one run."""
+    """The engine's job, which does one run."""
 
     def conduct(self, link: FlareLink, sites: list[str]) -> None:
         end_with_parent()
@@ -62,18 +62,18 @@ class RunJob(RunController):
             code, sentence = 2, str(error)
         except RunFailed as error:
             sentence = str(error)
-        except Exception as error:  # the job's own boundary: the command shows it and ends with 1
+        except Exception as error:  # the job's boundary: the command shows the error and exits with 1
             traceback.print_exc()
             sentence = f"{type(error).__name__}: {error}; the traceback is in the server's service.log"
         write_json(folder / "outcome.json", {"code": code, "sentence": sentence})
 
 
 def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> None:
-    """The run, as `fedloom run` has it, with sites for clients."""
+    """Do the run as `fedloom run` does, with sites as clients."""
     recipe = Recipe.parse(order.recipe)
     project = Project.model_validate(order.project)
     watch = Watch(lines.say, lines.event, lines.tick)
-    with watch.hearing():  # the runtime's own threads hear what this one does
+    with watch.hearing():  # threads of the runtime send their log lines to the same watch
         runtime = Distributed(
             link,
             project.clients,
@@ -87,12 +87,12 @@ def conduct(order: Order, link: FlareLink, sites: list[str], lines: Lines) -> No
 
 
 def patience(deadline: float | None) -> Patience:
-    """Under a deadline nobody waits much longer behind other work than for the work itself."""
+    """Return how long to wait for sites. Under a deadline, waiting behind other work is limited too."""
     return Patience() if deadline is None else Patience(deadline=deadline, prepare=max(deadline, LOADING))
 
 
 def heard_again(path: Path, dead: Mapping[str, float]) -> bool:
-    """Whether the engine heard of a lost site after it was lost: its agent runs, but not in this job."""
+    """Whether the engine heard from a lost site after the loss: the site runs, but this job cannot reach it."""
     try:
         heard = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -115,13 +115,13 @@ def serve(
     """Run a recipe among the project's sites.
 
     Args:
-        wait: seconds until the run begins without the sites that are missing; None waits for all of them.
-        during: called twice a second.
-        dealt: the sites' data come from the recipe's corpus, which was split among them.
+        wait: seconds until the run begins without the missing sites; None waits for all of them.
+        during: called four times a second.
+        dealt: the sites' data are parts of the recipe's corpus.
 
     Raises:
-        UserError: the recipe asks for what cannot be.
-        RunFailed: the work failed; finished rounds are kept.
+        UserError: the recipe cannot run.
+        RunFailed: the run failed; finished rounds are kept.
     """
     with opened(out, resume=resume, overwrite=overwrite) as run_folder:
         check(resumed(run_folder, recipe) if resume else recipe, tuple(server.project.clients))

@@ -1,8 +1,8 @@
-"""The numbers of a finished run that tables show: each a column, with how it is read, told and judged.
+"""The columns of a benchmark's tables: how each number of a finished run is read, written and compared.
 
-What a run measured and what it cost stand side by side. Columns of `MEASURED` follow from the recipe alone, so that a
-benchmark that was killed and carried on gives them again; `TRAFFIC` does but for a few bytes; `SPENT` is this machine's.
-This file does not know who sets runs side by side.
+`MEASURED` has the evaluation results. They follow from the recipe alone, so a benchmark that was killed and resumed
+gives the same ones. `TRAFFIC` is repeatable except for a few bytes. `SPENT` depends on this machine.
+This file does not know which runs are compared.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fedloom.federation.record.client_table import ClientTable
 from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import RunFolder
 
-#: summary.json, and beside it `messages` and `own` (`measured`).
+#: summary.json, with `messages` and `own` added (`measured`).
 Numbers = Mapping[str, Any]
 
 
@@ -26,11 +26,11 @@ class Column:
     """One number of a run.
 
     Attributes:
-        key: in the CSV; a second column `KEY_std` has the spread over seeds.
-        title: over the column where people read it.
-        read: the number, None where the run has none.
-        text: how people read it.
-        better: whether less or more of it is better; "" for neither.
+        key: the column's name in the CSV; a second column `KEY_std` has the standard deviation over seeds.
+        title: the column's heading on pages and terminals.
+        read: returns the number, None where the run has none.
+        text: formats the number for people.
+        better: "less" or "more", whichever is better; "" for neither.
     """
 
     key: str
@@ -41,11 +41,11 @@ class Column:
 
 
 def measured(folder: Path) -> dict[str, Any] | None:
-    """The numbers of the run in `folder`; None where it is not finished.
+    """Read the numbers of the run in `folder`; None where it is not finished.
 
-    `messages` has the mean bytes of a client's update and of its assignment, of those that were not the first to a client
-    (which carry the recipe, and what is broadcast once) where there are others. `own` has every client's loss and score on
-    its own test data, which summary.json names one by one only where they are few.
+    `messages` has the mean bytes of a client's update and of its assignment. The first messages to a client also have
+    the recipe and what is broadcast once, so they count only where there are no others. `own` has every client's loss
+    and score on its own test data; summary.json lists those one by one only for a few clients.
     """
     summary = RunFolder(folder).read("summary.json")
     if summary is None:
@@ -69,7 +69,7 @@ def _own(events: Sequence[Mapping[str, Any]], tables: ClientTable) -> dict[str, 
 
 
 def at(*keys: str) -> Callable[[Numbers], float | None]:
-    """Reads what lies under these keys; None where one of them is missing or null."""
+    """Return a reader of the number under nested `keys`; it gives None where a key is missing or null."""
 
     def read(numbers: Numbers) -> float | None:
         found: Any = numbers
@@ -81,13 +81,13 @@ def at(*keys: str) -> Callable[[Numbers], float | None]:
 
 
 def _mean_own(numbers: Numbers) -> float | None:
-    """The mean over clients of each one's loss on its own test data."""
+    """The mean over clients of the loss on their own test data."""
     losses = numbers["own"]["loss"]
     return statistics.fmean(losses) if losses else None
 
 
 def _spread(what: str) -> Callable[[Numbers], float | None]:
-    """The standard deviation over clients, of two or more."""
+    """Return a reader of the standard deviation over clients; it gives None for fewer than two."""
 
     def read(numbers: Numbers) -> float | None:
         values = numbers["own"][what]
@@ -97,13 +97,13 @@ def _spread(what: str) -> Callable[[Numbers], float | None]:
 
 
 def _uploaded(numbers: Numbers) -> float | None:
-    """Of training alone."""
+    """Bytes that clients sent in training, without evaluation."""
     cost = numbers["cost"]
     return float(cost["upload_bytes"] - cost["evaluation_upload_bytes"])
 
 
 def _downloaded(numbers: Numbers) -> float | None:
-    """Of training alone, without first messages, which stand in a column of their own whatever sent them."""
+    """Bytes sent to clients in training, without evaluation and without first messages, which have their own column."""
     cost = numbers["cost"]
     training = cost["download_bytes"] - cost["evaluation_download_bytes"]
     return float(training - cost.get("broadcast_bytes", 0) + cost.get("evaluation_broadcast_bytes", 0))

@@ -1,8 +1,8 @@
-"""`fedloom compare`: finished runs side by side, ranked where they may be compared.
+"""`fedloom compare`: show finished runs side by side, and rank those that are comparable.
 
-Two runs may be compared where they have the same data, split, test set and base model: the keys of `GROUND`, and where
-they are ranked by score also those of `ASKED`. Runs that may not are set side by side still; ranks then count among those
-that share these keys. A benchmark's folder stands for its cells, each with all of its seeds. This file runs nothing.
+Two runs are comparable if they have the same data, split, test set and base model: the keys of `GROUND`. Ranks by score
+also need the same keys of `ASKED`. Other runs are still shown side by side, and ranks count among the runs that share
+these keys. A benchmark's folder gives one entry for each cell, with all of its seeds. This file runs nothing.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from fedloom.reporting import differences as settings
 from fedloom.reporting.html import run_names
 from fedloom.reporting.loaded_run import read_run
 
-#: What has to be the same for two losses to be compared: whole sections, and single keys.
+#: Two losses are comparable if these are the same: whole sections, and single keys.
 GROUND_SECTIONS = ("data.", "split.")
 
 
 GROUND = ("model.name", "model.revision", "evaluation.clients", "seed")
 
 
-#: And for two scores.
+#: Two scores also need these to be the same.
 ASKED = ("evaluation.suite", "evaluation.limit", "evaluation.max_new_tokens")
 
 
-#: Says where data come from, and changes nothing in them.
+#: Keys of the sections above that do not change the data.
 NOT_GROUND = {"data.license"}
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Runs that differ in their seed alone: one, or a cell's.
+    """One run, or the runs of a cell, which differ only in their seed.
 
     Attributes:
-        recipe: what was run, flat; `seed` has all seeds.
-        events: of the first.
-        trouble: why it has no numbers.
+        recipe: the recipe's dotted keys and values; `seed` has all seeds.
+        events: the events of the first run.
+        trouble: why there are no numbers.
     """
 
     name: str
@@ -60,9 +60,9 @@ class Entry:
 @dataclass(frozen=True)
 class Leaderboard:
     """Attributes:
-    rows: in the order of their ranks, which stand in `place`.
+    rows: in the order of their ranks, which are in `place`.
     differs: recipe key → its values, in the order of the rows.
-    sentence: which keys keep the runs from being compared; empty where none does.
+    sentence: names the keys that make the runs not comparable; empty where there are none.
     ranked_by: the column that ranks.
     events: row's name → the events of its first run.
     """
@@ -79,7 +79,7 @@ class Leaderboard:
 
 
 def leaderboard(paths: Sequence[Path]) -> Leaderboard:
-    """The runs at `paths`, ranked. Raises UserError where one is no run, is not finished, or there are not two."""
+    """Rank the runs at `paths`. Raises UserError if one is not a run or not finished, or if there are fewer than two."""
     entries = list(_entries(paths))
     finished = [entry for entry in entries if entry.numbers]
     if len(finished) < 2:
@@ -111,7 +111,7 @@ def _is_ground(key: str, scored: bool) -> bool:
 def _ordered(
     entries: Sequence[Entry], made: Mapping[str, Row], apart: Sequence[str], by: str
 ) -> list[tuple[Entry, str]]:
-    """The entries with their ranks, those that may be compared together; alike numbers have one rank, none has none."""
+    """Rank entries among those that are comparable. Equal numbers share a rank; an entry without a number has none."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries:
         groups.setdefault(repr([entry.recipe.get(key) for key in apart]), []).append(entry)
@@ -135,7 +135,7 @@ def _sentence(apart: Sequence[str]) -> str:
     return f"These runs are not all comparable: {keys} {verb}; ranks count among the runs that share them."
 
 
-# ------------------------------------------------------------------ what lies in the folders
+# ------------------------------------------------------------------ reading the folders
 
 
 def _entries(paths: Sequence[Path]) -> Iterator[Entry]:
@@ -147,7 +147,7 @@ def _entries(paths: Sequence[Path]) -> Iterator[Entry]:
 
 
 def _run(path: Path, name: str) -> Entry:
-    """Raises UserError where `path` is no run, or one that has not finished."""
+    """Read one run. Raises UserError if `path` is not a run, or the run is not finished."""
     run = read_run(path)
     numbers = measured(path)
     if numbers is None:
@@ -160,7 +160,7 @@ def _run(path: Path, name: str) -> Entry:
 
 
 def _cells(path: Path, prefix: str) -> Iterator[Entry]:
-    """A benchmark's cells, those that have not run among them. Raises UserError where its file cannot be read."""
+    """Read a benchmark's cells, also those that have not run. Raises UserError if its file cannot be read."""
     try:
         held = json.loads((path / "benchmark.json").read_text(encoding="utf-8"))
         benchmark = Benchmark.model_validate({k: v for k, v in held.items() if k != "size"})

@@ -1,20 +1,20 @@
-"""A benchmark as its YAML file declares it: one recipe, the axes along which it changes, and what is chosen in a pilot.
+"""A benchmark as its YAML file declares it: one recipe, the axes along which it changes, and the pilot's choices.
 
     base: {...}                     a recipe's keys, nested or dotted, the same in every cell
     axes:                           a cell is one point of every axis; the last axis changes fastest
       corpus: {dolly: {...}, ...}   point → the keys that it changes
       algorithm: {all: algorithms}  … or a point for each registered algorithm (`personal algorithms`: for each whose
-                                    clients end with their own), others beside it for what one needs
-    pilot: {train.lr: [1e-3, 3e-3]} values tried in a short run and chosen by validation loss; a point may have its own,
-                                    or `pilot_of: POINT`: take what that point of the same axis chose
+                                    clients keep their own model); further points add one algorithm's settings
+    pilot: {train.lr: [1e-3, 3e-3]} values to try in a short run; the lowest validation loss wins. A point may have its
+                                    own pilot, or `pilot_of: POINT`: use what that point of the same axis chose
     pilot_values: {...}             what makes a run short
     seeds: [42, 43]
-    ratios: {a_over_b: {column: loss, over: [a, b]}}    a number of one point over that of another
-    terminal: [loss, upload_bytes]  the columns that the terminal has room for; files have them all
-    judged_by: loss_own             the column that plots set against traffic and compute; loss by default
-    sizes: {smoke: {...}, ...}      base, pilot, pilot_values, seeds: what takes the place of those above
+    ratios: {a_over_b: {column: loss, over: [a, b]}}    a number of one point divided by another's
+    terminal: [loss, upload_bytes]  the columns that the terminal shows; files have them all
+    judged_by: loss_own             the column that plots show against traffic and compute; loss by default
+    sizes: {smoke: {...}, ...}      base, pilot, pilot_values, seeds: replace those above
 
-This file knows recipes and the names of columns, and nothing of how cells are run or shown.
+This file knows recipes and the names of columns. It does not know how cells are run or shown.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fedloom.common.yaml import load_yaml
 from fedloom.experiment.benchmark.columns import NAMED
 from fedloom.recipe.recipe import Recipe
 
-#: A recipe's keys, dotted, and the values that they get.
+#: A recipe's dotted keys and their values.
 Values = dict[str, Any]
 
 
@@ -42,7 +42,7 @@ Values = dict[str, Any]
 Choices = dict[str, Annotated[list[Any], Field(min_length=1)]]
 
 
-#: The words that stand for many registered algorithms on an axis.
+#: The words that select many registered algorithms on an axis.
 EVERY: dict[str, Callable[[str], bool]] = {
     "algorithms": lambda name: True,
     "personal algorithms": lambda name: registry.algorithms.get(name).properties.personal,
@@ -56,7 +56,7 @@ TERMINAL = (
 
 
 class Size(BaseModel):
-    """What a size says otherwise; an empty field keeps the benchmark's own."""
+    """What a size changes in a benchmark; an empty field keeps the benchmark's value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     description: str = ""
@@ -68,7 +68,7 @@ class Size(BaseModel):
 
 
 class Ratio(BaseModel):
-    """A number of the first point over that of the second, everything else alike."""
+    """A number of the first point divided by that of the second, with everything else equal."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     column: str
@@ -76,11 +76,11 @@ class Ratio(BaseModel):
 
 
 class Benchmark(BaseModel):
-    """A matrix of recipes (the module says what each key means).
+    """A matrix of recipes (the module's docstring explains each key).
 
     Attributes:
-        compare: the axis whose points are set side by side in plots; the last one by default.
-        leave_out: points that this benchmark has no cell for.
+        judged_by: the column that plots show against traffic and compute.
+        leave_out: points without a cell.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -99,7 +99,7 @@ class Benchmark(BaseModel):
 
     @classmethod
     def load(cls, source: str, size: str | None = None) -> Benchmark:
-        """A built-in benchmark by name, or a YAML file, at one of its sizes. Raises UserError where it is wrong."""
+        """Load a built-in benchmark by name, or a YAML file, at one of its sizes. Raises UserError if it is not valid."""
         path = find_benchmark(source)
         try:
             values = load_yaml(path.read_text(encoding="utf-8")) or {}
@@ -118,7 +118,7 @@ class Benchmark(BaseModel):
         return found.at(size)
 
     def _check_points(self) -> None:
-        """Raises UserError where a point is no mapping of a recipe's keys, or tries no values in its pilot."""
+        """Raise UserError if a point is not a mapping of a recipe's keys, or its pilot has no values to try."""
         for axis, points in self.axes.items():
             for name, values in points.items():
                 where = f"benchmark {self.name}: axes.{axis}.{name}"
@@ -133,7 +133,7 @@ class Benchmark(BaseModel):
                     raise UserError(f"{where}.pilot is {tried!r}: it has a list of values for each key that it tries")
 
     def _check_columns(self) -> None:
-        """Raises UserError where what is to be shown does not exist."""
+        """Raise UserError if a column or a ratio names what does not exist."""
         for key in [*self.terminal, self.judged_by, *(ratio.column for ratio in self.ratios.values())]:
             if key not in NAMED:
                 raise UserError(f"benchmark {self.name}: unknown column {key!r}: {suggest(key, NAMED)}")
@@ -141,14 +141,14 @@ class Benchmark(BaseModel):
             self.axis_of(name, ratio)
 
     def axis_of(self, name: str, ratio: Ratio) -> str:
-        """The axis that has both points of a ratio. Raises UserError where none has."""
+        """Return the axis that has both points of a ratio. Raises UserError if there is none."""
         for axis, points in self.axes.items():
             if set(ratio.over) <= set(_points(points, [])):
                 return axis
         raise UserError(f"benchmark {self.name}: ratios.{name}: no axis has both {' and '.join(ratio.over)}")
 
     def at(self, size: str | None) -> Benchmark:
-        """This benchmark with what `size` says otherwise; None takes the first size that is declared."""
+        """Return this benchmark with the changes of `size`; None takes the first size that is declared."""
         if not self.sizes:
             if size is None:
                 return self
@@ -168,7 +168,7 @@ class Benchmark(BaseModel):
         )
 
     def cells(self) -> list[Cell]:
-        """Every combination of points, one of each axis, in the order of the axes."""
+        """Return every combination of points, one of each axis, in the order of the axes."""
         axes = {axis: _points(points, self.leave_out) for axis, points in self.axes.items()}
         return [self._cell(axes, dict(zip(axes, names, strict=True))) for names in itertools.product(*axes.values())]
 
@@ -202,10 +202,10 @@ class Cell(BaseModel):
 
     Attributes:
         place: axis → point.
-        values: its recipe's keys.
-        pilot: key → the values that are tried for it.
-        pilot_values: what makes the pilot's runs short.
-        leader: the cell whose pilot chooses for this one, too; None: it has its own.
+        values: dotted keys and values of its recipe.
+        pilot: key → the values to try for it.
+        pilot_values: the keys and values that make the pilot's runs short.
+        leader: the cell whose pilot also chooses for this one; None: this cell has its own pilot.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -221,7 +221,7 @@ class Cell(BaseModel):
         return "/".join(self.place.values())
 
     def recipe(self, seed: int, more: Mapping[str, Any] | None = None) -> Recipe:
-        """The recipe of this cell. Raises UserError where a key is wrong, naming the cell."""
+        """Build the recipe of this cell. Raises UserError, with the cell's name, if a key is wrong."""
         values = _over({**self.values, "name": self.name.replace("/", "-"), "seed": seed}, more or {})
         try:
             return Recipe.parse({}, values)
@@ -229,18 +229,18 @@ class Cell(BaseModel):
             raise UserError(f"benchmark {self.benchmark}, {self.name}: {error}") from None
 
     def choices(self) -> list[Values]:
-        """Every combination of the pilot's values; one, empty, where nothing is to be chosen."""
+        """Return every combination of the pilot's values; without a pilot one empty combination."""
         return [dict(zip(self.pilot, chosen, strict=True)) for chosen in itertools.product(*self.pilot.values())]
 
 
 def _over(values: Values, changes: Mapping[str, Any]) -> Values:
-    """`values` with `changes` set after them: a section that changes replaces single keys of it that stood before."""
+    """Return `values` with `changes` applied: a section that changes replaces all its earlier dotted keys."""
     left = {k: v for k, v in values.items() if k not in changes and not any(k.startswith(f"{c}.") for c in changes)}
     return {**left, **changes}
 
 
 def _points(points: Mapping[str, Any], leave_out: list[str]) -> dict[str, Values]:
-    """An axis written out."""
+    """Expand an axis: each point with its keys and values."""
     found: dict[str, Values] = {}
     for name, values in points.items():
         if name != "all":
@@ -254,12 +254,12 @@ def _points(points: Mapping[str, Any], leave_out: list[str]) -> dict[str, Values
 
 
 def builtin_benchmarks() -> dict[str, Path]:
-    """Name → file of every benchmark of this package."""
+    """Return name → file of every built-in benchmark."""
     return {path.stem: path for path in sorted(Path(__file__).parent.glob("*.yaml"))}
 
 
 def find_benchmark(source: str) -> Path:
-    """The file behind a benchmark's name, or its path. Raises UserError."""
+    """Find the file of a benchmark by name or path. Raises UserError if there is none."""
     builtin = builtin_benchmarks()
     if source in builtin:
         return builtin[source]

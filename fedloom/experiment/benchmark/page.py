@@ -1,4 +1,4 @@
-"""A benchmark's page and a leaderboard: a table of runs, what each gives against what it costs, and losses over rounds."""
+"""Write a benchmark's page and a leaderboard: a table of runs, plots of quality against cost, and losses over rounds."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from fedloom.reporting import charts, scatter
 from fedloom.reporting import differences as settings
 from fedloom.reporting.html import NARROW, WIDE, figure, write_page
 
-#: Lines in one chart over rounds.
+#: The most lines in one chart over rounds.
 MOST_LINES = 9
 
 
-#: Runs whose differing settings are a table; of more, each says in a line what is its own.
+#: Up to so many runs, a table shows the settings that differ. With more, each run has one line with its own settings.
 MOST_SIDE_BY_SIDE = 6
 
 
-#: Where scores and losses are set against what they cost: column, heading, axis, unit.
+#: The costs that plots show scores and losses against: column, heading, axis, unit.
 COSTS = (
     ("upload_bytes", "against traffic", "bytes that clients sent, evaluation aside", "size"),
     ("train_flops", "against compute", "floating-point operations of training", "short"),
 )
 
 
-OF_MACHINE = "Traffic without that of evaluation; time and memory are this machine's."
+OF_MACHINE = "Traffic excludes evaluation; time and memory are those of this machine."
 
 
-#: A row's name in drawings, and what its colour stands for.
+#: Returns a row's label or colour group in a drawing.
 Names = Callable[[Row], str]
 
 
 def write_benchmark(
     benchmark: Benchmark, size: str | None, found: Sequence[Row], stated: Mapping[str, float | None], out: Path
 ) -> Path:
-    """`out`/benchmark.html; returns its path."""
+    """Write `out`/benchmark.html; return its path."""
     columns = shown(found)
     groups = alike(found)
     events = {row.name: path for row in found if (path := _first(benchmark, row, out)) is not None}
@@ -70,7 +70,7 @@ def write_benchmark(
 
 
 def write_leaderboard(board: Leaderboard, out: Path) -> Path:
-    """`out`/leaderboard.html; returns its path."""
+    """Write `out`/leaderboard.html; return its path."""
     found = board.rows
     columns = shown(found)
     names = {row.name: row.name for row in found}
@@ -112,7 +112,7 @@ def _of_seeds(found: Sequence[Row]) -> str:
 def _clouds(
     found: Sequence[Row], judged_by: str, label: Names, group: Names
 ) -> list[tuple[str, str, tuple[Any, Any], list[tuple[str, str]]]]:
-    """Score and what else judges, each against each cost: (heading, what it says, drawings, colours)."""
+    """Plot the score and `judged_by` against each cost: (heading, caption, drawings, colours)."""
     clouds = []
     groups = {name: f"c{i % charts.COLOURED}" for i, name in enumerate(dict.fromkeys(map(group, found)))}
     for column in (NAMED["score"], NAMED[judged_by]):
@@ -136,7 +136,7 @@ def _clouds(
 def _over_rounds(
     heading: str, found: Sequence[Row], labels: Mapping[str, str], events: Mapping[str, Path], key: str
 ) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """A chart over rounds, or none; of more lines than can be told apart, the best."""
+    """Draw a chart over rounds, or none without data; of more than `MOST_LINES` runs only the best."""
     there = [row for row in found if row.name in events and row.means[key] is not None]
     sign = -1 if NAMED[key].better == "more" else 1
     kept = sorted(there, key=lambda row: sign * (row.means[key] or 0.0))[:MOST_LINES]

@@ -1,4 +1,4 @@
-"""What a benchmark states at its end: one number of a point over that of another, as it declares them."""
+"""Compute the ratios that a benchmark declares: a number of one point divided by that of another."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from fedloom.experiment.benchmark.table import Row
 
 
 def ratios(benchmark: Benchmark, found: Sequence[Row]) -> dict[str, float | None]:
-    """Name → ratio, None where a run of either point is missing.
+    """Compute name → ratio; None where a run of either point is missing.
 
-    With more axes than the one of the two points there is a ratio for each combination of the others, which stands
-    behind its name: `name.point`.
+    With more axes than one, there is a ratio for each combination of the other axes' points, named `name.point`.
     """
     made: dict[str, float | None] = {}
     for name, ratio in benchmark.ratios.items():
@@ -29,5 +28,5 @@ def ratios(benchmark: Benchmark, found: Sequence[Row]) -> dict[str, float | None
 
 
 def lines(made: Mapping[str, float | None]) -> list[str]:
-    """Those that are there, as `name=number`."""
+    """Write the ratios that exist as `name=number`."""
     return [f"{name}={value:.4f}" for name, value in made.items() if value is not None]

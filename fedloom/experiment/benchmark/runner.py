@@ -1,12 +1,12 @@
-"""Runs a benchmark's cells, the cheapest first, and carries on where it was killed.
+"""Run a benchmark's cells, the cheapest first, and resume a benchmark that was killed.
 
-    OUT/benchmark.json              what is run: written first, and held against what is asked for when it goes on
-    OUT/pilots/CELL/k/              the k-th choice's short run; chosen.json beside them has what was taken
+    OUT/benchmark.json              what is run: written first, and compared with the request on resume
+    OUT/pilots/CELL/k/              the short run of the k-th choice; chosen.json next to them has the choice
     OUT/cells/CELL/SEED/            a run's folder, as `fedloom run` writes it
 
-A run is finished where it has a summary. Whatever else lies there is carried on from its checkpoint, so a benchmark
-that was killed gives the table that it would have given. A cell that fails is a row that says why, and costs the others
-nothing. This file does not know what a cell is about.
+A run that has a summary is finished. Any other run resumes from its checkpoint, so a benchmark that was killed gives
+the same table in the end. A cell that fails is a row that says why; the other cells still run. This file does not know
+what a cell compares.
 """
 
 from __future__ import annotations
@@ -35,30 +35,30 @@ from fedloom.reporting import differences as settings
 log = logging.getLogger(__name__)
 
 
-#: What the hook `validation_loss` says, among a round's metrics.
+#: The metric of a round that the hook `validation_loss` reports.
 VALIDATION = "validation_loss/loss"
 
 
-#: Keys of a benchmark that say what is shown of its runs: they may change between two calls.
+#: Keys of a benchmark that only change what is shown. They may change between two calls.
 SHOWN = ("ratios", "terminal", "judged_by")
 
 
-#: What a pilot chose, beside its runs.
+#: The file with a pilot's choice, in the folder of its runs.
 CHOSEN = "chosen.json"
 
 
-#: The trouble of a cell that nobody began, or whose run was killed.
+#: The trouble of a cell that has not started, or whose run was killed.
 NOT_RUN = "not run yet"
 
 
 @dataclass
 class Outcome:
-    """What became of a cell.
+    """The results of a cell.
 
     Attributes:
-        chosen: what the pilot chose; empty where nothing was to be chosen.
+        chosen: what the pilot chose; empty without a pilot.
         measured: seed → the run's numbers (columns.py).
-        trouble: why it has none, or not all of them.
+        trouble: why runs are missing; empty where none is.
     """
 
     cell: Cell
@@ -68,13 +68,13 @@ class Outcome:
 
 
 def run_benchmark(benchmark: Benchmark, out: Path, *, only: str = "", size: str | None = None) -> list[Outcome]:
-    """Run every cell that is not finished; the outcomes of all, in the order of the axes.
+    """Run every cell that is not finished; return the outcomes of all, in the order of the axes.
 
     Args:
-        only: cells whose name has this in it; the others are taken as they lie there.
+        only: run the cells whose name contains this; the others keep the results that they have.
 
     Raises:
-        UserError: a recipe is wrong, or `out` holds another benchmark. Nothing was run.
+        UserError: a recipe is wrong, or `out` has another benchmark. Nothing was run.
     """
     cells = benchmark.cells()
     check(benchmark)
@@ -91,10 +91,13 @@ def run_benchmark(benchmark: Benchmark, out: Path, *, only: str = "", size: str 
 
 
 def check(benchmark: Benchmark) -> dict[str, str]:
-    """Parse every recipe; cell → why its algorithm refuses it, for those that will be rows without a result.
+    """Parse every recipe, and check it against its algorithm.
+
+    Returns:
+        cell → why its algorithm rejects the recipe. Such a cell becomes a row without a result.
 
     Raises:
-        UserError: a key or value of a recipe, of a pilot's too, is wrong.
+        UserError: a key or value of a recipe or of a pilot's recipe is wrong.
     """
     refused = {}
     for cell in benchmark.cells():
@@ -110,7 +113,7 @@ def check(benchmark: Benchmark) -> dict[str, str]:
 
 
 def cost(recipe: Recipe) -> float:
-    """About how many tokens a run trains on: what the order of the cells goes by."""
+    """Estimate how many tokens a run trains on. Cells run in this order."""
     train, federation = recipe.train, recipe.federation
     sampled = federation.clients_per_round
     clients = float(sampled) if sampled and sampled >= 1 else float(recipe.split.num_clients or 8)
@@ -119,7 +122,7 @@ def cost(recipe: Recipe) -> float:
 
 
 def _run_cell(benchmark: Benchmark, cell: Cell, out: Path) -> Iterator[str]:
-    """The pilot and then a run for each seed; yields what happened, a line at a time."""
+    """Run the pilot and then each seed; yield one line for each result."""
     trouble = out / "cells" / cell.name / "trouble.json"
     trouble.unlink(missing_ok=True)
     try:
@@ -146,10 +149,11 @@ def _run_cell(benchmark: Benchmark, cell: Cell, out: Path) -> Iterator[str]:
 
 
 def _chosen(benchmark: Benchmark, cell: Cell, out: Path) -> Values:
-    """What the pilot chooses, which is run first where it was not; written down, so that no later call chooses again.
+    """Return what the pilot chooses; run the pilot first if needed. The choice is stored, so later calls reuse it.
 
     Raises:
-        RunFailed: a pilot failed otherwise than by what it tried, as for want of memory; or none gave a loss.
+        RunFailed: a pilot failed for a reason other than its values, such as too little memory; or no pilot gave a
+            finite loss.
     """
     choices, leader = cell.choices(), cell.leader or cell
     if len(choices) > 1 and _stored_choice(leader, out) is None:
@@ -165,23 +169,23 @@ def _chosen(benchmark: Benchmark, cell: Cell, out: Path) -> Values:
 
 
 def _diverged(folder: Path) -> bool:
-    """Whether a client's numbers left the finite ones, as with a rate that is far too high."""
+    """Whether a client got numbers that are not finite, as with a learning rate that is far too high."""
     events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []
     return any(e["event"] == "client_failed" and e["reason"] == "non_finite" for e in events)
 
 
 def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The summary of a run that lies in `folder`, finished, begun or not begun."""
+    """Run or resume the run in `folder` unless it is finished; return its summary."""
     there = RunFolder(folder).read("summary.json")
     if there is not None:
         return there
     environment.forget_peak_memory()
-    with reworded(lambda text: None):  # a benchmark names its cells; what each run says is in its folder's events
+    with reworded(lambda text: None):  # a benchmark logs its cells only; each run's events are in its folder
         return run(recipe, folder, resume=RunFolder(folder).holds_a_run).summary
 
 
 def _pilot(benchmark: Benchmark, cell: Cell, choice: Values) -> Recipe:
-    """A short run for its validation loss after the last round; of test data it measures as little as a run can."""
+    """Build a pilot's recipe: a short run with a validation loss after the last round and as little test as possible."""
     recipe = cell.recipe(benchmark.seeds[0], {**cell.pilot_values, **choice})
     quiet = {"evaluation.suite": None, "evaluation.every": 0, "evaluation.answers": 0, "evaluation.clients": 1}
     return recipe.with_values({**quiet, "hooks": [{"name": "validation_loss", "every": recipe.federation.rounds}]})
@@ -192,10 +196,10 @@ def _pilot_folder(out: Path, cell: Cell, number: int) -> Path:
 
 
 def choose(cell: Cell, out: Path) -> Values:
-    """What was chosen; else the choice with the lowest validation loss in its pilot. One without a number is not taken.
+    """Return the stored choice, else the choice with the lowest finite validation loss in its pilot.
 
     Raises:
-        RunFailed: none did end in one.
+        RunFailed: no pilot gave a finite loss.
     """
     leader, choices = cell.leader or cell, cell.choices()
     stored = _stored_choice(leader, out)
@@ -220,7 +224,7 @@ def _validation_loss(folder: Path) -> float:
 
 
 def outcome(benchmark: Benchmark, cell: Cell, out: Path) -> Outcome:
-    """What lies there of a cell."""
+    """Read the results of a cell that exist in `out`."""
     folder = out / "cells" / cell.name
     found = Outcome(cell)
     for seed in benchmark.seeds:
@@ -228,7 +232,7 @@ def outcome(benchmark: Benchmark, cell: Cell, out: Path) -> Outcome:
         if numbers is not None:
             found.measured[seed] = numbers
     if len(cell.choices()) > 1 and found.measured:
-        with contextlib.suppress(RunFailed):  # pilots that somebody deleted
+        with contextlib.suppress(RunFailed):  # the pilots were deleted
             found.chosen = choose(cell, out)
     trouble = RunFolder(folder).read("trouble.json")
     if trouble is not None:
@@ -239,15 +243,15 @@ def outcome(benchmark: Benchmark, cell: Cell, out: Path) -> Outcome:
 
 
 def _claim(benchmark: Benchmark, out: Path, size: str | None) -> None:
-    """Write what is run, or hold what is there against it. Raises UserError."""
+    """Write benchmark.json, or compare it with the one in `out`. Raises UserError if they differ."""
     wanted = {"size": size, **benchmark.model_dump(mode="json", exclude={"sizes", *SHOWN})}
     there = RunFolder(out).read("benchmark.json")
     if there is not None and there != wanted:
         differs = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
-        raise UserError(f"{out} holds another benchmark ({', '.join(differs)} differ): name another --out")
+        raise UserError(f"{out} has another benchmark ({', '.join(differs)} differ): name another --out")
     if there is None:
         if out.is_dir() and not all(unfinished(path) for path in out.iterdir()):
-            raise UserError(f"{out} is not empty and holds no benchmark: name another --out")
+            raise UserError(f"{out} is not empty and has no benchmark: name another --out")
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "benchmark.json", wanted)
 

@@ -1,6 +1,6 @@
-"""Runs as rows: means and spreads over seeds; as CSV, LaTeX, and what pages and terminals show of them.
+"""Runs as rows, with means and standard deviations over seeds, for CSV, LaTeX, pages and terminals.
 
-A row is a cell of a benchmark, or a run that somebody names. This file does not run anything.
+A row is a cell of a benchmark or a single run. This file does not run anything.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class Row:
     """The numbers of a cell, or of one run.
 
     Attributes:
-        name: of the cell, or of the run.
-        place: axis → point; of a run its name.
+        name: the cell's, or the run's.
+        place: axis → point; for a run, its name.
         chosen: what its pilot chose.
-        seeds: how many runs are behind it.
+        seeds: the number of runs.
         means, spreads: column → mean, and standard deviation over seeds (None with one seed).
     """
 
@@ -38,7 +38,7 @@ class Row:
     trouble: str
 
     def text(self, column: Column) -> str:
-        """As people read it, with the spread where there is one."""
+        """Format the mean for people, with the standard deviation where there is one."""
         mean, spread = self.means[column.key], self.spreads[column.key]
         if mean is None:
             return "–"
@@ -47,12 +47,12 @@ class Row:
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
-    """A row for each cell, in their order."""
+    """Return a row for each cell, in the same order."""
     return [as_row(o.cell.place, list(o.measured.values()), o.chosen, o.trouble) for o in outcomes]
 
 
 def as_row(place: Mapping[str, str], runs: Sequence[Numbers], chosen: Mapping[str, Any], trouble: str = "") -> Row:
-    """A row from the numbers of its runs, which differ in nothing but their seed."""
+    """Build a row from the numbers of runs that differ only in their seed."""
     means: dict[str, float | None] = {}
     spreads: dict[str, float | None] = {}
     for column in COLUMNS:
@@ -65,12 +65,12 @@ def as_row(place: Mapping[str, str], runs: Sequence[Numbers], chosen: Mapping[st
 
 
 def shown(found: Sequence[Row]) -> list[Column]:
-    """The columns in which any row has a number that is not 0 everywhere."""
+    """Return the columns in which any row has a number other than 0."""
     return [c for c in COLUMNS if any(row.means[c.key] for row in found)]
 
 
 def to_csv(found: Sequence[Row]) -> str:
-    """All columns, numbers in full."""
+    """Write all columns as CSV, with numbers in full precision."""
     axes = list(found[0].place) if found else []
     numbers = [key for c in COLUMNS for key in (c.key, f"{c.key}_std")]
     out = io.StringIO()
@@ -85,9 +85,10 @@ def to_csv(found: Sequence[Row]) -> str:
 
 
 def to_latex(found: Sequence[Row], caption: str, compared: Sequence[Sequence[Row]]) -> str:
-    """A tabular with booktabs' rules, the best of each measured column in bold among the rows of each group of `compared`.
+    """Write a LaTeX table with booktabs' rules.
 
-    A row that lacks runs says how many seeds it has.
+    The best mean of each measured column is bold, in each group of `compared`. A row with missing runs shows how many
+    seeds it has.
     """
     most = max((row.seeds for row in found), default=0)
     axes = list(found[0].place) if found else []
@@ -110,12 +111,12 @@ def to_latex(found: Sequence[Row], caption: str, compared: Sequence[Sequence[Row
 
 
 def before(row: Row) -> str:
-    """The points of all axes but the last, which is the one that a benchmark compares along: one corpus, many algorithms."""
+    """Return the points of all axes but the last. A benchmark compares along the last one: one corpus, many algorithms."""
     return "/".join(list(row.place.values())[:-1])
 
 
 def alike(found: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows that compare, by what they share."""
+    """Group the rows that are comparable, by the points that they share."""
     groups: dict[str, list[Row]] = {}
     for row in found:
         groups.setdefault(before(row), []).append(row)
@@ -123,7 +124,7 @@ def alike(found: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def bests(compared: Iterable[Sequence[Row]], columns: Sequence[Column]) -> set[tuple[str, str]]:
-    """(row's name, column's key) of the best mean in each group, of the columns that were measured and not spent."""
+    """Return (row's name, column's key) of the best mean in each group, for the columns of `MEASURED`."""
     found = set()
     for group in compared:
         for column in columns:
@@ -136,7 +137,7 @@ def bests(compared: Iterable[Sequence[Row]], columns: Sequence[Column]) -> set[t
 
 
 def best(found: Sequence[Row], column: Column) -> float | None:
-    """The best mean of a column, of rows that have all their runs; None where neither more nor less is better."""
+    """Return the best mean of a column among rows with all their runs; None if the column has no better direction."""
     numbers = [row.means[column.key] for row in found if not row.trouble]
     there = [n for n in numbers if n is not None]
     if not there or not column.better:

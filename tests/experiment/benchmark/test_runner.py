@@ -374,17 +374,17 @@ def test_what_a_kill_left_half_written_is_in_nobodys_way(declared, tmp_path):
     assert not again.trouble
     assert again.measured[1]["adapter_sha256"] == first.measured[1]["adapter_sha256"]
     (out / "benchmark.json").unlink()
-    with pytest.raises(UserError, match="is not empty and holds no benchmark"):
+    with pytest.raises(UserError, match="is not empty and has no benchmark"):
         run_benchmark(benchmark, out)
 
 
 def test_another_benchmark_in_the_folder_is_refused(declared, tmp_path):
     run_benchmark(Benchmark.load(declared(seeds=[1]), "small"), tmp_path / "out", only="own/local")
-    with pytest.raises(UserError, match=r"holds another benchmark \(seeds differ\): name another --out"):
+    with pytest.raises(UserError, match=r"has another benchmark \(seeds differ\): name another --out"):
         run_benchmark(Benchmark.load(declared(seeds=[2]), "small"), tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and holds no benchmark"):
+    with pytest.raises(UserError, match="is not empty and has no benchmark"):
         run_benchmark(Benchmark.load(declared(), "small"), tmp_path / "full")
 
 
