@@ -1,4 +1,4 @@
-"""The Typer application, its consoles, and how an error becomes an exit code."""
+"""The Typer application, its consoles, and the exit codes of errors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="fedloom",
-    help="Fine-tune large language models across many owners of data, none of whom hands its data over.",
+    help="Fine-tune large language models on data of many owners, which stays with them.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -45,7 +45,7 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run's folder
 
 
 def command(function: Callable[..., None]) -> Callable[..., None]:
-    """Turn the two kinds of error, and a disk that refuses, into one sentence and their exit code."""
+    """Register a command. Its UserError, RunFailed, and disk errors become one message and an exit code."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -58,13 +58,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             err.print(f"fedloom: {error}", markup=False)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            err.print("fedloom: interrupted; finished rounds are kept, go on with --resume", markup=False)
+            err.print("fedloom: interrupted; finished rounds are kept, continue with --resume", markup=False)
             raise typer.Exit(130) from None
         except Exception as error:
             trouble = disk_trouble(error)
             if trouble is None:
                 raise
-            err.print(f"fedloom: {trouble}: make room, or name another place", markup=False)
+            err.print(f"fedloom: {trouble}: free some space, or name another folder", markup=False)
             raise typer.Exit(1) from None
 
     app.command(name=function.__name__.rstrip("_"))(wrapped)
@@ -72,17 +72,18 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def note(text: str) -> None:
-    """A sentence that fedloom says while a command works."""
+    """Print a log message while a command works."""
     err.print(text, markup=False)
 
 
-def adapter_place(folder: Path) -> Path:
+def adapter_folder(folder: Path) -> Path:
+    """Return where a run's adapter is: `adapter`, or `adapters` where each client has its own."""
     return next((folder / n for n in ("adapter", "adapters") if (folder / n).is_dir()), folder)
 
 
 def show_checks(found: Iterable[Check]) -> None:
-    """A table of checks. Raises RunFailed where one is bad."""
-    table = Table("", "check", "found", "mend", box=None, pad_edge=False)
+    """Print a table of checks. Raises RunFailed where one is bad."""
+    table = Table("", "check", "found", "how to fix it", box=None, pad_edge=False)
     bad = 0
     for check in found:
         bad += check.level == "bad"
@@ -90,4 +91,4 @@ def show_checks(found: Iterable[Check]) -> None:
         table.add_row(mark, *(escape(text) for text in (check.name, check.found, check.mend)))
     out.print(table)
     if bad:
-        raise RunFailed(f"{bad} check{'s' * (bad != 1)} failed: see the last column for the mend")
+        raise RunFailed(f"{bad} check{'s' * (bad != 1)} failed: the last column says how to fix it")

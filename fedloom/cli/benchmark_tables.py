@@ -1,4 +1,4 @@
-"""What the terminal shows of benchmarks, and of runs side by side. It draws and decides nothing."""
+"""Terminal tables of benchmarks and of compared runs. This file only formats."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fedloom.experiment.benchmark.runner import NOT_RUN, check
 from fedloom.experiment.benchmark.table import Row, shown
 from fedloom.reporting import differences as settings
 
-#: Runs that the terminal sets beside each other, a column for each; more have a row each and fewer numbers.
+#: Up to so many compared runs have a column each; more have a row each, with fewer numbers.
 ACROSS = 4
 
 
-#: Those numbers.
+#: The numbers of a table with a row for each run.
 NARROWED = (
     "score", "loss_before", "loss", "loss_own", "loss_worst_client", "loss_spread", "train_tokens", "upload_bytes",
     "download_bytes", "wall_seconds",
@@ -26,7 +26,7 @@ NARROWED = (
 
 
 def _grid(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -> Table:
-    """A table whose first `names` columns are names, and the others numbers: titles are folded, a cell never is."""
+    """Build a table whose first `names` columns are names and the others numbers. Only titles wrap, cells never do."""
     table = Table(box=None, pad_edge=False)
     for i, title in enumerate(head):
         cells = [row[i] for row in body]
@@ -39,7 +39,7 @@ def _grid(head: Sequence[str], body: Sequence[Sequence[str]], names: int) -> Tab
 
 
 def plan_table(benchmark: Benchmark) -> Table:
-    """A benchmark's cells, with what the pilot chooses among, and what an algorithm refuses. Raises UserError."""
+    """List a benchmark's cells, the values that its pilot chooses from, and cells that are refused. Raises UserError."""
     table = Table(*benchmark.axes, "runs", "chosen in a pilot", box=None, pad_edge=False)
     refused = check(benchmark)
     for cell in benchmark.cells():
@@ -51,7 +51,7 @@ def plan_table(benchmark: Benchmark) -> Table:
 
 
 def benchmark_table(rows: Sequence[Row], wanted: Sequence[str]) -> Table:
-    """A benchmark's numbers, those wanted that any row has, and what went wrong."""
+    """Build the table of a benchmark: the wanted columns that any row has, and the errors of its cells."""
     columns = [NAMED[key] for key in wanted if any(row.means[key] is not None for row in rows)]
     axes = list(rows[0].place) if rows else []
     body = [[*row.place.values(), *(row.text(c) for c in columns)] for row in rows]
@@ -61,7 +61,7 @@ def benchmark_table(rows: Sequence[Row], wanted: Sequence[str]) -> Table:
 
 
 def compare_table(board: Leaderboard) -> Table:
-    """Runs side by side: a column for each where they are few."""
+    """Build the table of compared runs: a column for each of up to `ACROSS` runs, else a row for each."""
     rows = board.rows
     if len(rows) > ACROSS:
         return benchmark_table(rows, NARROWED)
@@ -74,11 +74,11 @@ def compare_table(board: Leaderboard) -> Table:
 
 
 def settings_table(board: Leaderboard) -> Table:
-    """In what the recipes differ: all of it where runs are few, else of each what most others do not have."""
+    """Build the table of settings that differ: all of them for few runs, else each run's unusual ones."""
     names = [row.name for row in board.rows]
     if len(names) > ACROSS:
-        told = [settings.line(values) or "as most" for values in settings.unusual(board.differs)]
-        return _grid(["run", "settings of its own"], list(zip(names, told, strict=False)), names=2)
+        lines = [settings.line(values) or "as most" for values in settings.find_unusual(board.differs)]
+        return _grid(["run", "settings of its own"], list(zip(names, lines, strict=False)), names=2)
     body = [[key, *map(settings.text, values)] for key, values in board.differs.items()]
     return _grid(["setting", *names], body, names=1)
 

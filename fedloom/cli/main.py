@@ -1,4 +1,4 @@
-"""The entry point: all commands together."""
+"""The entry point of the command line, with all commands."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli import benchmarks, runs, sites  # noqa: F401  (their commands join the application)
+from fedloom.cli import benchmarks, runs, sites  # noqa: F401  (importing registers their commands)
 from fedloom.cli.app import app, out
 
 
@@ -24,7 +24,7 @@ def main_options(
         bool, typer.Option("--version", callback=version_, is_eager=True, help="print the version")
     ] = False,
 ) -> None:
-    """Options before the command."""
+    """Take the options before the command."""
 
 
 def main() -> None:

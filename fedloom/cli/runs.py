@@ -1,7 +1,7 @@
-"""The command line: thin commands over the same functions that Python code calls.
+"""The commands on single runs: thin wrappers of the functions that Python code calls.
 
-Each command ends by naming the file to look at next. Exit codes: 0 done; 1 the work failed, one sentence and what was
-kept; 2 a mistake of the user's, one sentence that names the mend; 130 interrupted, to be resumed.
+Each command ends by naming the file to read next. Exit codes: 0 done; 1 the work failed, with one message that says what
+was kept; 2 a mistake in the input, with one message that says how to fix it; 130 interrupted, can be resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from fedloom.cli.app import Overrides, RecipeName, RunArgument, adapter_place, command, err, note, out, show_checks
+from fedloom.cli.app import Overrides, RecipeName, RunArgument, adapter_folder, command, err, note, out, show_checks
 from fedloom.common.errors import UserError
 from fedloom.common.logs import heard_by
 from fedloom.recipe.overrides import parse_overrides
@@ -26,8 +26,8 @@ def run(
     recipe: RecipeName,
     overrides: Overrides = None,
     out_: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME by default")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest checkpoint in the folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in the folder")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
     runtime: Annotated[
         str | None,
@@ -47,7 +47,7 @@ def run(
     from fedloom.cli.console import result_table
 
     out.print(result_table(result.summary))
-    out.print(f"adapter  {adapter_place(result.folder)}", markup=False)
+    out.print(f"adapter  {adapter_folder(result.folder)}", markup=False)
     out.print(f"report   {result.report}", markup=False)
 
 
@@ -79,7 +79,7 @@ def algorithms(
         str | None, typer.Argument(metavar="[NAME]", help="one algorithm: its page, options and paper")
     ] = None,
 ) -> None:
-    """List the algorithms and what each costs and promises; with a name, print that one's page."""
+    """List the algorithms with their costs and guarantees; with a name, print that algorithm's page."""
     from fedloom.algorithms import catalogue
     from fedloom.common import registry
 
@@ -134,7 +134,8 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", min=1, help="the first so many questions of each task; all by default")
+        int | None,
+        typer.Option("--limit", min=1, help="take only the first LIMIT questions of each task; all by default"),
     ] = None,
     shots: Annotated[
         int | None,
@@ -183,7 +184,7 @@ def report(
         Path | None, typer.Option("--out", help="the page; report.html in the run's folder by default")
     ] = None,
 ) -> None:
-    """Write a run's report again, or one page that sets several runs side by side."""
+    """Write a run's report again, or one page that compares several runs."""
     from fedloom.reporting.html import report_many, write_report
 
     alone = len(runs) == 1 and out_ is None
@@ -206,7 +207,7 @@ def export(
         str | None, typer.Option("--dtype", help="of a gguf file: f32, f16, bf16 or q8_0; f16 by default")
     ] = None,
 ) -> None:
-    """Write a run's result for use elsewhere."""
+    """Export a run's result for other programs."""
     from fedloom.reporting.export import export_run
 
     with heard_by(note):
@@ -224,15 +225,15 @@ def fetch(
         typer.Option("--clear", help="delete from the cache: carriers, models, tokenised, prefix, compiled or all"),
     ] = None,
 ) -> None:
-    """Get built-in models and corpora into the cache, for later without a network; installs nothing."""
-    from fedloom.cli.fetch import fetch_named, fetchable
+    """Download built-in models and corpora into the cache, for use without a network; installs nothing."""
+    from fedloom.cli.fetch import fetch_named, list_fetchable
     from fedloom.common.cache_folder import clear_cache
 
     if clear is not None:
         out.print(f"cleared  {clear_cache(clear)}", markup=False)
     elif not names:
         table = Table("name", "what", "in the cache", box=None, pad_edge=False)
-        for name, what, there in fetchable():
+        for name, what, there in list_fetchable():
             table.add_row(name, what, "yes" if there else "no")
         out.print(table)
     for name in names or []:
@@ -243,7 +244,7 @@ def fetch(
 
 @command
 def doctor() -> None:
-    """Check this machine: versions, cores, memory, disk, cache, what can be reached, and what to mend."""
+    """Check this machine: versions, cores, memory, disk, cache, network, and how to fix what fails."""
     from fedloom.runtimes.doctor import checks
 
     show_checks(checks())

@@ -1,6 +1,6 @@
-"""The commands of a federation between organisations: provision, serve, join. Thin, as those of runs.py.
+"""The commands of a federation between organisations: provision, serve, join. Thin, like those of runs.py.
 
-They need the extra `distributed`; without it each says so (common/extras.py).
+They need the extra `distributed`; without it, each ends with an error message (common/extras.py).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.app import Overrides, RecipeName, adapter_place, command, err, note, out, show_checks
+from fedloom.cli.app import Overrides, RecipeName, adapter_folder, command, err, note, out, show_checks
 from fedloom.common.extras import needing_extras
 from fedloom.recipe.overrides import parse_overrides
 
@@ -28,9 +28,7 @@ def provision(
         from fedloom.runtimes.sites.flare import kits
     for folder in kits.provision(chosen, out_):
         out.print(f"kit      {folder}", markup=False)
-    out.print(
-        f"keep     {out_ / 'authority'} where nobody else reads it: who holds it can let anybody in", markup=False
-    )
+    out.print(f"keep     {out_ / 'authority'} secret: whoever has it can add sites to the federation", markup=False)
 
 
 @command
@@ -39,13 +37,14 @@ def serve(
     recipe: RecipeName,
     overrides: Overrides = None,
     out_: Annotated[Path | None, typer.Option("--out", help="the run's folder; runs/NAME by default")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint in the folder")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run that lies in the folder")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="continue from the newest checkpoint in the folder")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the run in the folder")] = False,
     admin: Annotated[
         Path | None, typer.Option("--admin", help="the admin's kit; beside the server's by default")
     ] = None,
     wait: Annotated[
-        float | None, typer.Option("--wait", help="begin after so many seconds without the missing sites")
+        float | None,
+        typer.Option("--wait", help="seconds to wait for missing sites before the run begins without them"),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print the result only")] = False,
 ) -> None:
@@ -62,7 +61,7 @@ def serve(
     with Display(err, quiet=quiet) as display:
         sites.serve(server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait)
     out.print(result_table(RunFolder(folder).read("summary.json") or {}))
-    out.print(f"adapter  {adapter_place(folder)}", markup=False)
+    out.print(f"adapter  {adapter_folder(folder)}", markup=False)
     out.print(f"report   {folder / 'report.html'}", markup=False)
 
 
@@ -75,17 +74,19 @@ def join(
     column: Annotated[
         list[str] | None, typer.Option("--column", metavar="ROLE=COLUMN", help="such as instruction=question")
     ] = None,
-    model: Annotated[str | None, typer.Option("--model", help="where the base model lies here")] = None,
+    model: Annotated[str | None, typer.Option("--model", help="the base model's folder on this machine")] = None,
     batch_size: Annotated[int | None, typer.Option("--batch-size", help="examples in one forward pass here")] = None,
     device: Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:0 …")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads, shared out among ranks")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="CPU threads, divided among ranks")] = None,
     ranks: Annotated[int | None, typer.Option("--ranks", help="processes that train together here")] = None,
-    parallel: Annotated[str | None, typer.Option("--parallel", help="how they do: ddp or fsdp")] = None,
+    parallel: Annotated[
+        str | None, typer.Option("--parallel", help="how the ranks share the work: ddp or fsdp")
+    ] = None,
     keep_runs: Annotated[
         int | None, typer.Option("--keep-runs", help="runs whose state stays here; older ones are deleted (5)")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="look whether everything is in place, and do not join")
+        bool, typer.Option("--check", help="check the kit, the data and the settings, and do not join")
     ] = False,
 ) -> None:
     """Take part in a federation as one of its sites, until interrupted; data and settings stay here."""

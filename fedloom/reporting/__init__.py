@@ -1,4 +1,4 @@
-"""The page that a run ends with, and pages that put several runs side by side.
+"""Reports: the page of one run, a page that compares several runs, and pictures of a split.
 
 write_report(run)        run/report.html from the files of the run folder
 report_many(runs, out)   several runs on one page

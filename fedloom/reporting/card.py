@@ -1,8 +1,8 @@
-"""A result's model card: the README.md that a hub shows, beside the run's adapter and in every export.
+"""Write a result's model card: the README.md that a hub shows, beside the run's adapter and in every export.
 
-All of it is read from the recipe, the summary and what corpora and carriers declare. A card is made to be published: no
-path of this machine and no client's name stands in it, but for that of the client whose own result it is. What is
-not known is said to be unknown.
+Its facts come from the recipe, the summary, and the declarations of corpora and carriers. A card is made to be published:
+it contains no path of this machine, and no client's name except the one whose own result it is. Unknown facts are called
+unknown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedloom.reporting.usage import usage
 FILE = "README.md"
 
 
-#: Sections of a recipe that say how a model came about; the others say where and how it was watched.
+#: Sections of a recipe that determine the model. The others say where it was trained and what was logged.
 SECTIONS = (
     "model", "data", "split", "adapter", "algorithm", "train", "federation", "operators", "privacy", "devices", "hooks",
     "seed",
@@ -37,17 +37,17 @@ SECTIONS = (
 
 
 def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> None:
-    """Write the card of the result that lies in `folder`, over any that is there.
+    """Write the card of the result in `folder`; replaces an older card.
 
     Args:
-        summary: what summary.json holds; None where the run has none yet, and the card then no numbers.
-        client: whose own result it is; None where it serves all.
+        summary: the content of summary.json; None where the run has none yet. The card then has no numbers.
+        client: the client whose own result it is; None where all clients share it.
     """
     write_bytes(folder / FILE, card(folder, recipe, summary, client).encode())
 
 
 def write_cards(run: RunFolder, recipe: Recipe, summary: Mapping[str, Any], clients: Iterable[str]) -> None:
-    """The cards of a run's own results, as far as they lie in its folder: the one for all, or each client's."""
+    """Write the cards of the results in a run's folder: the one for all clients, or each client's."""
     if (run / "adapter").is_dir():
         write_card(run / "adapter", recipe, summary)
     for client in clients:
@@ -57,8 +57,8 @@ def write_cards(run: RunFolder, recipe: Recipe, summary: Mapping[str, Any], clie
 
 
 def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> str:
-    """The text of the card; the files in `folder` say which form the result has."""
-    base, corpus = _Base.of(recipe), None if _elsewhere(summary) else _corpus(recipe)
+    """Return the text of the card. The files in `folder` decide the result's format: peft, merged or gguf."""
+    base, corpus = _Base.of(recipe), None if _data_at_sites(summary) else _corpus(recipe)
     adapter = (folder / "adapter_config.json").is_file()
     form = "gguf" if list(folder.glob("*.gguf")) else "peft" if adapter else "merged"
     title = (recipe.name or "A run") + (f", {client}'s own" if client else "")
@@ -68,7 +68,7 @@ def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client
         "gguf": f"{base.shown}, fine-tuned, for llama.cpp",
     }[form]
     parts = [
-        _front(base, corpus, recipe, form),
+        _front_matter(base, corpus, recipe, form),
         f"# {title}",
         f"{what}. Made with fedloom {__version__}, federated fine-tuning of language models."
         + (f" The recipe: {recipe.description.rstrip('.')}." if recipe.description else ""),
@@ -79,10 +79,10 @@ def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client
         "## Use\n\n" + usage(folder, form, base.hub, recipe),
         "## Licence\n\n"
         f"Of the base model: {base.license or 'unknown to fedloom, see its own card'}. Of the data: "
-        f"{_license(corpus, recipe, summary)}. Both are given as their publishers state them. What may be done with this "
-        "result follows from both.",
+        f"{_license(corpus, recipe, summary)}. Both are given as their publishers state them. Both limit how this result "
+        "may be used.",
         "## Limits\n\n" + "".join(f"- {line}\n" for line in _limits(base, recipe, summary)).rstrip(),
-        "## Recipe\n\nWhat differs from fedloom's defaults; `fedloom run` takes it as a file.\n\n```yaml\n"
+        "## Recipe\n\nSettings that differ from fedloom's defaults; `fedloom run` takes them as a file.\n\n```yaml\n"
         + settings(recipe)
         + "```",
     ]
@@ -90,7 +90,7 @@ def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client
 
 
 class _Base:
-    """The base model as a reader can find it."""
+    """The base model: its hub id, how the card names it, its licence, and a note on its limits."""
 
     def __init__(self, hub: str | None, shown: str, license: str = "", note: str = "") -> None:
         self.hub, self.shown, self.license, self.note = hub, shown, license, note
@@ -102,24 +102,24 @@ class _Base:
             carrier = carriers.named(BUILTIN[name][0])
             return cls(carrier.upstream, carrier.upstream, carrier.license, carrier.altered)
         if name == RANDOM:
-            return cls(None, f"`{name}`", note="The base has random weights: it is for trying things out.")
+            return cls(None, f"`{name}`", note="The base has random weights: it is for tests only.")
         if Path(name).expanduser().is_dir() or HubRef.parse(name) is None:
             return cls(None, f"`{PurePath(name).name}` (a model of the maker's own)")
         return cls(name, name)
 
 
-def _elsewhere(summary: Mapping[str, Any] | None) -> bool:
-    """Whether the data were the sites' own, whatever corpus the recipe names."""
+def _data_at_sites(summary: Mapping[str, Any] | None) -> bool:
+    """Return whether the data were the sites' own, whatever corpus the recipe names."""
     return summary is not None and summary["corpus_source"] == SITES
 
 
 def _corpus(recipe: Recipe) -> Source | None:
-    """The declared corpus; None for data of the maker's own."""
+    """Return the registered corpus; None for the user's own data."""
     return registry.corpora.get(recipe.data.corpus) if recipe.data.corpus else None
 
 
 def _hub_of_data(corpus: Source | None, recipe: Recipe) -> str | None:
-    """The hub id of the data set, where it has one."""
+    """Return the hub id of the data set, or None."""
     if corpus is not None:
         return corpus.hub.id if corpus.hub else None
     path = recipe.data.path or ""
@@ -127,8 +127,8 @@ def _hub_of_data(corpus: Source | None, recipe: Recipe) -> str | None:
     return found.id if found else None
 
 
-def _front(base: _Base, corpus: Source | None, recipe: Recipe, form: str) -> str:
-    """What a hub reads: https://huggingface.co/docs/hub/model-cards."""
+def _front_matter(base: _Base, corpus: Source | None, recipe: Recipe, form: str) -> str:
+    """Return the YAML metadata that a hub reads: https://huggingface.co/docs/hub/model-cards."""
     data = _hub_of_data(corpus, recipe)
     values: dict[str, Any] = {
         "base_model": base.hub,
@@ -152,7 +152,7 @@ def _license(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] |
 
 
 def _data(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] | None) -> str:
-    if _elsewhere(summary):
+    if _data_at_sites(summary):
         text = "The sites' own, which nobody else has seen."
     elif corpus is not None:
         text = f"`{corpus.name}`: {corpus.title}, {corpus.homepage}."
@@ -172,84 +172,84 @@ def _data(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] | No
 
 def _training(recipe: Recipe, summary: Mapping[str, Any] | None) -> Iterator[str]:
     adapter, train = recipe.adapter, recipe.train
-    where = "between sites" if _elsewhere(summary) else "simulated where all the data lie"
+    where = "between sites" if _data_at_sites(summary) else "simulated on one machine that has all the data"
     yield f"algorithm: {recipe.algorithm.name}, {where}"
     size = f", {summary['adapter']['parameters']:,} trained numbers" if summary else ""
     rank = f", rank {adapter.rank}, alpha {adapter.alpha:g}" if adapter.method in {"lora", "adalora"} else ""
     yield f"method: {adapter.method}{rank}{size}"
     rounds = summary["rounds"] if summary else recipe.federation.rounds
     each = f"{train.steps} steps" if train.steps else f"{train.epochs:g} epochs"
-    yield f"{rounds} rounds; a client takes {each} of {train.batch_size} examples in each that it is in"
+    yield f"{rounds} rounds; a sampled client trains for {each} with batches of {train.batch_size} examples"
     yield f"{train.optimizer}, learning rate {train.lr:g}, {train.objective}"
     if summary:
         cost = summary["cost"]
         yield f"{cost['train_tokens']:,} tokens, {cost['steps']:,} optimiser steps of all clients together"
         if summary["failures"]:
-            yield f"{summary['failures']:,} failures of clients, whose rounds went on without them"
+            yield f"{summary['failures']:,} failures of clients; their rounds continued without them"
 
 
 def _numbers(summary: Mapping[str, Any] | None, client: str | None) -> str:
     if summary is None:
         return "None: the run had no summary when this was written."
-    rows = list(_measured(summary, client))
+    rows = list(_evaluation_rows(summary, client))
     if not rows:
-        return "None: nothing was held out."
+        return "None: no data was held out."
     head = "| on held-out data | before | after |\n|---|---|---|\n"
     text = head + "".join(
         f"| {what} | {formats.text(pair['before'], kind)} | {formats.text(pair['after'], kind)} |\n"
         for what, kind, pair in rows
     )
-    return text + "\nA loss is a mean over tokens, in nats. The worst client is the one that the result serves least."
+    return (
+        text
+        + "\nA loss is a mean over tokens, in nats. The worst client ends with the highest loss or the lowest score."
+    )
 
 
-def _measured(summary: Mapping[str, Any], client: str | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def _evaluation_rows(summary: Mapping[str, Any], client: str | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
     score, loss = summary["score"], summary["loss"]
     own = summary["per_client"].get(client) if client else None
-    asked = f"right answers, {score['suite']}"
+    right = f"right answers, {score['suite']}"
     if client:
         if own and own["loss"]["after"] is not None:
             yield "loss, on this client's data", "loss", own["loss"]
         if own and own["score"]["after"] is not None:
-            yield f"{asked}, on this client's questions", "percent", own["score"]
+            yield f"{right}, on this client's questions", "percent", own["score"]
         return
     if loss["after"] is not None:
         yield "loss", "loss", loss
     if loss["worst_client"] is not None:
         yield "loss, worst client", "loss", loss["worst_client"]
     if score["after"] is not None:
-        yield f"{asked}, {score['questions']:,} questions", "percent", score
+        yield f"{right}, {score['questions']:,} questions", "percent", score
     if score["worst_client"] is not None:
-        yield f"{asked}, worst client", "percent", score["worst_client"]
+        yield f"{right}, worst client", "percent", score["worst_client"]
 
 
 def _privacy(spent: Mapping[str, Any] | None) -> str:
     if spent is None or spent["epsilon"] is None:
-        return (
-            "No differential privacy: what stands in the clients' data may be found again in a model by those who look for "
-            "it."
-        )
+        return "No differential privacy: an attacker may be able to extract parts of the clients' data from the model."
     text = (
         f"Client-level differential privacy: ε = {spent['epsilon']:.3g} at δ = {spent['delta']:.3g}, noise multiplier "
         f"{spent['noise']:.3g} added at the {spent['where']}, clip {spent['clip']:.3g}."
     )
     return text + (
-        " The noise follows from the recipe's seed: who knows it can take it away." if spent["seeded"] else ""
+        " The noise follows from the recipe's seed: whoever knows the seed can remove it." if spent["seeded"] else ""
     )
 
 
 def _limits(base: _Base, recipe: Recipe, summary: Mapping[str, Any] | None) -> Iterator[str]:
-    yield "Measured on data like that of training alone, by the numbers above. Nobody has looked for bias or harm."
+    yield "Evaluated only on data like the training data, by the numbers above. Not tested for bias or harm."
     if base.note:
         yield base.note
     if recipe.model.quantization:
-        yield f"Trained on the base in {recipe.model.quantization}; on other weights of it the numbers differ."
+        yield f"Trained on the base in {recipe.model.quantization}; with another precision the numbers differ."
     cut = (summary or {}).get("data", {}).get("truncated")
     if cut:
-        yield f"{cut:,} examples were cut at {recipe.data.max_length} tokens."
+        yield f"{cut:,} examples were truncated at {recipe.data.max_length} tokens."
 
 
 def settings(recipe: Recipe) -> str:
-    """The recipe without what is as by default, as YAML; of paths the last part."""
+    """Return as YAML the recipe's settings that differ from the defaults. Of a path only the last part is kept."""
     given, default = recipe.resolved(), Recipe().resolved()
     kept = {k: _difference(given[k], default[k]) for k in SECTIONS if given[k] != default[k]}
     named = {"name": recipe.name} if recipe.name else {}
@@ -259,7 +259,7 @@ def settings(recipe: Recipe) -> str:
 def _difference(given: Any, default: Any) -> Any:
     if not isinstance(given, Mapping) or not isinstance(default, Mapping):
         return given
-    named = {k: given[k] for k in ("name", "corpus", "steps") if given.get(k) is not None}  # others depend on these
+    named = {k: given[k] for k in ("name", "corpus", "steps") if given.get(k) is not None}  # other keys depend on these
     return {**named, **{k: _difference(v, default.get(k)) for k, v in given.items() if v != default.get(k)}}
 
 

@@ -1,8 +1,8 @@
-"""What of a run is worth drawing: loss and score over rounds, bytes and seconds a round, and the split.
+"""Build a run's charts from its events: loss and score over rounds, bytes and seconds a round, and the split.
 
-How many clients there are decides the drawing: up to nine each get a colour; up to thirty are thin lines behind the
-mean and the worst one; more become bands (all clients, and their middle half). This file does not know how a page
-looks: it turns events into `svg` charts, and a split into a picture of its own.
+The number of clients decides the drawing. Up to nine clients each get a colour. Up to thirty are thin lines behind the
+mean and the worst one. More become bands: all clients, and their middle half. This file does not know how a page looks:
+it turns events into `svg` charts, and a split into a picture of its own.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from fedloom.federation.record.client_table import quantile
 from fedloom.reporting import formats, matrix
 from fedloom.reporting.svg import Band, BarChart, Line, LineChart, Points
 
+#: Up to so many clients, each has a colour.
 COLOURED = 9
 
 
+#: Up to so many clients, each has a line; more are drawn as bands.
 DRAWN = 30
 
 
@@ -29,7 +31,7 @@ DRAWN = 30
 TIMES = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0), ("milliseconds", 1e-3))
 
 
-#: The bands' names, each that of its lower and its upper edge.
+#: The bands' names: "lower edge to upper edge".
 OUTER, INNER = "lowest client to highest client", "lower quartile to upper quartile"
 
 
@@ -44,45 +46,45 @@ _BARE_PAGE = """<!doctype html>
 
 
 def stylesheet() -> str:
-    """charts.css: the palette, light and dark, and how each part of a drawing looks."""
+    """Return charts.css: the light and dark palettes and the style of each part of a drawing."""
     return files("fedloom.reporting").joinpath("charts.css").read_text(encoding="utf-8")
 
 
 def evaluation_chart(
     events: Iterable[Event], key: str, worst: str | None, order: Sequence[str] = ()
 ) -> LineChart | None:
-    """`key` (loss or score) of every evaluation, for all and for each client; None where nothing was measured.
+    """Draw `key` (loss or score) of every evaluation, over all clients and for each; None where nothing was measured.
 
-    `order` is all clients' names: a client keeps its colour from chart to chart.
+    `order` lists all clients' names, so that a client has the same colour in every chart.
     """
     evaluations = [e for e in events if e["event"] == "evaluation"]
-    together = tuple((e["round"], float(e[key])) for e in evaluations if e[key] is not None)
+    overall = tuple((e["round"], float(e[key])) for e in evaluations if e[key] is not None)
     title = "Loss on the test data over rounds" if key == "loss" else "Score over rounds"
     unit = "loss" if key == "loss" else "percent"
     if any(e.get("spread") for e in evaluations):
-        return _spread_chart(title, unit, together, evaluations, key)
+        return _spread_chart(title, unit, overall, evaluations, key)
     clients: dict[str, list[tuple[int, float]]] = {}
     for e in evaluations:
         for client, values in e["clients"].items():
             if values.get(key) is not None:
                 clients.setdefault(client, []).append((e["round"], float(values[key])))
-    return _lines(title, unit, together, clients, worst, order)
+    return _lines(title, unit, overall, clients, worst, order)
 
 
-def _spread_chart(title: str, unit: str, together: Points, evaluations: Sequence[Event], key: str) -> LineChart | None:
-    """The same where clients are so many that events hold their spread alone."""
+def _spread_chart(title: str, unit: str, overall: Points, evaluations: Sequence[Event], key: str) -> LineChart | None:
+    """Draw evaluations of so many clients that events have only their spread."""
     edges = {e["round"]: e["spread"][key] for e in evaluations if e.get("spread") and e["spread"][key]}
     low, lower, upper, high = (
         tuple((x, float(values[name])) for x, values in edges.items())
         for name in ("lowest", "lower_quartile", "upper_quartile", "highest")
     )
     bands = (Band(OUTER, low, high, "outer"), Band(INNER, lower, upper, "inner")) if edges else ()
-    lines = (Line("all clients", together, "all"),)
-    return LineChart(title, unit, lines, bands, zero=unit == "percent") if together else None
+    lines = (Line("all clients", overall, "all"),)
+    return LineChart(title, unit, lines, bands, zero=unit == "percent") if overall else None
 
 
 def virtual_chart(events: Iterable[Event]) -> LineChart | None:
-    """Loss on the test data over virtual time, in a unit that gives whole numbers; None where time is real."""
+    """Draw the test loss over virtual time, in a unit that gives whole numbers; None where time is real."""
     known = [
         (e["virtual_seconds"] or 0.0, float(e["loss"]))
         for e in events
@@ -97,22 +99,22 @@ def virtual_chart(events: Iterable[Event]) -> LineChart | None:
 
 
 def training_chart(events: Iterable[Event], worst: str | None, order: Sequence[str] = ()) -> LineChart | None:
-    """The mean training loss of each round, for all and for each client; None before the first.
+    """Draw the mean training loss of each round, over all clients and for each; None before the first round.
 
-    A client that came back twice in a round, as an asynchronous one may, is drawn at the mean of the two.
+    An asynchronous client may return two updates in a round; it is drawn at their mean.
     """
     events = list(events)
-    together = _points((e["round"], e["loss"]) for e in events if e["event"] == "round_finished")
+    overall = _points((e["round"], e["loss"]) for e in events if e["event"] == "round_finished")
     losses: dict[str, dict[int, list[float]]] = {}
     for e in events:
         if e["event"] == "client_update" and e["loss"] is not None:
             losses.setdefault(e["client"], {}).setdefault(e["round"], []).append(float(e["loss"]))
     clients = {c: [(r, sum(own) / len(own)) for r, own in sorted(rounds.items())] for c, rounds in losses.items()}
-    return _lines("Training loss over rounds", "loss", together, clients, worst, order)
+    return _lines("Training loss over rounds", "loss", overall, clients, worst, order)
 
 
 def bytes_chart(events: Iterable[Event]) -> BarChart | None:
-    """Bytes that went up and down in each finished round."""
+    """Draw uploaded and downloaded bytes of each finished round."""
     rounds = [e for e in events if e["event"] == "round_finished"]
     up = {e["round"]: float(e["upload_bytes"]) for e in rounds}
     down = {e["round"]: float(e["download_bytes"]) for e in rounds}
@@ -120,13 +122,13 @@ def bytes_chart(events: Iterable[Event]) -> BarChart | None:
 
 
 def seconds_chart(events: Iterable[Event]) -> BarChart | None:
-    """Wall seconds of each finished round."""
+    """Draw wall seconds of each finished round."""
     seconds = {e["round"]: float(e["seconds"]) for e in events if e["event"] == "round_finished"}
     return BarChart("Time for each round", "duration", (("seconds", seconds, "plain"),)) if seconds else None
 
 
 def privacy_chart(events: Iterable[Event]) -> LineChart | None:
-    """ε spent after each round; None where nothing is counted. With noise at the clients also what the models tell."""
+    """Draw ε spent after each round; None without differential privacy. With client noise, also the ε of the models."""
     rounds = [(e["round"], e["metrics"]) for e in events if e["event"] == "round_finished"]
     known = (("epsilon", "ε", "all"), ("epsilon_models", "ε of the models alone", "c0"))
     lines = [
@@ -138,7 +140,7 @@ def privacy_chart(events: Iterable[Event]) -> LineChart | None:
 
 
 def hook_charts(events: Iterable[Event]) -> list[LineChart]:
-    """Each number that a hook logged, over rounds; a client's as the mean over clients."""
+    """Draw each number that hooks logged, over rounds. A number of single clients is drawn as the mean over clients."""
     rounds = [(e["round"], e["metrics"]) for e in events if e["event"] == "round_finished"]
     names = dict.fromkeys(name for _, metrics in rounds for name in metrics if "/" in name)
     found = [(name, _points((x, metrics.get(name)) for x, metrics in rounds)) for name in names]
@@ -146,7 +148,7 @@ def hook_charts(events: Iterable[Event]) -> list[LineChart]:
 
 
 def overlay_chart(runs: Mapping[str, Sequence[Event]], key: str) -> LineChart | None:
-    """`key` over all clients, one line for each run."""
+    """Draw `key` over all clients, one line for each run."""
     lines = []
     for i, (name, events) in enumerate(runs.items()):
         points = _points((e["round"], e[key]) for e in events if e["event"] == "evaluation")
@@ -164,7 +166,7 @@ def _points(pairs: Iterable[tuple[int, Any]]) -> Points:
 def _lines(
     title: str,
     unit: str,
-    together: Points,
+    overall: Points,
     clients: Mapping[str, Sequence[tuple[int, float]]],
     worst: str | None,
     order: Sequence[str],
@@ -172,7 +174,7 @@ def _lines(
     rank = {name: i for i, name in enumerate(order)}
     ordered = {n: tuple(clients[n]) for n in sorted(clients, key=lambda n: (rank.get(n, len(rank)), n))}
     many = max(len(clients), len(order))
-    lines = [Line("all clients", together, "all")] if together else []
+    lines = [Line("all clients", overall, "all")] if overall else []
     bands: list[Band] = []
     if many <= COLOURED:
         colour = {name: rank.get(name, i if not rank else len(rank)) % COLOURED for i, name in enumerate(ordered)}
@@ -201,10 +203,12 @@ def _bands(clients: Mapping[str, Sequence[tuple[int, float]]]) -> list[Band]:
 
 
 def split_picture(split: dict[str, Any], path: Path) -> Path:
-    """Write clients × categories of a split.json to `path`, as its suffix says; returns `path`.
+    """Draw clients × categories of a split.json to `path`, in the format of its suffix; returns `path`.
 
-    .svg and .html need nothing more; .png and .pdf go through matplotlib. Raises UserError for another suffix, or
-    where matplotlib is not installed.
+    .png and .pdf need matplotlib.
+
+    Raises:
+        UserError: another suffix than .svg, .html, .png or .pdf, or matplotlib is not installed.
     """
     table = matrix.build(split)
     title = f"{table.clients} clients by {len(table.columns)} categories, split by {split['splitter']}"

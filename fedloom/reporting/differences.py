@@ -1,4 +1,4 @@
-"""In what the recipes of several runs differ. This file does not know what a key means."""
+"""Find the settings in which the recipes of several runs differ. This file does not know what a key means."""
 
 from __future__ import annotations
 
@@ -7,55 +7,55 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-#: Stands where a recipe does not have the key, as the options of another algorithm.
+#: The value of a key that a recipe does not have, such as an option of another algorithm.
 ABSENT = object()
 
 
-#: Keys that name a run and change nothing in it.
+#: Keys that only describe a run.
 NAMES = {"name", "description"}
 
 
 Settings = Mapping[str, Any]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} → {"train.lr": 1}."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings: {"train": {"lr": 1}} → {"train.lr": 1}."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{key}.")
+            found |= flatten(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = value
     return found
 
 
-def differing(recipes: Sequence[Settings]) -> dict[str, list[Any]]:
-    """Key → its value in each of the flat recipes, for keys that are not the same in all; empty recipes have no say."""
+def find_differences(recipes: Sequence[Settings]) -> dict[str, list[Any]]:
+    """Return key → values, one for each flat recipe, for keys that differ. Empty recipes are not compared."""
     keys = sorted({key for recipe in recipes for key in recipe} - NAMES)
     values = {key: [recipe.get(key, ABSENT) for recipe in recipes] for key in keys}
-    told = [i for i, recipe in enumerate(recipes) if recipe]
-    return {key: found for key, found in values.items() if len({repr(found[i]) for i in told}) > 1}
+    compared = [i for i, recipe in enumerate(recipes) if recipe]
+    return {key: found for key, found in values.items() if len({repr(found[i]) for i in compared}) > 1}
 
 
-def unusual(differs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Of each recipe, what it says otherwise than most do; where none is commonest, the first to say something is."""
+def find_unusual(differs: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return for each recipe the settings that differ from the most common value. In a tie the first value counts."""
     count = max((len(values) for values in differs.values()), default=0)
-    told: list[dict[str, Any]] = [{} for _ in range(count)]
+    unusual: list[dict[str, Any]] = [{} for _ in range(count)]
     for key, values in differs.items():
         ((usual, _),) = Counter(map(repr, values)).most_common(1)
         for i, value in enumerate(values):
             if repr(value) != usual and value is not ABSENT:
-                told[i][key] = value
-    return told
+                unusual[i][key] = value
+    return unusual
 
 
 def text(value: Any) -> str:
-    """A value as it may be given on a command line; a dash where the recipe has none."""
+    """Format a value as on a command line; a dash where the recipe has none."""
     if value is ABSENT:
         return "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def line(values: Settings) -> str:
-    """A few settings in one line."""
+    """Format settings in one line: key=value, key=value."""
     return ", ".join(f"{key}={text(value)}" for key, value in values.items())

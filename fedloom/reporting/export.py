@@ -1,5 +1,7 @@
-"""A run's result for use elsewhere: the adapter in peft's format, or a plain model with the adapter merged in, as a
-folder of transformers or as one GGUF file for llama.cpp."""
+"""Export a run's result: the adapter in peft's format, or the model with the adapter merged in.
+
+A merged model is a folder for transformers, or one GGUF file for llama.cpp.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +22,16 @@ log = logging.getLogger(__name__)
 FORMATS = ("peft", "merged", "gguf")
 
 
-#: Of GGUF where none is named.
+#: The default dtype of GGUF.
 DTYPE = "f16"
 
 
 def result_folder(run: Path, client: str | None = None) -> Path:
-    """Where a run's adapter lies: the global one, or a client's own. Raises UserError where there is none."""
+    """Return the folder of a run's adapter: the global one, or a client's own. Raises UserError where there is none."""
     if not RunFolder(run).holds_a_run:
-        raise UserError(f"{run} is not a run's folder: it has no recipe.yaml")
+        raise UserError(
+            f"{run} is not a run folder: it has no recipe.yaml; give a folder that `fedloom run` wrote, such as runs/NAME"
+        )
     if client is None and (run / "adapter").is_dir():
         return run / "adapter"
     personal = run / "adapters"
@@ -49,7 +53,7 @@ def export_run(run: Path, format: str, out: Path, client: str | None, dtype: str
     """Write the result of `run` into the new folder `out` and return it.
 
     Args:
-        dtype: of a GGUF file's matrices, f16 where it is None; the other formats have the run's own.
+        dtype: of a GGUF file's matrices; None is f16. The other formats keep the run's own.
 
     Raises:
         UserError: there is no such result, or it cannot be written in this format.
@@ -57,14 +61,14 @@ def export_run(run: Path, format: str, out: Path, client: str | None, dtype: str
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}: {suggest(format, FORMATS)}")
     if dtype is not None and format != "gguf":
-        raise UserError(f"--dtype={dtype} is for --format gguf; {format} has the run's own: leave it out")
+        raise UserError(f"--dtype={dtype} works only with --format gguf; {format} keeps the run's dtype: leave it out")
     source = result_folder(run, client)
     if format == "peft" and not (source / "adapter_config.json").is_file():
         raise UserError(
             f"{run} trained the whole model (adapter.method=full), so it has no adapter: use --format merged"
         )
     if out.exists():
-        raise UserError(f"{out} is there already: name another folder with --out")
+        raise UserError(f"{out} exists already: name another folder with --out")
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}-"))  # the folder appears whole or not at all
     try:

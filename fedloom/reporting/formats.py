@@ -1,7 +1,7 @@
-"""Numbers as a reader wants them: 48.2 MB, 3 min 12 s, 62.5 %. None, or a value that is not there, is a dash.
+"""Format numbers for people: 48.2 MB, 3 min 12 s, 62.5 %. A missing value is a dash.
 
-Units are joined by no-break spaces. `data` keeps the exact value beside the rounded one, as HTML's
-<data value="…">. This file does not know what a number means.
+No-break spaces join numbers and units. `data` keeps the exact value beside the rounded one, in HTML's <data value="…">.
+This file does not know what a number means.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def percent(value: float) -> str:
 
 
 def points(value: float) -> str:
-    """A difference of two shares, in percentage points, signed."""
+    """Format a difference of two shares, in percentage points, signed."""
     return f"{100 * value:+.1f}{GAP}points".replace("-", "−")
 
 
 def change(value: float) -> str:
-    """A difference of two losses, signed."""
+    """Format a difference of two losses, signed."""
     return f"{value:+.3f}".replace("-", "−")
 
 
@@ -44,22 +44,22 @@ def count(value: float) -> str:
 
 
 def size(value: float) -> str:
-    """Bytes in decimal units."""
+    """Format bytes in decimal units."""
     return _scaled(value, BYTES)
 
 
 def short(value: float) -> str:
-    """A large number with its SI letter: 1.2 M."""
+    """Format a large number with its SI letter: 1.2 M."""
     return _scaled(value, ("", "k", "M", "G", "T", "P", "E")).strip()
 
 
 def digits(value: float) -> str:
-    """Three significant digits: 6.57, 0.0123."""
+    """Format a number with three significant digits: 6.57, 0.0123."""
     return f"{value:.3g}"
 
 
 def duration(value: float) -> str:
-    """Seconds as at most two units."""
+    """Format seconds in at most two units."""
     if round(value, 1) < 60:
         return f"{value:.1f}{GAP}s"
     minutes, seconds = divmod(round(value), 60)
@@ -70,7 +70,7 @@ def duration(value: float) -> str:
 
 
 def moment(value: Any) -> str:
-    """An ISO time as a person writes it, in UTC; anything else as it is."""
+    """Format an ISO time for people, in UTC; any other value is returned as text."""
     try:
         when = datetime.fromisoformat(str(value))
     except ValueError:
@@ -80,7 +80,10 @@ def moment(value: Any) -> str:
 
 
 def _scaled(value: float, units: tuple[str, ...]) -> str:
-    step, most = 0, 999.5  # what would be rounded to 1000 gets the next unit; beyond the first there is one decimal
+    step, most = (
+        0,
+        999.5,
+    )  # a value that rounds to 1000 gets the next unit; from the second unit on there is one decimal
     while step + 1 < len(units) and abs(value) >= most:
         value /= 1000
         step, most = step + 1, 999.95
@@ -97,12 +100,12 @@ def is_number(value: Any) -> bool:
 
 
 def text(value: Any, kind: str) -> str:
-    """`value` in the format named `kind`; a dash where it is no number."""
+    """Format `value` in the format `kind`; a dash where it is not a number."""
     return FORMATS[kind](value) if is_number(value) else DASH
 
 
 def data(value: Any, kind: str) -> Markup:
-    """The same, with the exact value in a <data> element."""
+    """Format `value` like `text`, with the exact value in a <data> element."""
     if not is_number(value):
         return Markup('<span class="none" title="not measured">–</span>')
     return Markup('<data value="{}">{}</data>').format(value, FORMATS[kind](value))

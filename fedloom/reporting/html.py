@@ -1,7 +1,7 @@
-"""One page from run folders: numbers and charts put into template.html, which escapes everything that it is given.
+"""Write report pages from run folders: numbers and charts in template.html, which escapes all values.
 
-The page asks for nothing: style, script and drawings are inside, and its content-security policy forbids the rest. This
-file does not know how a run is made; it reads what loaded_run.py found.
+The page loads nothing: style, script and drawings are inside, and its content-security policy forbids the rest. This file
+does not know how a run works; it shows a LoadedRun (loaded_run.py).
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from fedloom.common.errors import UserError
 from fedloom.data.heterogeneity import difference
 from fedloom.reporting import charts, formats, matrix, svg
 from fedloom.reporting import differences as settings
-from fedloom.reporting.loaded_run import FILES, RunFolder, read_run
+from fedloom.reporting.loaded_run import FILES, LoadedRun, read_run
 
-#: The drawing's units for a desktop and for a phone; the stylesheet shows one of the two.
+#: Widths of a drawing for a desktop and for a phone; the stylesheet shows one of the two.
 WIDE, NARROW = 860, 352
 
 
-#: Rows shown of tables that grow with the number of clients; the text below the table says what was left out.
+#: The most rows of a table of clients; the text beside the table says how many are left out.
 MOST_ROWS = 200
 
 
-#: Numbers of hooks that are drawn; all are in events.jsonl.
+#: The most charts of hooks' numbers; all numbers are in events.jsonl.
 MOST_CHARTS = 24
 
 
@@ -42,17 +42,17 @@ Chart = svg.LineChart | svg.BarChart
 def write_report(run: Path) -> Path:
     """Build `run`/report.html from the files of the run folder; returns its path.
 
-    Missing files and unfinished runs give a page that says what is missing. Raises UserError where
-    `run` is no run folder.
+    The page of an unfinished run, or of one with missing files, says what is missing. Raises UserError where `run` is not
+    a run folder.
     """
     folder = read_run(run)
     return write_page(run / "report.html", "template.html", run_view(folder))
 
 
 def report_many(runs: list[Path], out: Path) -> Path:
-    """Put several runs side by side on one page `out` (a file, or a folder to put report.html into); returns its path.
+    """Write one page that compares several runs; returns its path. `out`: a file, or a folder for report.html.
 
-    Raises UserError where there are no runs, or one is no run folder.
+    Raises UserError where there are no runs, or one is not a run folder.
     """
     if not runs:
         raise UserError("no runs to report: name at least one run folder, such as `fedloom report runs/NAME`")
@@ -62,8 +62,8 @@ def report_many(runs: list[Path], out: Path) -> Path:
     return write_page(target, "many.html", many_view(folders))
 
 
-def run_view(run: RunFolder) -> dict[str, Any]:
-    """Everything that template.html shows of one run."""
+def run_view(run: LoadedRun) -> dict[str, Any]:
+    """Return all values that template.html shows of one run."""
     events, order, worst = run.events, run.client_names, run.worst_client("loss")
     split = matrix.build(run.split) if run.split.get("clients") else None
     clients = _clients(run)
@@ -74,21 +74,21 @@ def run_view(run: RunFolder) -> dict[str, Any]:
         "missing": [f"{name} {why}: {FILES[name]}" for name, why in run.missing.items()],
         "loss": figure(charts.evaluation_chart(events, "loss", worst, order), 380),
         "virtual": figure(charts.virtual_chart(events), 300),
-        "measured": _measured(run),
+        "measured": _count_measured(run),
         "training": figure(charts.training_chart(events, worst, order), 300),
         "score": figure(charts.evaluation_chart(events, "score", run.worst_client("score"), order), 340),
         "privacy": run.privacy,
         "spent": figure(charts.privacy_chart(events), 260),
-        "stopped": next(iter(run.of("run_stopped")), None),
+        "stopped": next(iter(run.events_of("run_stopped")), None),
         "hooks": [figure(chart, 220, wide=NARROW + 68) for chart in charts.hook_charts(events)[:MOST_CHARTS]],
         "bytes": figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
         "seconds": figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
         "split": split and {"caption": split.caption(), **_matrix(split)},
         "different": difference(run.split.get("heterogeneity")),
         "split_rows": _split_rows(run.split) if split and not split.thin else [],
-        "pooled": any(e["pooled"] for e in run.of("evaluation")),
-        "failures": run.of("client_failed"),
-        "updates": len(run.of("client_update")),
+        "pooled": any(e["pooled"] for e in run.events_of("evaluation")),
+        "failures": run.events_of("client_failed"),
+        "updates": len(run.events_of("client_update")),
         "ages": _ages(run),
         "clients": clients[:MOST_ROWS],
         "clients_left_out": max(0, (run.headline.get("clients") or len(clients)) - len(clients[:MOST_ROWS])),
@@ -97,10 +97,10 @@ def run_view(run: RunFolder) -> dict[str, Any]:
     }
 
 
-def many_view(runs: Mapping[str, RunFolder]) -> dict[str, Any]:
-    """Everything that many.html shows of several runs."""
+def many_view(runs: Mapping[str, LoadedRun]) -> dict[str, Any]:
+    """Return all values that many.html shows of several runs."""
     events = {name: run.events for name, run in runs.items()}
-    differs = settings.differing([settings.flat(run.recipe) for run in runs.values()])
+    differs = settings.find_differences([settings.flatten(run.recipe) for run in runs.values()])
     return {
         "title": f"{len(runs)} runs side by side" if len(runs) > 1 else next(iter(runs)),
         "runs": [(name, run, run.headline, f"c{i % charts.COLOURED}") for i, (name, run) in enumerate(runs.items())],
@@ -113,12 +113,12 @@ def many_view(runs: Mapping[str, RunFolder]) -> dict[str, Any]:
 
 
 def figure(chart: Chart | None, height: int, wide: int = WIDE) -> dict[str, Any] | None:
-    """A chart drawn twice, for a desktop and a phone, with its numbers as a table and its names for the legend."""
+    """Draw a chart twice, for a desktop and a phone, with its numbers as a table and its names for the legend."""
     if chart is None:
         return None
     names: list[tuple[str, str]]
     if isinstance(chart, svg.LineChart):
-        label = f"{chart.title}: {_spoken(chart)}"
+        label = f"{chart.title}: {_describe_line(chart)}"
         drawn = svg.line_chart(chart, wide, height, 150), svg.line_chart(chart, NARROW, min(height, 290))
         names = [(line.name, line.style) for line in chart.lines if line.style != "context"]
         names += [(band.name, f"band {band.style}") for band in chart.bands]
@@ -134,12 +134,12 @@ def figure(chart: Chart | None, height: int, wide: int = WIDE) -> dict[str, Any]
 
 
 def _context(chart: Chart) -> int:
-    """How many lines are drawn without a name."""
+    """Return how many lines are drawn without a name."""
     return sum(line.style == "context" for line in chart.lines) if isinstance(chart, svg.LineChart) else 0
 
 
-def _spoken(chart: svg.LineChart) -> str:
-    """What the first line does, for those who do not see it."""
+def _describe_line(chart: svg.LineChart) -> str:
+    """Describe the first line in words, for readers who cannot see it."""
     line = chart.lines[0]
     (first, before), (last, after) = line.points[0], line.points[-1]
     before_text, after_text = formats.text(before, chart.unit), formats.text(after, chart.unit)
@@ -152,17 +152,17 @@ def _matrix(table: matrix.Matrix) -> dict[str, Markup]:
 
 
 def _split_rows(split: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The split as table rows: each client's sets, and its categories largest first."""
+    """Return the split as table rows: the sizes of each client's sets, and its categories, largest first."""
     rows = []
     for client in split["clients"]:
-        held = sorted((client.get("categories") or {}).items(), key=lambda item: -item[1])
-        text = ", ".join(f"{name or '(no category)'} {number}" for name, number in held if number)
+        sizes = sorted((client.get("categories") or {}).items(), key=lambda item: -item[1])
+        text = ", ".join(f"{name or '(no category)'} {number}" for name, number in sizes if number)
         rows.append({**client, "text": text})
     return rows
 
 
-def _clients(run: RunFolder) -> list[dict[str, Any]]:
-    """The client table, worst final loss first where there are too many for one screen; else in the split's order."""
+def _clients(run: LoadedRun) -> list[dict[str, Any]]:
+    """Return the client table in the split's order; where it does not fit one screen, highest final loss first."""
     rows = [{"client": name, **values} for name, values in (run.headline.get("per_client") or {}).items()]
     sizes = {c["client"]: c for c in run.split.get("clients", [])}
     for row in rows:
@@ -173,29 +173,29 @@ def _clients(run: RunFolder) -> list[dict[str, Any]]:
     return rows
 
 
-def _ages(run: RunFolder) -> dict[str, Any] | None:
-    """Of an asynchronous run, how old its updates were and how long it took in virtual time."""
-    rounds = [e for e in run.of("round_finished") if "staleness" in e["metrics"]]
+def _ages(run: LoadedRun) -> dict[str, Any] | None:
+    """Return the ages of an asynchronous run's updates, and its virtual time; None for other runs."""
+    rounds = [e for e in run.events_of("round_finished") if "staleness" in e["metrics"]]
     if not rounds:
         return None
-    ages = [e["staleness"] for e in run.of("client_update")]
+    ages = [e["staleness"] for e in run.events_of("client_update")]
     virtual = rounds[-1]["metrics"].get("virtual_seconds")
     return {"mean": f"{sum(ages) / len(ages):.1f}", "oldest": max(ages), "virtual": virtual}
 
 
-def _measured(run: RunFolder) -> int:
-    """How many clients the last evaluation measured."""
-    last = next(iter(reversed(run.of("evaluation"))), None)
+def _count_measured(run: LoadedRun) -> int:
+    """Return how many clients the last evaluation measured."""
+    last = next(iter(reversed(run.events_of("evaluation"))), None)
     return 0 if last is None else (last.get("spread") or {}).get("clients") or len(last["clients"])
 
 
-def _strip(run: RunFolder) -> list[tuple[str, int, str]]:
-    """Client, training examples and colour, for the strip above the title."""
+def _strip(run: LoadedRun) -> list[tuple[str, int, str]]:
+    """Return (client, training examples, colour) for the strip above the title."""
     return [(c["client"], c["train"], f"c{i}") for i, c in enumerate(run.split["clients"]) if c["train"]]
 
 
 def run_names(runs: Sequence[Path]) -> list[str]:
-    """A name for each run: its folder's, with as many parents as tell two of the same name apart."""
+    """Name each run by its folder, with as many parent folders as make the names unique."""
     paths = [run.resolve() for run in runs]
     if len(set(paths)) < len(paths):
         twice = next(str(run) for run, path in zip(runs, paths, strict=True) if paths.count(path) > 1)
@@ -207,7 +207,7 @@ def run_names(runs: Sequence[Path]) -> list[str]:
 
 
 def _difference(pair: Any, kind: str) -> Markup:
-    """After − before of a {"before", "after"} mapping, as the format `kind`."""
+    """Format after − before of a {"before", "after"} mapping as `kind`."""
     pair = pair if isinstance(pair, Mapping) else {}
     before, after = pair.get("before"), pair.get("after")
     known = formats.is_number(before) and formats.is_number(after)
@@ -256,7 +256,7 @@ def write_page(path: Path, template: str, view: Mapping[str, Any]) -> Path:
 
 
 def _write(path: Path, page: str) -> Path:
-    """Write whole or not at all: a reader never sees half a page."""
+    """Write the page atomically: a reader never sees half of it."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, path)

@@ -1,7 +1,7 @@
-"""A run folder as the report sees it: whatever files are there, read once, and a sentence for each that is not.
+"""Read a run folder for a report: the files that exist, and a message for each missing one.
 
-A finished run has a summary; from an interrupted one, the events say how far it came, and `headline` takes the numbers
-from there in the summary's shape. This file does not know how any of it is shown.
+A finished run has a summary. For an interrupted run, `headline` computes the same keys from its events. This file does
+not know how a page shows them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedloom.common.errors import UserError
 from fedloom.common.yaml import load_yaml
 from fedloom.federation.record.events import read_events
 
-#: Files of a run folder → what is not shown without them.
+#: Files of a run folder → the parts of a report that need them.
 FILES = {
     "recipe.yaml": "the recipe",
     "events.jsonl": "the curves, the rounds and the failures",
@@ -29,11 +29,11 @@ FILES = {
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """What was found.
+class LoadedRun:
+    """The content of a run folder.
 
     Attributes:
-        recipe: the resolved recipe; `recipe_text` as it stands in the file.
+        recipe: the resolved recipe; `recipe_text` is the file's text.
         events: in order, each finished round once.
         summary, split, answers: the JSON files, empty where they are missing.
         missing: file → why it could not be read.
@@ -48,8 +48,8 @@ class RunFolder:
     answers: dict[str, Any]
     missing: dict[str, str]
 
-    def of(self, event: str) -> list[dict[str, Any]]:
-        """The events of one kind, in order."""
+    def events_of(self, event: str) -> list[dict[str, Any]]:
+        """Return the events of one kind, in order."""
         return [e for e in self.events if e["event"] == event]
 
     @property
@@ -58,18 +58,18 @@ class RunFolder:
 
     @property
     def rounds_done(self) -> int:
-        return max((e["round"] for e in self.of("round_finished")), default=0)
+        return max((e["round"] for e in self.events_of("round_finished")), default=0)
 
     @cached_property
     def headline(self) -> dict[str, Any]:
-        """summary.json, or what the events and the recipe say of it so far, in the same shape."""
-        return self.summary or self._so_far()
+        """summary.json; of an unfinished run, the same keys computed from its events and recipe."""
+        return self.summary or self._partial_summary()
 
     @property
     def privacy(self) -> dict[str, Any]:
-        """What is promised; of an unfinished run what its recipe and last round say. Empty where nothing is."""
+        """The privacy guarantee; of an unfinished run, its settings and the last round's ε. Empty without privacy."""
         settings = self.recipe.get("privacy") or {}
-        rounds = self.of("round_finished")
+        rounds = self.events_of("round_finished")
         spent = rounds[-1]["metrics"] if rounds and settings else {}
         return {**settings, **spent, **(self.headline.get("privacy") or {})}
 
@@ -79,21 +79,21 @@ class RunFolder:
 
     @property
     def client_names(self) -> list[str]:
-        """All clients, in the order that tables show: the split's, or that of the first evaluation."""
+        """All clients in table order: the split's, or that of the first evaluation."""
         if self.split.get("clients"):
             return [client["client"] for client in self.split["clients"]]
-        evaluations = self.of("evaluation")
+        evaluations = self.events_of("evaluation")
         return list(evaluations[0]["clients"]) if evaluations else []
 
     def worst_client(self, key: str) -> str | None:
-        """The client whose `key` (loss or score) ended worst, as the summary or the last evaluation says."""
+        """Return the client with the worst final `key` (loss or score), by the summary or the last evaluation."""
         named = (self.headline.get(key) or {}).get("worst_client") or {}
         return named.get("client")
 
-    def _so_far(self) -> dict[str, Any]:
-        started = (self.of("run_started") or [{}])[0]
-        updates = self.of("client_update")
-        evaluations = self.of("evaluation")
+    def _partial_summary(self) -> dict[str, Any]:
+        started = (self.events_of("run_started") or [{}])[0]
+        updates = self.events_of("client_update")
+        evaluations = self.events_of("evaluation")
         clients = started.get("clients")
         recipe = self.recipe
         return {
@@ -108,7 +108,7 @@ class RunFolder:
             "seed": recipe.get("seed"),
             "score": _before_after(evaluations, "score"),
             "loss": _before_after(evaluations, "loss"),
-            "failures": len(self.of("client_failed")),
+            "failures": len(self.events_of("client_failed")),
             "skipped_steps": sum(e["skipped_steps"] for e in updates),
             "cost": {
                 "upload_bytes": sum(e["upload_bytes"] for e in updates),
@@ -120,8 +120,8 @@ class RunFolder:
         }
 
 
-def read_run(path: Path) -> RunFolder:
-    """The run folder at `path`. Raises UserError where there is none, or none of a run's files is in it."""
+def read_run(path: Path) -> LoadedRun:
+    """Read the run folder at `path`. Raises UserError where there is none, or where it has none of a run's files."""
     if not path.is_dir():
         raise UserError(f"there is no run folder {path}: give a folder that `fedloom run` wrote, such as runs/NAME")
     if not any((path / name).is_file() for name in ("recipe.yaml", "events.jsonl", "summary.json")):
@@ -131,7 +131,7 @@ def read_run(path: Path) -> RunFolder:
         )
     missing: dict[str, str] = {}
     text = _read(path, "recipe.yaml", missing)
-    return RunFolder(
+    return LoadedRun(
         path=path,
         recipe=_parsed(text, "recipe.yaml", missing),
         recipe_text=text,
@@ -155,7 +155,7 @@ def _read(path: Path, name: str, missing: dict[str, str]) -> str:
 
 
 def _parsed(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
-    """The mapping in `text`; an empty one, and a note, where it cannot be read."""
+    """Parse the mapping in `text`. Where that fails, return an empty one and note the file in `missing`."""
     if not text.strip():
         return {}
     try:
@@ -169,7 +169,7 @@ def _parsed(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
 
 
 def _before_after(evaluations: list[dict[str, Any]], key: str) -> dict[str, Any]:
-    """First and last evaluation, for all and for the client that ended worst (highest loss, lowest score)."""
+    """Return the first and the last value of `key`, over all clients and for the worst one (highest loss, lowest score)."""
     if not evaluations:
         return {"before": None, "after": None, "worst_client": None}
     first, last = evaluations[0], evaluations[-1]

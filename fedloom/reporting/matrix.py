@@ -1,8 +1,8 @@
-"""Clients × categories as a matrix: how skewed the split is, in one look, for three clients or ten thousand.
+"""Draw clients × categories as a matrix that shows how skewed a split is, for three clients or ten thousand.
 
-Up to `MOST_ROWS` clients each get a labelled row with counts. More are drawn as thin rows sorted by their largest
-category, each cell the category's share of that client; past `MOST_THIN` neighbours in that order are averaged. This
-file does not know how the split was made.
+Up to `MOST_ROWS` clients each get a labelled row with counts. More are thin rows, sorted by their largest category, and a
+cell is the category's share of that client. With more than `MOST_THIN` clients, neighbouring rows are averaged. This file
+does not know how the split was made.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ MOST_COLUMNS = 24
 
 @dataclass(frozen=True)
 class Matrix:
-    """What is drawn.
+    """The matrix to draw.
 
     Attributes:
         rows: client names, or empty strings where rows are thin.
         columns: category names, the last one "other (n)" where there are more than `MOST_COLUMNS`.
         cells: [rows, columns]; examples, or shares of a client's examples where rows are thin.
-        sizes: [rows]; examples of each row's client (the mean where rows stand for several).
+        sizes: [rows]; examples of each row's client (the mean where a row is several clients).
         thin: whether rows are unlabelled.
         clients: how many clients there are.
     """
@@ -44,7 +44,7 @@ class Matrix:
     clients: int
 
     def caption(self) -> str:
-        """One sentence on how to read it."""
+        """Return one sentence on how to read the matrix."""
         if not self.thin:
             return "Each row is a client, each column a category; a cell is the number of that client's examples."
         rows = "Each thin row is a client" if len(self.rows) == self.clients else (
@@ -56,7 +56,7 @@ class Matrix:
 
 
 def build(split: Mapping[str, Any]) -> Matrix:
-    """The matrix of a split.json."""
+    """Build the matrix of a split.json."""
     clients: Sequence[Mapping[str, Any]] = split["clients"]
     columns, counts = _columns(split, clients)
     names = tuple(str(client["client"]) for client in clients)
@@ -76,7 +76,7 @@ def build(split: Mapping[str, Any]) -> Matrix:
 def _columns(
     split: Mapping[str, Any], clients: Sequence[Mapping[str, Any]]
 ) -> tuple[tuple[str, ...], list[tuple[float, ...]]]:
-    """Category names and, for each client, its counts in their order; the smallest categories become one."""
+    """Return the category names, and each client's counts in their order. The smallest categories become one."""
     totals: dict[str, int] = dict.fromkeys(split.get("categories") or (), 0)
     for client in clients:
         for category, number in (client.get("categories") or {}).items():
@@ -88,9 +88,9 @@ def _columns(
     rest = [c for c in totals if c not in kept]
     counts = []
     for client in clients:
-        held = client.get("categories") or {}
-        row = [float(held.get(c, 0)) for c in kept]
-        counts.append(tuple([*row, float(sum(held.get(c, 0) for c in rest))] if rest else row))
+        own = client.get("categories") or {}
+        row = [float(own.get(c, 0)) for c in kept]
+        counts.append(tuple([*row, float(sum(own.get(c, 0) for c in rest))] if rest else row))
     names = [c or "(no category)" for c in kept] + ([f"other ({len(rest)})"] if rest else [])
     return tuple(names), counts
 
@@ -106,7 +106,7 @@ def _mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Where the matrix's parts stand in a drawing of `width` units."""
+    """Positions of the matrix's parts in a drawing of `width` units."""
 
     width: int
     left: int
@@ -139,7 +139,7 @@ def _cut(name: str, most: int = 22) -> str:
 
 
 def draw(matrix: Matrix, width: int, title: str, style: str = "") -> Markup:
-    """The matrix as an <svg>. `style` is CSS to put inside, for a picture that stands on its own."""
+    """Draw the matrix as an <svg>. `style`: CSS to include, for a picture outside of a report."""
     grid = _grid(matrix, width)
     height = grid.top + grid.row * len(matrix.rows) + 8
     parts = [_headings(matrix, grid)]

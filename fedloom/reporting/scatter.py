@@ -1,4 +1,4 @@
-"""A cloud of named points over a logarithmic axis, as inline SVG: what something costs, and what it gives."""
+"""Draw a scatter plot of named points over a logarithmic axis, as inline SVG: cost against quality."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from markupsafe import Markup
 from fedloom.reporting import formats
 from fedloom.reporting.svg import Frame, nice_ticks, tick_labels
 
-#: Of a point, in pixels.
+#: The radius of a point, in pixels.
 RADIUS = 4.5
 
 
 @dataclass(frozen=True)
 class Point:
-    """`style` is a class of charts.css, c0 … c8; `group` is what the colour stands for."""
+    """A named point. `style`: a class of charts.css, c0 … c8; `group`: the colour's meaning."""
 
     name: str
     x: float
@@ -28,7 +28,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scatter:
-    """What is drawn; the units name formats (formats.text). Points with x ≤ 0 stand at the left edge."""
+    """The plot to draw. The units are names of formats (formats.text). Points with x ≤ 0 are at the left edge."""
 
     title: str
     x_title: str
@@ -38,7 +38,7 @@ class Scatter:
 
 
 def draw(chart: Scatter, width: int, height: int) -> Markup:
-    """The drawing. Names stand beside their points where there is room, and in each point's tooltip always."""
+    """Draw the plot. A point's name is beside it where there is room, and always in its tooltip."""
     positive = [p.x for p in chart.points if p.x > 0] or [1.0]
     low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
     high += high == low
@@ -48,13 +48,13 @@ def draw(chart: Scatter, width: int, height: int) -> Markup:
     parts = [_axes(frame, chart)]
     points = sorted(chart.points, key=lambda p: (p.y, p.x, p.name))
     places = [frame.at(math.log10(p.x) if p.x > 0 else low, p.y) for p in points]
-    taken = [(x - RADIUS, x + RADIUS, y) for x, y in places]  # a name over another's point would pass for its own
+    taken = [(x - RADIUS, x + RADIUS, y) for x, y in places]  # a name must not cover another point
     for point, (x, y) in zip(points, places, strict=True):
-        told = f"{point.name}: {formats.text(point.y, chart.y_unit)}, {formats.text(point.x, chart.x_unit)}"
+        tooltip = f"{point.name}: {formats.text(point.y, chart.y_unit)}, {formats.text(point.x, chart.x_unit)}"
         parts.append(
             Markup(
                 '<g class="series {}"><circle cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>{}</g>'
-            ).format(point.style, x, y, RADIUS, told, _name(frame, point.name, x, y, taken))
+            ).format(point.style, x, y, RADIUS, tooltip, _name(frame, point.name, x, y, taken))
         )
     return Markup('<svg class="chart scatter" role="img" aria-label="{}" viewBox="0 0 {} {}">{}</svg>').format(
         chart.title, width, height, Markup("").join(parts)
@@ -89,7 +89,7 @@ def _axes(frame: Frame, chart: Scatter) -> Markup:
 
 
 def _name(frame: Frame, name: str, x: float, y: float, taken: list[tuple[float, float, float]]) -> Markup:
-    """The name right or left of its point, none where another name or point is there already."""
+    """Draw the name right or left of its point; nothing where other names or points are on both sides."""
     width = 6.6 * len(name)
     sides: Sequence[tuple[float, str]] = ((x + 8, "start"), (x - 8 - width, "end"))
     for left, anchor in sides:

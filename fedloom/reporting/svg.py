@@ -1,7 +1,7 @@
-"""Lines, bars and a matrix as inline SVG: the few shapes a run needs, drawn from plain numbers.
+"""Draw line charts and bar charts as inline SVG from plain numbers.
 
-Every drawing carries its own numbers (`data-values`), which the page's script reads for the readout under the pointer
-and which a test compares with the events. Colours are classes from charts.css. This file does not know what a run is.
+Every drawing contains its own numbers (`data-values`). The page's script shows them under the pointer, and a test
+compares them with the events. Colours are classes from charts.css. This file does not know what a run is.
 """
 
 from __future__ import annotations
@@ -39,7 +39,13 @@ class Band:
 
 @dataclass(frozen=True)
 class LineChart:
-    """What is drawn; `unit` names a format. `zero` makes the axis start at 0, `across` says what it counts."""
+    """The lines and bands to draw.
+
+    Attributes:
+        unit: of the values, a name in `formats.FORMATS`.
+        zero: start the vertical axis at 0.
+        across: the title of the horizontal axis.
+    """
 
     title: str
     unit: str
@@ -58,7 +64,7 @@ class LineChart:
         return sorted({x for line in self.lines for x, _ in line.points})
 
     def rows(self) -> list[tuple[str, list[float | None]]]:
-        """The chart as a table: a row for each line and band edge, a column for each of `rounds`."""
+        """Return the chart as a table: a row for each line and band edge, a column for each of `rounds`."""
         named = [(line.name, line.points) for line in self.lines]
         for band in self.bands:
             low, high = band.name.split(" to ")
@@ -68,7 +74,7 @@ class LineChart:
 
 @dataclass(frozen=True)
 class BarChart:
-    """Bars over rounds, stacked: `stacks` are (name, round → value, style)."""
+    """Stacked bars over rounds: `stacks` are (name, round → value, style)."""
 
     title: str
     unit: str
@@ -84,7 +90,7 @@ class BarChart:
 
 @dataclass(frozen=True)
 class Frame:
-    """Maps rounds and values to the drawing's units. `labels` is the room kept on the right for names."""
+    """Maps rounds and values to the drawing's units. `labels` is the space on the right for names."""
 
     width: int
     height: int
@@ -111,8 +117,8 @@ class Frame:
 
 
 def nice_ticks(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
-    """Round values that cover low … high, about `wanted` of them."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):  # the same, rounding aside: one client's loss and the mean of one
+    """Return about `wanted` round values that cover low … high."""
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # equal up to rounding: one client's loss and the mean over it
         high = low + (abs(low) or 1.0)
     raw = (high - low) / wanted
     power = 10.0 ** math.floor(math.log10(raw))
@@ -122,7 +128,7 @@ def nice_ticks(low: float, high: float, wanted: int = 5) -> tuple[float, ...]:
 
 
 def round_ticks(rounds: Sequence[int], wanted: int) -> list[int]:
-    """Whole rounds to write under the axis."""
+    """Return the rounds to write under the axis."""
     low, high = min(rounds), max(rounds)
     step = max(1, math.ceil((high - low) / wanted))
     step = next((s for s in (1, 2, 5, 10, 20, 25, 50, 100, 200, 250, 500) if s >= step), step)
@@ -130,7 +136,7 @@ def round_ticks(rounds: Sequence[int], wanted: int) -> list[int]:
 
 
 def tick_labels(ticks: Sequence[float], unit: str) -> list[str]:
-    """The ticks' texts, all with as many decimals as the step between them needs, bytes and time in the top's unit."""
+    """Format ticks with as many decimals as their step needs. Bytes and time are in the largest tick's unit."""
     if unit == "size":
         power = max(0, min(5, int(math.log10(max(ticks[-1], 1.0)) // 3)))
         scale, suffix = 1000.0**power, " " + formats.BYTES[power]
@@ -173,7 +179,7 @@ def _path(frame: Frame, points: Points) -> str:
 
 
 def line_chart(chart: LineChart, width: int, height: int, label_room: int = 0) -> Markup:
-    """The chart as an <svg> of width × height units; with `label_room` each line's name stands at its end."""
+    """Draw the chart as an <svg> of width × height units. With `label_room` each line's name is at its end."""
     values, rounds = chart.values, chart.rounds
     ticks = nice_ticks(0.0 if chart.zero else min(values), max(values))
     last = max(*rounds, min(rounds) + 1)
@@ -201,7 +207,7 @@ def line_chart(chart: LineChart, width: int, height: int, label_room: int = 0) -
 
 
 def _end_labels(frame: Frame, lines: Sequence[Line]) -> Markup:
-    """Names at the lines' ends, moved apart where they would overlap."""
+    """Draw names at the lines' ends, moved apart where they would overlap."""
     gap = 16.0
     ends = sorted((frame.at(*line.points[-1])[1], i) for i, line in enumerate(lines) if line.style != "context")
     places: list[float] = []
@@ -227,7 +233,7 @@ def _end_labels(frame: Frame, lines: Sequence[Line]) -> Markup:
 
 
 def bar_chart(chart: BarChart, width: int, height: int) -> Markup:
-    """Stacked bars as an <svg>; the axis starts at 0."""
+    """Draw stacked bars as an <svg>; the vertical axis starts at 0."""
     rounds = chart.rounds
     totals = [sum(values.get(x, 0.0) for _, values, _ in chart.stacks) for x in rounds]
     ticks = nice_ticks(0.0, max(totals) or 1.0, 4)

@@ -1,4 +1,4 @@
-"""How a result is loaded by those who have no fedloom, as Python for its model card. Tests run what is written here."""
+"""Write the model card's Python code that loads a result without fedloom. Tests run this code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _QUESTION = "Name three animals."
 
 
 def usage(folder: Path, form: str, hub: str | None, recipe: Recipe) -> str:
-    """A few lines of Python that load the result and ask it something, in the form that it was trained on.
+    """Return a few lines of Python that load the result and generate an answer, with the prompt format of training.
 
     Args:
-        folder: where the result lies.
+        folder: of the result.
         form: peft, merged or gguf.
         hub: the base model's id on the hub; None where it is a folder.
     """
@@ -24,9 +24,9 @@ def usage(folder: Path, form: str, hub: str | None, recipe: Recipe) -> str:
         return _of_gguf(next(folder.glob("*.gguf")).name, recipe)
     if (folder / "base_delta.safetensors").is_file():
         return (
-            "Weights of the base changed too, by what lies in `base_delta.safetensors`: peft alone would load another "
-            "model. `fedloom export RUN --format merged` writes one that transformers loads, and `fedloom evaluate` takes "
-            "the run as it is."
+            "Training changed weights of the base too; `base_delta.safetensors` has the changes. Therefore "
+            "peft alone would load another model. `fedloom export RUN --format merged` writes a model that transformers "
+            "loads, and `fedloom evaluate` evaluates the run as it is."
         )
     where = hub or PurePath(recipe.model.name).name
     lines = ["from peft import PeftModel"] if form == "peft" else []
@@ -47,8 +47,8 @@ def usage(folder: Path, form: str, hub: str | None, recipe: Recipe) -> str:
         ]
     lines += _prompt(recipe)
     lines += [
-        "made = model.generate(**asked, max_new_tokens=64, do_sample=False)",
-        'print(tokenizer.decode(made[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))',
+        "output = model.generate(**inputs, max_new_tokens=64, do_sample=False)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
     ]
     return "```python\n" + "\n".join(lines) + "\n```"
 
@@ -59,7 +59,7 @@ def _messages(recipe: Recipe) -> str:
 
 
 def _plain_prompt(recipe: Recipe) -> str | None:
-    """The text that the model was trained to answer; None where the tokenizer's chat template writes it."""
+    """Return the prompt's text in the format of training; None where the tokenizer's chat template writes it."""
     if recipe.data.template == "chat":
         return None
     return Template(None, recipe.data.template).prompt_text(Example(_QUESTION, "", ""))  # type: ignore[arg-type]
@@ -69,12 +69,12 @@ def _prompt(recipe: Recipe) -> list[str]:
     text = _plain_prompt(recipe)
     if text is not None:
         return [
-            f"prompt = {json.dumps(text)}  # the form that it was trained on",
-            'asked = tokenizer(prompt, return_tensors="pt")',
+            f"prompt = {json.dumps(text)}  # the prompt format of training",
+            'inputs = tokenizer(prompt, return_tensors="pt")',
         ]
     return [
         f"messages = {_messages(recipe)}",
-        "asked = tokenizer.apply_chat_template(",
+        "inputs = tokenizer.apply_chat_template(",
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
         ")",
     ]
@@ -84,16 +84,16 @@ def _of_gguf(file: str, recipe: Recipe) -> str:
     text = _plain_prompt(recipe)
     if text is None:
         body = f'{{"messages": {_messages(recipe)}, "max_tokens": 64, "temperature": 0}}'
-        asked = f"answer = server.handle_chat_completions({body})"
-        said = 'print(answer["choices"][0]["message"]["content"])'
+        request = f"answer = server.handle_chat_completions({body})"
+        show = 'print(answer["choices"][0]["message"]["content"])'
     else:
-        asked = (
+        request = (
             f'answer = server.handle_completions({{"prompt": {json.dumps(text)}, "max_tokens": 64, "temperature": 0}})'
         )
-        said = 'print(answer["choices"][0]["text"])'
+        show = 'print(answer["choices"][0]["text"])'
     return (
-        f"Whatever is built on llama.cpp loads `{file}`. From Python (`pip install xllamacpp`):\n\n```python\n"
+        f"Every program that uses llama.cpp loads `{file}`. From Python (`pip install xllamacpp`):\n\n```python\n"
         "import xllamacpp\n\n"
         f'params = xllamacpp.CommonParams()\nparams.model.path = "{file}"\n'
-        f"server = xllamacpp.Server(params)\n{asked}\n{said}\n```"
+        f"server = xllamacpp.Server(params)\n{request}\n{show}\n```"
     )

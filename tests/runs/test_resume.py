@@ -186,7 +186,7 @@ def test_ctrl_c_ends_with_130_and_can_be_resumed(cli, undisturbed, tmp_path):
     setup = KILL_AT_EVENT.format(event="client_update").replace("SIGKILL", "SIGINT")
     done = cli("run", recipe, "--out", "run", setup=setup)
     assert done.code == 130
-    assert done.sentence == "interrupted; finished rounds are kept, go on with --resume"
+    assert done.sentence == "interrupted; finished rounds are kept, continue with --resume"
     assert cli("run", recipe, "--out", "run", "--resume").code == 0
     assert_whole(tmp_path / "run", 3, expected)
 

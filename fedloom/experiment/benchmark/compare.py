@@ -90,13 +90,13 @@ def leaderboard(paths: Sequence[Path]) -> Leaderboard:
     made = {entry.name: as_row({"run": entry.name}, entry.numbers, entry.chosen, entry.trouble) for entry in entries}
     scored = all(made[entry.name].means["score"] is not None for entry in finished)
     ranked_by = "score" if scored else "loss"
-    apart = [key for key in settings.differing([e.recipe for e in finished]) if _is_ground(key, scored)]
+    apart = [key for key in settings.find_differences([e.recipe for e in finished]) if _is_ground(key, scored)]
     order = _ordered(finished, made, apart, ranked_by)
     left = [(entry, "–") for entry in entries if not entry.numbers]
     ranked = [*order, *left]
     return Leaderboard(
         rows=[replace(made[e.name], place={"rank": rank, "run": e.name}) for e, rank in ranked],
-        differs=settings.differing([entry.recipe for entry, _ in ranked]),
+        differs=settings.find_differences([entry.recipe for entry, _ in ranked]),
         sentence=_sentence(apart),
         ranked_by=ranked_by,
         events={entry.name: entry.events for entry in finished if entry.events is not None},
@@ -156,7 +156,7 @@ def _run(path: Path, name: str) -> Entry:
             f"the run {path} is not finished (round {run.rounds_done}{of}): finish it with `fedloom run {path} --resume`"
         )
     events = path / "events.jsonl"
-    return Entry(name, [numbers], settings.flat(run.recipe), events if events.is_file() else None)
+    return Entry(name, [numbers], settings.flatten(run.recipe), events if events.is_file() else None)
 
 
 def _cells(path: Path, prefix: str) -> Iterator[Entry]:
@@ -174,7 +174,7 @@ def _cells(path: Path, prefix: str) -> Iterator[Entry]:
             yield Entry(f"{prefix}{cell.name}", trouble=found.trouble)
             continue
         folders = [path / "cells" / cell.name / str(seed) for seed in found.measured]
-        recipe = settings.flat(read_run(folders[0]).recipe)
+        recipe = settings.flatten(read_run(folders[0]).recipe)
         recipe["seed"] = recipe["seed"] if len(folders) == 1 else list(found.measured)
         yield Entry(
             f"{prefix}{cell.name}",

@@ -99,7 +99,7 @@ def write_leaderboard(board: Leaderboard, out: Path) -> Path:
             else [],
             "unusual": []
             if side_by_side
-            else list(zip(names, map(settings.line, settings.unusual(board.differs)), strict=False)),
+            else list(zip(names, map(settings.line, settings.find_unusual(board.differs)), strict=False)),
             "run": None,
         },
     )

@@ -123,7 +123,7 @@ def test_what_may_not_be_compared_is_said_and_ranked_apart(made):
 
 def test_of_many_runs_each_says_what_is_its_own():
     recipes = [{"a": 2, "b": [1]}, {"a": 1, "b": [1]}, {"a": 1, "b": [1], "c": True}, {"a": 1, "b": [{"x": 1}]}]
-    told = settings.unusual(settings.differing(recipes))
+    told = settings.find_unusual(settings.find_differences(recipes))
     assert [settings.line(values) for values in told] == ["a=2", "", "c=true", 'b=[{"x": 1}]']
 
 
