@@ -1,4 +1,4 @@
-"""The algorithms, one file each, and what an algorithm of your own is made of (docs/extending.md)."""
+"""The algorithms, one file each, and the interface for your own algorithm (docs/extending.md)."""
 
 from __future__ import annotations
 

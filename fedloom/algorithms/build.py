@@ -1,6 +1,6 @@
-"""A recipe's algorithm, made in the same way on both sides: the one behind its name, wrapped where privacy is asked for.
+"""Build a recipe's algorithm, the same way on both sides: look it up by name, and wrap it if the recipe has privacy.
 
-Whatever cannot be private is refused here, before any work. This file makes halves; it does not run them.
+An algorithm that cannot be private is rejected here, before any work. This file builds halves; it does not run them.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from fedloom.recipe.recipe import Recipe
 
 
 def make(recipe: Recipe) -> Algorithm:
-    """A half of the recipe's algorithm. Raises UserError for an unknown name or option, or one that cannot be private."""
+    """Build a half of the algorithm. Raises UserError for an unknown name or option, or if it cannot be private."""
     name = recipe.algorithm.name
     cls = registry.algorithms.get(name)
     inner: Algorithm = cls(options_of(cls, recipe), recipe.seed, recipe.adapter)
@@ -25,7 +25,7 @@ def make(recipe: Recipe) -> Algorithm:
     accounting.library()
     if not can_be_private(name):
         raise UserError(not_private(name))
-    # Before the split is known there is no expected number: what is made then is only looked at.
+    # Before the split there is no population: an instance built then is only inspected.
     return Private(inner, privacy, recipe.federation.sampled(privacy.population or 1))
 
 
@@ -35,13 +35,13 @@ def options_of(cls: type[Algorithm], recipe: Recipe) -> AlgorithmOptions:
 
 
 def can_be_private(name: str) -> bool:
-    """Whether an algorithm is a plain sum over clients, so that what is spent can be counted."""
+    """Whether an algorithm is a plain sum over clients, so that the privacy spent can be computed."""
     properties = registry.algorithms.get(name).properties
     return bool(properties.linear_sum and not properties.pooled)
 
 
 def not_private(name: str) -> str:
-    """The sentence for one that is not."""
+    """Return the error message for an algorithm that cannot be private."""
     able = ", ".join(n for n in registry.algorithms.names() if can_be_private(n))
     return (
         f"privacy needs an algorithm that is a plain sum over clients, which {name} is not: use one of {able}, or set "

@@ -1,9 +1,9 @@
-"""What algorithms that know LoRA's two factors have in common: names, scales, ranks, and rounds held in memory.
+"""What algorithms on LoRA's two factors have in common: names, scales, ranks, and rounds kept in memory.
 
 ΔW = s·B·A with A [r, in], B [out, r] and one scale s for all clients, whatever their rank (`adapter.alpha` over
-`adapter.rank`). A client of rank r_k is sent the leading r_k rows of A and columns of B, and sends as many back: that is
-its traffic. In the live buffer, which has rank r_max, the rest is zero; a zero row of A with a zero column of B has no
-gradient, so it stays zero. An algorithm that takes one rank only sees whole tensors everywhere.
+`adapter.rank`). A client of rank r_k receives the leading r_k rows of A and columns of B, and sends as many back. In
+the live buffer, which has rank r_max, the rest is zero. A zero row of A with a zero column of B has no gradient, so it
+stays zero. An algorithm without mixed ranks sees whole tensors everywhere.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class LoRAAlgorithm(base.Algorithm):
         foreign = [n for n in names if n not in plain]
         if foreign:
             raise UserError(
-                f"this algorithm works on LoRA's two factors and the adapter also trains {foreign[0]}: "
+                f"this algorithm works on LoRA's two factors, but the adapter also trains {foreign[0]}: "
                 "use plain LoRA on linear layers, or an algorithm that averages any adapter, such as fedavg"
             )
         return model
@@ -78,7 +78,7 @@ class LoRAAlgorithm(base.Algorithm):
         return Payload(of_rank(self.model.adapter.tensors(), self.rank_of(self.client)))
 
     def layout_for(self, client: str) -> Layout:
-        """What an update of `client` must hold."""
+        """Return names and shapes that an update of `client` must have."""
         return at_rank(self.shared.layout, self.rank_of(client))
 
     def update_layout(self) -> Layout | None:
@@ -91,7 +91,7 @@ class LoRAAlgorithm(base.Algorithm):
     # ------------------------------------------------------------------ arithmetic
 
     def product(self, tensors: Tensors, pair: Pair) -> LowRank:
-        """s·B·A of one module, in float64."""
+        """Return s·B·A of one module, in float64."""
         return LowRank(self.scales[pair.weight] * tensors[pair.b].double().cpu(), tensors[pair.a].double().cpu())
 
     def products(self, tensors: Tensors) -> dict[str, LowRank]:
@@ -99,33 +99,33 @@ class LoRAAlgorithm(base.Algorithm):
         return {p.weight: self.product(tensors, p) for p in self.pairs}
 
     def held(self, updates: Iterable[Update]) -> Held:
-        """All of a round's updates in memory, for rules that are no sum of what is sent."""
+        """Collect all updates of a round in memory, for rules that are not a sum of what is sent."""
         listed = sorted(updates, key=lambda u: u.client)  # so that the order of listing cannot matter
         weights = [self.options.weight(u) for u in listed]
         return Held([w / sum(weights) for w in weights], [u.payload.tensors for u in listed], weights)
 
     def exact(self, held: Held) -> dict[str, LowRank]:
-        """Base weight → Σ p_k ΔW_k, what an exact rule would give."""
+        """Base weight → Σ p_k ΔW_k, the result of an exact rule."""
         return {p.weight: self.total(held, p) for p in self.pairs}
 
     def total(self, held: Held, pair: Pair) -> LowRank:
-        """Σ p_k s·B_k·A_k of one module, as stacks."""
+        """Return Σ p_k s·B_k·A_k of one module, as stacked factors."""
         products = [self.product(t, pair) for t in held.tensors]
         return LowRank.total((p, low.b, low.a) for p, low in zip(held.shares, products, strict=True))
 
     def gap(self, held: Held) -> float:
-        """‖Σ p_k ΔW_k − s·B·A‖ / ‖Σ p_k ΔW_k‖ for the shared B, A: how far the round's rule is from exact."""
+        """‖Σ p_k ΔW_k − s·B·A‖ / ‖Σ p_k ΔW_k‖ for the shared B, A: how inexact this round is."""
         return relative_gap(self.products(self.shared.tensors()), self.exact(held))
 
 
 @dataclass
 class Held:
-    """One round's updates in order of the clients' names.
+    """One round's updates, in the order of the clients' names.
 
     Attributes:
-        shares: p_k, adding up to 1.
-        tensors: what each sent.
-        weights: the whole numbers that the shares come from.
+        shares: p_k, with sum 1.
+        tensors: what each client sent.
+        weights: the whole numbers that the shares are computed from.
     """
 
     shares: Sequence[float]
@@ -133,7 +133,7 @@ class Held:
     weights: Sequence[int]
 
     def mean(self, layout: Layout, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """Σ p_k x_k of every tensor of `layout`, which each update must hold."""
+        """Return Σ p_k x_k of every tensor of `layout`; each update must have all of them."""
         mean = WeightedMean(layout)
         for tensors, weight in zip(self.tensors, self.weights, strict=True):
             mean.add(tensors, weight)
@@ -147,12 +147,12 @@ def _cut(name: str, tensor: torch.Tensor, rank: int) -> torch.Tensor:
 
 
 def of_rank(tensors: Tensors, rank: int) -> dict[str, torch.Tensor]:
-    """The leading `rank` rows of every A and columns of every B."""
+    """Return the leading `rank` rows of every A and columns of every B."""
     return {n: _cut(n, t, rank) for n, t in tensors.items()}
 
 
 def at_rank(layout: Layout, rank: int) -> Layout:
-    """The layout of `of_rank`."""
+    """Return the layout of what `of_rank` returns."""
     cut = {A_END: lambda s: (min(rank, s[0]), s[1]), B_END: lambda s: (s[0], min(rank, s[1]))}
     shapes = {}
     for name, shape in layout.shapes.items():
@@ -162,9 +162,9 @@ def at_rank(layout: Layout, rank: int) -> Layout:
 
 
 def padded(tensors: Tensors, layout: Layout) -> dict[str, torch.Tensor]:
-    """Factors of a lower rank with zero rows and columns up to `layout`'s; others as they are.
+    """Pad factors of a lower rank with zero rows and columns to `layout`; other tensors are unchanged.
 
-    Raises ValueError for tensors that are no factors of one rank of this layout.
+    Raises ValueError unless the tensors are factors of one rank of this layout.
     """
     ranks = {t.shape[0] if n.endswith(A_END) else t.shape[1] for n, t in tensors.items() if n.endswith((A_END, B_END))}
     check_names(at_rank(layout, max(ranks, default=0)), tensors)
@@ -179,7 +179,7 @@ def padded(tensors: Tensors, layout: Layout) -> dict[str, torch.Tensor]:
 
 
 def part_of(layout: Layout, names: Iterable[str]) -> Layout:
-    """Some of a layout's tensors."""
+    """Return the layout of some of a layout's tensors."""
     return Layout({n: layout.shapes[n] for n in names})
 
 

@@ -1,9 +1,10 @@
-"""What an algorithm adds to base weights, summed over its rounds: the base-delta channel of a payload.
+"""The base delta: the sum over all rounds of what an algorithm adds to base weights, and how it travels.
 
-Weight by weight a sum of low-rank changes is kept as two fp32 factors. When they outgrow the weight itself they are
-compressed by QR and SVD, to 1e-7 of the sum; if that still is no less than the weight, the dense sum is kept instead.
-So a delta never takes more than the weights it changes, and n rounds of rank R cost at most n·R·(in + out) numbers each
-way down. The whole delta travels with every assignment: a client that comes late, or only evaluates, has all of it.
+For each weight, the sum of low-rank changes is stored as two fp32 factors. When they become larger than the weight itself,
+they are compressed by QR and SVD, to 1e-7 of the sum. If they are still larger than the weight, the dense sum is stored
+instead. So a delta is never larger than the weights it changes, and after n rounds of rank R a client receives at most
+n·R·(in + out) numbers per weight. The whole delta travels with every assignment, so a client that joins late, or only
+evaluates, has all of it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ PREFIX = "delta/"
 
 
 class BaseDelta:
-    """Base weight → what is added to it."""
+    """Base weight → the sum of the changes to it."""
 
     def __init__(self) -> None:
         self._low: dict[str, LowRank] = {}
         self._dense: dict[str, torch.Tensor] = {}
 
     def add(self, weight: str, change: LowRank) -> None:
-        """Add a change, in float64, to what `weight` has already."""
+        """Add a change, in float64, to the delta of `weight`."""
         if change.rank == 0:
             return
         if weight in self._dense:
@@ -48,12 +49,12 @@ class BaseDelta:
 
     @staticmethod
     def _outgrown(change: LowRank) -> bool:
-        """Whether the factors hold more numbers than their product."""
+        """Whether the factors have more numbers than their product."""
         rows, columns = change.b.shape[0], change.a.shape[1]
         return change.rank * (rows + columns) > rows * columns
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As `AdaptedModel.set_base_delta` takes it: ``weight.B`` and ``weight.A``, or ``weight``."""
+        """Return the delta for `AdaptedModel.set_base_delta`: ``weight.B`` and ``weight.A``, or ``weight``."""
         low = {f"{w}.{side}": t for w, part in self._low.items() for side, t in (("B", part.b), ("A", part.a))}
         return dict(sorted({**low, **self._dense}.items()))
 
@@ -78,7 +79,7 @@ class BaseDelta:
 
 
 class DeltaAlgorithm(LoRAAlgorithm):
-    """The contract of an algorithm with this channel: every payload, state and result has all of the delta."""
+    """Base class of algorithms with a base delta: every payload, state and result has the whole delta."""
 
     def __init__(self, options: base.AlgorithmOptions, seed: int, adapter: AdapterConfig) -> None:
         super().__init__(options, seed, adapter)

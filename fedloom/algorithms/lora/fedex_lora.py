@@ -1,4 +1,4 @@
-"""FedEx-LoRA: average A and B, and put what that misses into the base weights. Exact.
+"""FedEx-LoRA: average A and B, and add the residual to the base weights. This is exact.
 
 Singhal et al., "FedEx-LoRA: Exact Aggregation for Federated and Efficient Fine-Tuning of Large Language Models",
 arXiv 2410.09432:
@@ -6,8 +6,8 @@ arXiv 2410.09432:
     Ā = Σ p_k A_k,  B̄ = Σ p_k B_k
     W ← W + s·(Σ p_k B_k·A_k − B̄·Ā) = W + s·Σ p_k (B_k − B̄)·(A_k − Ā)
 
-The second form has no cancellation, and rank (K − 1)·r for K clients. s belongs to it: without α/r the residual is of
-the wrong size. Up travel both factors, down both and the base delta of all rounds (base_delta.py).
+The second form has no cancellation, and rank (K − 1)·r for K clients. It must include s: without α/r the residual has the
+wrong size. Both factors travel up; both factors and the base delta of all rounds travel down (base_delta.py).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedloom.models.lowrank import LowRank
 
 
 def averaged(shares: Sequence[float], b: Sequence[torch.Tensor], a: Sequence[torch.Tensor]) -> tuple[LowRank, LowRank]:
-    """(B̄·Ā, Σ p_k B_k·A_k − B̄·Ā), in the dtype of the factors; their sum is exact."""
+    """Return (B̄·Ā, Σ p_k B_k·A_k − B̄·Ā) in the dtype of the factors; their sum is exact."""
     b_mean = sum((p * x for p, x in zip(shares, b, strict=True)), torch.zeros_like(b[0]))
     a_mean = sum((p * x for p, x in zip(shares, a, strict=True)), torch.zeros_like(a[0]))
     residual = LowRank.total((p, x - b_mean, y - a_mean) for p, x, y in zip(shares, b, a, strict=True))
@@ -34,7 +34,7 @@ def averaged(shares: Sequence[float], b: Sequence[torch.Tensor], a: Sequence[tor
 
 
 def _residual(sizes: Sizes, rounds: int) -> int:
-    """Bytes of the base delta after so many rounds, each of which adds rank (K − 1)·r."""
+    """Bytes of the base delta after `rounds` rounds, each of which adds rank (K − 1)·r."""
     return sizes.delta(rounds * (sizes.clients - 1) * sizes.rank)
 
 

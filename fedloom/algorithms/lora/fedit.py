@@ -1,11 +1,11 @@
-"""FedIT: FedAvg on LoRA's A and B, each by itself. The baseline of this family, and inexact.
+"""FedIT: average LoRA's A and B separately. The baseline of this family, and inexact.
 
 Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", arXiv 2305.05644:
 
     Ā = Σ p_k A_k,  B̄ = Σ p_k B_k,  but  s·B̄·Ā ≠ Σ p_k s·B_k·A_k
 
-Each round logs how far apart the two sides are. What the other files of the family do about it can be read off that
-number. To measure it, the server holds a round's updates; `fedavg` is the same rule as a stream. Both factors travel,
+Each round logs the relative distance between the two sides (`gap`), to compare with the other algorithms of the family. To
+compute it, the server keeps all updates of a round in memory. `fedavg` is the same rule as a stream. Both factors travel,
 both ways.
 """
 

@@ -1,14 +1,14 @@
-"""FedRot-LoRA: clients turn their factors towards the common ones before they send them, and the mean suffers less.
+"""FedRot-LoRA: clients rotate their factors towards the shared ones before sending, so the mean loses less.
 
 Zhang et al., "FedRot-LoRA: Mitigating Rotational Misalignment in Federated LoRA", arXiv 2602.23638. For any orthogonal
-R the factors (B·R, Rᵀ·A) are the same update, so two clients may send the same thing in two bases, and the mean of those
-is neither. Each client solves an orthogonal Procrustes problem against the factors that it was sent (B°, A°):
+R the factors (B·R, Rᵀ·A) are the same update. So two clients may send the same update in two bases, and the mean of the
+two differs from it. Each client solves an orthogonal Procrustes problem against the factors that it received (B°, A°):
 
     R = argmax tr(Rᵀ M),   M = B_kᵀ·B° / (‖B_k‖‖B°‖) + A_k·A°ᵀ / (‖A_k‖‖A°‖)        R = U·Vᵀ of SVD(M) = U S Vᵀ
 
-and sends (B_k·R, Rᵀ·A_k). Here both factors have a say at once, each by its own size; B° = 0 in the first round has
-none. The paper also turns only part of the way and by one factor at a time: that is not here. The server averages as
-`fedit` does, so it is a sum, and inexact. Both factors travel, both ways.
+and sends (B_k·R, Rᵀ·A_k). Here both factors determine R at once, each normalised; B° = 0 in the first round has no
+influence. The paper's partial rotations, and rotations by one factor at a time, are not implemented. The server averages
+as `fedit` does, so the rule is a sum, and inexact. Both factors travel, both ways.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedloom.models.lowrank import one_thread
 def aligned(
     b: torch.Tensor, a: torch.Tensor, b_ref: torch.Tensor, a_ref: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(b·R, Rᵀ·a), turned towards (b_ref, a_ref). b: [out, r], a: [r, in], in float64."""
+    """Rotate the factors towards (b_ref, a_ref): (b·R, Rᵀ·a). b: [out, r], a: [r, in], in float64."""
     agreement = torch.zeros(a.shape[0], a.shape[0], dtype=a.dtype)
     for cross, size in ((b.T @ b_ref, b.norm() * b_ref.norm()), (a @ a_ref.T, a.norm() * a_ref.norm())):
         if size > 0:

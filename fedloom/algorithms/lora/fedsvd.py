@@ -1,4 +1,4 @@
-"""FedSVD: B is trained and averaged under a frozen A, as in FFA-LoRA, and after each round A turns with what was learned.
+"""FedSVD: B is trained and averaged under a frozen A, as in FFA-LoRA; after each round A is recomputed from the product.
 
 Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning with LoRA", arXiv 2505.12805:
 
@@ -6,7 +6,7 @@ Lee et al., "FedSVD: Adaptive Orthogonalization for Private Federated Learning w
     SVD(B̄·A) = U Σ Vᵀ
     A ← V_rᵀ,  B ← U_r Σ_r           the product is the same, A's rows are orthonormal
 
-The decomposition is taken from the factors (QR and an r × r SVD). Up travels B, down travel both.
+The decomposition is computed from the factors (QR and an r × r SVD). B travels up, both factors travel down.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedloom.models.lowrank import LowRank
 
 
 def orthogonalised(b: torch.Tensor, a: torch.Tensor) -> LowRank:
-    """(U Σ, Vᵀ) of b·a; b: [out, r], a: [r, in], both float64. Where the rank is below r, Vᵀ is still orthonormal."""
+    """Return (U Σ, Vᵀ) of b·a; b: [out, r], a: [r, in], both float64. Vᵀ is orthonormal also at a lower rank."""
     u, s, vh = LowRank(b, a).svd()
     return LowRank(u * s, vh)
 

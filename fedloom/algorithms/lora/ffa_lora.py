@@ -1,4 +1,4 @@
-"""FFA-LoRA: A stays as it was initialised, only B trains and travels. Averaging is then exact, traffic halves.
+"""FFA-LoRA: A stays at its initial value, only B trains and travels. Averaging is exact and traffic halves.
 
 Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", arXiv 2403.12313:
 

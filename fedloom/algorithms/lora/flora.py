@@ -1,4 +1,4 @@
-"""FLoRA: stack what clients send, which is exact at any ranks, merge it into the base weights, start a new adapter.
+"""FLoRA: stack the clients' factors (exact at any ranks), merge them into the base weights, start a new adapter.
 
 Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank Adaptations",
 arXiv 2409.05976:
@@ -6,9 +6,9 @@ arXiv 2409.05976:
     B = [B_1 | B_2 | …],  A = [p_1·A_1; p_2·A_2; …]:   s·B·A = Σ p_k s·B_k·A_k
     W ← W + s·B·A,  and every client begins the next round with a new A and B = 0
 
-s belongs to the merge: without α/r the base weights move by the wrong amount. A client draws its new A from the recipe's
-seed, its name and the round, so down travels the base delta alone, of all rounds (base_delta.py), and up both
-factors at the client's own rank. The adapter that is saved at the end has B = 0: the result is the delta.
+The merge must include s: without α/r the base weights change by the wrong amount. A client draws its new A from the
+recipe's seed, its name and the round. So only the base delta of all rounds travels down (base_delta.py). Both factors
+travel up, at the client's own rank. The adapter that is saved at the end has B = 0: the result is the delta.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class FLoRA(DeltaAlgorithm):
         super().receive(Payload({**of_rank(self.fresh(), self.rank_of(self.client)), **payload.tensors}))
 
     def fresh(self) -> dict[str, torch.Tensor]:
-        """A new adapter at full rank: B = 0, A as LoRA draws it, uniform in ±1/√in."""
+        """Draw a new adapter at full rank: B = 0, A as LoRA draws it, uniform in ±1/√in."""
         generator = torch_generator(self.seed, "init", self.round, self.client)
         new = {}
         for pair in self.pairs:

@@ -1,13 +1,13 @@
-"""LoRA-FAIR: average A and B, then move B̄ so that the product comes close to what clients learned.
+"""LoRA-FAIR: average A and B, then correct B̄ so that the product is close to what clients learned.
 
 Bian et al., "LoRA-FAIR: Federated LoRA Fine-Tuning with Aggregation and Initialization Refinement", arXiv 2411.14961:
 
     B ← B̄ + ΔB,   ΔB = argmin ‖Σ p_k B_k·A_k − (B̄ + ΔB)·Ā‖² + λ'‖ΔB‖²
     ΔB = E·Āᵀ·(Ā·Āᵀ + λ'·I)⁻¹,   E = Σ p_k (B_k − B̄)·(A_k − Ā)
 
-The paper measures closeness by cosine similarity and descends on it; the squared distance here has the closed form
-above, r × r whatever the weight's size. λ' = λ·tr(Ā·Āᵀ)/r, so that λ means the same for every module; as it grows the rule
-becomes `fedit`. Clients begin from the common factors, as in the paper. Both travel, both ways, and nothing else.
+The paper uses cosine similarity and gradient descent. The squared distance here has the closed form above, r × r for a
+weight of any size. λ' = λ·tr(Ā·Āᵀ)/r, so λ means the same for every module. For large λ the rule becomes `fedit`. Clients
+start from the shared factors, as in the paper. Only the two factors travel, both ways.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedloom.models.lowrank import LowRank, one_thread
 
 @one_thread()
 def refined(shares: Sequence[float], b: Sequence[torch.Tensor], a: Sequence[torch.Tensor], strength: float) -> LowRank:
-    """(B̄ + ΔB)·Ā for factors [out, r] and [r, in] in float64."""
+    """Return (B̄ + ΔB)·Ā for factors [out, r] and [r, in] in float64."""
     mean, residual = averaged(shares, b, a)
     gram = mean.a @ mean.a.T
     damped = gram + strength * gram.trace() / len(gram) * torch.eye(len(gram), dtype=gram.dtype)
@@ -43,7 +43,9 @@ class LoRAFAIR(LoRAAlgorithm):
 
     class Options(fedavg.FedAvg.Options):
         strength: float = Field(
-            0.01, gt=0, description="λ, against the mean square of A: how far B may not move; large gives fedit"
+            0.01,
+            gt=0,
+            description="λ, relative to the mean square of A: how strongly B stays at its mean; large gives fedit",
         )
 
     options: Options

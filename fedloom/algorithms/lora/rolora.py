@@ -1,12 +1,12 @@
-"""RoLoRA: odd rounds train and average B under a common A, even rounds A under a common B. Every round is exact.
+"""RoLoRA: odd rounds train and average B with a shared A, even rounds A with a shared B. Every round is exact.
 
 Chen et al., "Robust Federated Finetuning of LLMs via Alternating Optimization of LoRA", arXiv 2502.01755:
 
     odd    Σ p_k s·B_k·A = s·(Σ p_k B_k)·A
     even   Σ p_k s·B·A_k = s·B·(Σ p_k A_k)
 
-B comes first: it starts as zero, and under B = 0 A has no gradient. Up travels the factor that was trained, down travel
-both, since a client may not have been there the round before.
+B is trained first, because it starts as zero, and with B = 0 A has no gradient. The trained factor travels up. Both travel
+down, because a client may have missed the round before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedloom.models.layout import Layout, WeightedMean
 
 
 class RoLoRA(LoRAAlgorithm):
-    """The server keeps `finished`, the number of rounds that it aggregated."""
+    """The server keeps `finished`, the number of aggregated rounds."""
 
     properties: ClassVar = base.Properties(linear_sum=True, exact=True, methods=METHODS)
     about: ClassVar = About(
@@ -36,7 +36,7 @@ class RoLoRA(LoRAAlgorithm):
         return int(self.kept.meta.get("finished", 0))
 
     def trained(self, round: int) -> Layout:
-        """The factor that `round` trains."""
+        """Return the layout of the factor that `round` trains."""
         return part_of(self.model.adapter.layout, (p.b if round % 2 else p.a for p in self.pairs))
 
     def layout_for(self, client: str) -> Layout:

@@ -1,4 +1,4 @@
-"""DeComFL: a round is a list of scalars, both ways; seeds are shared, so that not even they travel.
+"""DeComFL: clients and server exchange lists of scalars; the seeds are shared and do not travel.
 
 Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order Optimization", arXiv
 2405.15861. In round r every client takes the same number of zeroth-order steps along the same directions z_rkp
@@ -6,10 +6,10 @@ Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zer
 
     w_{r+1} = w_r − Σ_{k,p} ( Σ_i p_i a_ikp ) z_rkp
 
-and everyone replays this. A client that was away is sent the scalars of the rounds that it missed and replays those
-first, to the same bits (history.py). What travels: 4 bytes for each step and perturbation of a round, up; of each
-missed round, down. Here both estimates are two-sided (zeroth.py; the paper's are one-sided), and clients count by their
-examples. Clients need not take equally many steps: one that takes fewer adds nothing along the rest.
+and everyone replays this. A client that missed rounds receives their scalars and replays them first, to the same bits
+(history.py). Traffic: 4 bytes for each step and perturbation, up for this round and down for each missed round. Here the
+estimates are two-sided (zeroth.py; the paper's are one-sided), and clients are weighted by their examples. A client that
+takes fewer steps than others adds nothing along the remaining directions.
 """
 
 from __future__ import annotations

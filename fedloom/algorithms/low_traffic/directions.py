@@ -1,11 +1,12 @@
-"""Random directions that need not travel, and weights that are a sum of them: w = w₀ − Σ_i a_i z_i.
+"""Random directions that everybody can draw, and weights that are a sum of them: w = w₀ − Σ_i a_i z_i.
 
-z is standard normal and follows from the run's seed and the direction's numbers alone. It is drawn by a CPU generator in
-blocks of a fixed size, each with a seed of its own, so that any part of it can be drawn anywhere, any time, with the
-same bits (on one kind of CPU: torch's normal numbers may differ in the last bit between instruction sets).
+z is standard normal and depends only on the run's seed and the direction's numbers. A CPU generator draws it in blocks of
+a fixed size, each with its own seed. So any part of it can be drawn at any time, with the same bits (on one kind of CPU:
+torch's normal numbers may differ in the last bit between instruction sets).
 
-The sum is kept in fixed point. Whole numbers add up to the same whatever the order, so a client that was away, one that
-replays from the start and one that follows every round end with the same bits, and changing one a_i costs one z_i.
+The sum is kept in fixed point, because the sum of whole numbers does not depend on their order. So a client that missed
+rounds, one that replays from the start and one that follows every round get the same bits. Changing one a_i costs one
+z_i.
 This file does not know how the a_i are found.
 """
 
@@ -22,11 +23,11 @@ from fedloom.common.randomness import torch_generator
 BLOCK = 16_384
 
 
-#: One unit of the fixed-point sum is 2⁻⁴⁰, far below the last bit of a float32 weight of any size that matters.
+#: One unit of the fixed-point sum is 2⁻⁴⁰, far below the last bit of a float32 weight of ordinary size.
 UNITS = 2.0**40
 
 
-#: Coefficients above this are a run that diverged; sums of those below stay inside 64 bits.
+#: A larger coefficient means that the run diverged. Sums of smaller ones fit into 64 bits.
 LARGEST = 4096.0
 
 
@@ -48,7 +49,7 @@ class Directions:
         self.blocks = -(-numel // BLOCK)
 
     def pieces(self, direction: Direction) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(where in the buffer, the numbers there, float32), block by block."""
+        """Yield (slice of the buffer, its float32 numbers), block by block."""
         stop = self.blocks if direction.stop is None else direction.stop
         for index in range(direction.start, stop):
             where = slice(index * BLOCK, min((index + 1) * BLOCK, self.numel))
@@ -56,15 +57,15 @@ class Directions:
             yield (
                 where,
                 torch.randn(BLOCK, generator=generator)[: where.stop - where.start],
-            )  # as long a draw at the end
+            )  # the last block is drawn in full and cut
 
     def dense(self, direction: Direction) -> torch.Tensor:
-        """The numbers of all the direction's blocks in one: [its elements], float32, on the CPU."""
+        """Return the numbers of all blocks of the direction: [its elements], float32, on the CPU."""
         return torch.cat([z for _, z in self.pieces(direction)])
 
 
 class Replay:
-    """w₀ − Σ a z for whatever coefficients it is asked for; from one answer to the next it draws only what changed.
+    """Computes w₀ − Σ a z; between two calls it draws only the directions whose coefficient changed.
 
     Args:
         start: w₀, [numel] float32.
@@ -77,7 +78,7 @@ class Replay:
         self._held: dict[Direction, float] = {}
 
     def at(self, coefficients: Mapping[Direction, float]) -> torch.Tensor:
-        """[numel], float32. Coefficients are float32 numbers, at most LARGEST in size; a missing one is 0."""
+        """Return the weights: [numel], float32. Coefficients are float32, at most LARGEST in size; a missing one is 0."""
         for direction in {**self._held, **coefficients}:
             old, new = self._held.get(direction, 0.0), coefficients.get(direction, 0.0)
             if old != new:
@@ -90,12 +91,12 @@ class Replay:
 
 
 def _fixed(coefficient: float, z: torch.Tensor) -> torch.Tensor:
-    """a·z in whole units: the product of two float32 numbers is exact in float64, and rounded once."""
+    """Return a·z in whole units. The product of two float32 numbers is exact in float64, and is rounded once."""
     return z.double().mul_(coefficient * UNITS).round_().long()
 
 
 def check_coefficients(values: torch.Tensor) -> None:
-    """Raise ValueError unless `values` is a list of float32 numbers that a sum can take."""
+    """Raise ValueError unless `values` is a list of float32 numbers, each at most LARGEST in size."""
     if values.dtype != torch.float32 or values.ndim != 1:
         raise ValueError(f"coefficients are {values.dtype} {tuple(values.shape)}, not a list of float32 numbers")
     if values.numel() and not float(values.abs().max()) <= LARGEST:

@@ -1,4 +1,4 @@
-"""FedKSeed: full training of the buffer in messages of a few kilobytes, since all changes lie along K known directions.
+"""FedKSeed: train the whole buffer with messages of a few kilobytes: all changes are along K known directions.
 
 Qin et al., "Federated Full-Parameter Tuning of Billion-Sized Language Models with Communication Cost under 18
 Kilobytes", arXiv 2312.06353. Everybody can draw the same K directions z_j (directions.py), and the weights are always
@@ -8,9 +8,9 @@ Kilobytes", arXiv 2312.06353. Everybody can draw the same K directions z_j (dire
 A client replays w from the a_j, then takes zeroth-order steps (zeroth.py), each along a z_j drawn at random from the K,
 and sends for each seed that it used the sum of its steps η ĝ. The server adds their mean: a_j ← a_j + Σ_k p_k a_jk.
 
-What travels, both ways: (seed, scalar) pairs, or all K scalars once most seeds have been used; 16 KB at K = 4096,
-whatever the model. The state of a run is K numbers. A client keeps nothing; one that comes late, or was away, replays to
-the same bits as the others. The paper's pro variant, which draws seeds by their importance, is left out.
+Traffic, both ways: (seed, scalar) pairs, or all K scalars once most seeds are used; at most 16 KB at K = 4096, for any
+model. The state of a run is K numbers. A client keeps nothing: one that joins late, or missed rounds, replays to the same
+bits as the others. The paper's pro variant, which draws seeds by their importance, is not implemented.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from fedloom.training.trainer import FitResult, LocalRun
 
 
 def _packed(sizes: Sizes, pairs: int) -> int:
-    """Bytes of so many (seed, scalar) pairs as `pack` writes them; fewer where a seed was drawn twice."""
+    """Bytes of `pairs` (seed, scalar) pairs as `pack` returns them; fewer if a seed was drawn twice."""
     whole: int = NUMBER * sizes.options.seeds
     return min(6 * pairs, whole)
 
@@ -58,7 +58,7 @@ class FedKSeed(base.Algorithm):
     )
 
     class Options(base.AlgorithmOptions):
-        seeds: int = Field(4096, ge=1, le=4096, description="K: how many directions there are")
+        seeds: int = Field(4096, ge=1, le=4096, description="K: number of directions")
         epsilon: float = Field(1e-3, gt=0, description="ε: how far from the weights the two losses are taken")
 
     options: Options
@@ -93,7 +93,7 @@ class FedKSeed(base.Algorithm):
         return Payload(pack(self.coefficients.float()))
 
     def update_layout(self) -> None:
-        return None  # how many pairs there are differs
+        return None  # the number of pairs differs between clients
 
     def accept(self, update: Update) -> None:
         super().accept(update)
@@ -157,7 +157,7 @@ class FedKSeed(base.Algorithm):
 
 
 def pack(coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
-    """[K] float32 as (seed, scalar) pairs, or as it is where that is shorter."""
+    """Convert [K] float32 to (seed, scalar) pairs, or return it unchanged if that is shorter."""
     seeds = coefficients.nonzero().flatten()
     if len(seeds) * 6 >= len(coefficients) * 4:
         return {"scalars": coefficients}
@@ -165,7 +165,7 @@ def pack(coefficients: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def unpack(tensors: Mapping[str, torch.Tensor], count: int) -> torch.Tensor:
-    """The inverse of `pack`: [count] float32. Raises ValueError for anything that `pack` does not make."""
+    """Invert `pack`: [count] float32. Raises ValueError for tensors that `pack` cannot return."""
     if set(tensors) not in ({"scalars"}, {"seeds", "scalars"}):
         raise ValueError(f"expected seeds and scalars, got {', '.join(sorted(tensors)) or 'nothing'}")
     scalars = tensors["scalars"]

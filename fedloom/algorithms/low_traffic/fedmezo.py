@@ -1,8 +1,8 @@
 """FedMeZO: clients train without gradients, by two forward passes a step, and the server averages their adapters.
 
 Ling et al., "On the Convergence of Zeroth-Order Federated Tuning for Large Language Models", arXiv 2402.05926: local
-steps of MeZO (zeroth.py has the estimate), then FedAvg. A client needs the memory of inference and a few copies of the
-adapter. The adapter travels both ways, as under FedAvg; directions are each client's own.
+steps of MeZO (the estimate is in zeroth.py), then FedAvg. A client needs the memory of inference and a few copies of the
+adapter. The adapter travels both ways, as in FedAvg. Each client draws its own directions.
 """
 
 from __future__ import annotations

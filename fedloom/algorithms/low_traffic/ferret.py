@@ -1,17 +1,18 @@
-"""Ferret: ordinary local training, whose result travels as its coordinates in a random basis that everybody can draw.
+"""Ferret: train as usual, and send the change as coordinates in a random basis that everybody can draw.
 
 Shu et al., "Ferret: Federated Full-Parameter Tuning at Scale for Large Language Models", arXiv 2409.06277. A client
 trains with the recipe's optimiser from w_r to w_rk and sends, of Δ_k = w_r − w_rk, the K coordinates
 
     a_k = Vᵀ Δ_k / K          unbiased: E[V a_k] = Δ_k, with an error of about √(d/K) · ‖Δ_k‖
-    a_k = V⁺ Δ_k              projection: the nearest V a_k, which falls short of Δ_k by √(1 − K/d) · ‖Δ_k‖
+    a_k = V⁺ Δ_k              projection: the nearest V a_k, with an error of about √(1 − K/d) · ‖Δ_k‖
 
-and everyone takes w_{r+1} = w_r − η V Σ_k p_k a_k. The buffer is cut into groups of blocks, each base lies in one group
-and d and K above are a group's own (the paper's block-wise reconstruction), so that a base costs one group and not the
-whole buffer. Bases are standard normal, where the paper's are truncated, and shared by the clients of a round, where
-the paper's are each client's own: then the server sends one list of K scalars however many clients there are.
+and everyone computes w_{r+1} = w_r − η V Σ_k p_k a_k. The buffer is cut into groups of blocks. Each base is in one group,
+and d and K above are those of the group (the paper's block-wise reconstruction), so drawing a base costs one group and not
+the whole buffer. Two things differ from the paper. Bases are standard normal; the paper's are truncated. All clients of a
+round have the same bases; in the paper each client has its own. So the server sends one list of K scalars for any number
+of clients.
 
-What travels: 4·K bytes up; as many for each round that the client missed, down, which it replays (history.py).
+Traffic: 4·K bytes up, and 4·K bytes down for each round that the client missed, which it replays (history.py).
 """
 
 from __future__ import annotations
@@ -54,23 +55,24 @@ class Ferret(Replayed):
             2048, ge=1, le=4096, description="K: how many random directions a round's result is written in"
         )
         coordinates: Literal["unbiased", "projection"] = Field(
-            "unbiased", description="right on average and noisy, or as near as can be and too short"
+            "unbiased",
+            description="unbiased: right on average, but noisy; projection: the nearest point, but too short",
         )
         server_lr: float = Field(1.0, gt=0, description="η: how far the server goes along the clients' mean")
 
     options: Options
 
     def directions(self, round: int, count: int) -> list[Direction]:
-        """Each group has bases in proportion to its size: the j-th of K lies where the (j + ½)·d/K-th number does."""
+        """Give each group bases in proportion to its size: the j-th of K is where the (j + ½)·d/K-th number is."""
         groups = self._groups(count)
         firsts = [first for first, _ in groups]
         blocks = [(2 * number + 1) * self.space.numel // (2 * count) // BLOCK for number in range(count)]
         return [Direction(round, n, *groups[bisect_right(firsts, block) - 1]) for n, block in enumerate(blocks)]
 
     def _groups(self, bases: int) -> list[tuple[int, int]]:
-        """(first block, end) of each group: one block each, or more so that every group has a few bases.
+        """Return (first block, end) of each group: one block, or more so that every group has a few bases.
 
-        What is left over after the last whole block belongs to the last group.
+        An incomplete last block belongs to the last group.
         """
         whole = max(1, self.space.numel // BLOCK)
         groups = max(1, min(whole, bases // 4))
@@ -94,7 +96,7 @@ class Ferret(Replayed):
         return result
 
     def coordinates(self, delta: torch.Tensor) -> torch.Tensor:
-        """a with V a ≈ `delta` in this round's bases: [K] float32."""
+        """Compute a with V a ≈ `delta` in this round's bases: [K] float32."""
         found = torch.zeros(self.options.bases, dtype=torch.float64)
         directions = self.directions(self.round, self.options.bases)
         for first, end in self._groups(self.options.bases):

@@ -1,8 +1,8 @@
-"""A run as the list of its rounds' coefficients, of which everyone holds a beginning and is sent the rest.
+"""A run as the list of its rounds' coefficients: a client keeps those it received, and is sent the later ones.
 
 For algorithms whose rounds change the weights along directions that everybody can draw (directions.py): round r adds
-−Σ_i a_ri z_ri. The server keeps every round's numbers; a client keeps those that it has seen, as its own state, so that
-a message carries only the rounds that it missed. This file does not know how the numbers are found.
+−Σ_i a_ri z_ri. The server keeps the numbers of every round. A client keeps those that it received, as its own state, so a
+message has only the rounds that the client missed. This file does not know how the numbers are computed.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ CLIENT = "client/"
 
 
 def listed(scalars: int, rounds: int) -> int:
-    """Bytes of so many rounds as `History.since` writes them, with `scalars` bytes of coefficients in each."""
+    """Bytes of `rounds` rounds as `History.since` returns them, with `scalars` bytes of coefficients in each."""
     return NUMBER + rounds * (NUMBER + scalars)
 
 
 class History:
-    """`rounds[r − 1]` holds round r's coefficients, float32."""
+    """The coefficients of all rounds: `rounds[r − 1]` has those of round r, float32."""
 
     def __init__(self) -> None:
         self.rounds: list[torch.Tensor] = []
 
     def since(self, held: int) -> dict[str, torch.Tensor]:
-        """The rounds after the first `held`, as tensors."""
+        """Return the rounds after the first `held`, as tensors."""
         later = self.rounds[held:]
         return {
             "held": torch.tensor(held, dtype=torch.int32),
@@ -45,7 +45,7 @@ class History:
         }
 
     def extend(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Add what `since` gave; rounds that are here already stay. Raises ValueError where rounds between are missing."""
+        """Add the rounds of a `since` that are not here yet. Raises ValueError if rounds in between are missing."""
         held = int(tensors["held"])
         if held > len(self.rounds):
             raise ValueError(f"rounds {len(self.rounds) + 1} to {held} are missing")
@@ -56,7 +56,7 @@ class History:
         self.rounds += later[len(self.rounds) - held :]
 
     def coefficients(self, directions: Callable[[int, int], list[Direction]]) -> dict[Direction, float]:
-        """Direction → coefficient, over all rounds; `directions`: (round, how many) → what they are."""
+        """Direction → coefficient, over all rounds; `directions`: (round, count) → its directions."""
         return {
             direction: value
             for round, values in enumerate(self.rounds, 1)
@@ -67,12 +67,12 @@ class History:
 class Replayed(base.Algorithm):
     """Both halves of an algorithm that sends rounds' coefficients and replays them.
 
-    A subclass says which directions a round has and how a client finds its coefficients; `aggregate` appends the
+    A subclass defines the directions of a round and how a client computes its coefficients. `aggregate` appends the
     clients' mean, weighted by their examples. A client with fewer coefficients than others counts 0 for the rest.
 
     Attributes:
         history: the server's, or the client's own with what it just received.
-        held: server half: client → how many rounds it keeps; none unless it is named.
+        held: server half: client → number of rounds that it has; 0 for a client that is not listed.
     """
 
     def server_model(self, models: Models) -> AdaptedModel:
@@ -92,13 +92,13 @@ class Replayed(base.Algorithm):
         self._replay = Replay(self.space, model.initial)
 
     def directions(self, round: int, count: int) -> list[Direction]:
-        """The `count` directions of a round."""
+        """Return the `count` directions of a round."""
         return [Direction(round, number) for number in range(count)]
 
     # ------------------------------------------------------------------ server
 
     def initial_payload(self, client: str) -> Payload:
-        """Everything, whatever the client may have kept: it may have lost it."""
+        """Return all rounds, because the client may have lost its state."""
         return Payload(self.history.since(0))
 
     def round_payload(self, client: str) -> Payload:
@@ -114,7 +114,7 @@ class Replayed(base.Algorithm):
         check_coefficients(update.payload.tensors["scalars"])
 
     def mean(self, updates: Iterator[Update]) -> torch.Tensor:
-        """Σ p_k a_k, float32; notes what each of these clients keeps."""
+        """Return Σ p_k a_k, float32, and record how many rounds each of these clients has."""
         total, examples = torch.zeros(0, dtype=torch.float64), 0
         for update in updates:
             sent = update.payload.tensors["scalars"].double()
@@ -148,7 +148,9 @@ class Replayed(base.Algorithm):
                 self.history.extend(self.kept.tensors)
             self.history.extend(payload.tensors)
         except ValueError as error:
-            raise ClientFailed("damaged_state", f"this client cannot catch up: {error}; --resume sends all") from None
+            raise ClientFailed(
+                "damaged_state", f"this client cannot catch up: {error}. Resume with --resume: it sends all rounds"
+            ) from None
         self.model.adapter.copy_(self._replay.at(self.history.coefficients(self.directions)))
 
     def client_state(self) -> Payload:
