@@ -1,8 +1,8 @@
-"""The two baselines of the paper that bound what federation can do: everybody alone, and everything in one place.
+"""The two baselines that bound what federation can do: each client alone, and all data in one place.
 
-`local`: each client trains rounds × steps on its own data; nothing is shared, so nothing travels. `global`: all
-clients' training data is pooled in one place, which only a simulator can do, and trained for rounds × steps × sampled
-clients steps. Every setting is scored on the same pooled test set.
+`local`: each client trains for rounds × steps steps on its own data; nothing is shared, so nothing travels. `global`: all
+clients' training data is pooled in one place, which only a simulator can do. Training takes rounds × steps × sampled
+clients steps. Both are evaluated on the same pooled test set.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Local(base.Algorithm):
 
 
 class Global(fedavg.FedAvg):
-    """One client, the pool: averaging it with nobody leaves plain fine-tuning."""
+    """Train one client that has the pooled data: the average of one client is plain fine-tuning."""
 
     properties: ClassVar = base.Properties(linear_sum=True, pooled=True, neutral={})
     about: ClassVar = About("baseline", "data, to one place")

@@ -1,4 +1,4 @@
-"""FedAvg: the mean of what clients send, weighted by how much data they trained on.
+"""FedAvg: the mean of what clients send, weighted by the amount of data they trained on.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", arXiv 1602.05629,
 Algorithm 1: θ ← Σ_k (n_k / n) θ_k. The whole adapter travels, both ways.
@@ -28,13 +28,13 @@ class FedAvg(base.Algorithm):
         )
 
         def weight(self, update: Update) -> int:
-            """n_k of this update."""
+            """Return n_k of this update."""
             return update.num_examples if self.weight_by == "examples" else update.num_tokens
 
     options: Options
 
     def mean_of(self, updates: Iterable[Update]) -> torch.Tensor:
-        """Σ_k (n_k / n) θ_k over updates that hold the whole adapter: [numel] float32, folded one at a time."""
+        """Return Σ_k (n_k / n) θ_k over updates of the whole adapter, read one at a time: [numel] float32."""
         mean = WeightedMean(self.shared.layout)
         for update in updates:
             mean.add(update.payload.tensors, self.options.weight(update))

@@ -1,9 +1,10 @@
-"""FedOpt: the server takes what the clients' mean moved by for a gradient, and steps with an optimiser of its own.
+"""FedOpt: the server uses the clients' mean change as a gradient, and steps with its own optimiser.
 
 Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295, Algorithm 2 (adaptive) and Algorithm 1 with SGD and
 momentum, which is FedAvgM of Hsu et al., arXiv 1909.06335. With the pseudo-gradient d_t = θ_t − Σ_k p_k θ_k (the
-paper's −Δ_t), every rule below keeps moments and says a step u_t; θ_{t+1} = θ_t − u_t. No bias correction, as in the
-paper; v starts at τ². Clients do plain local training, the whole adapter travels both ways, moments stay on the server.
+paper's −Δ_t), every rule below keeps moments and computes a step u_t; θ_{t+1} = θ_t − u_t. As in the paper, there is no
+bias correction, and v starts at τ². Clients do plain local training. The whole adapter travels, both ways; moments stay on
+the server.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
 from fedloom.models.layout import Layout, check_names
 
-#: One tensor's moments by name, fp64: a rule replaces them.
+#: The moments of one tensor by name, fp64. A rule replaces them.
 Moments = dict[str, torch.Tensor]
 
 
@@ -32,7 +33,7 @@ Rule = Callable[[torch.Tensor, Moments, Any], torch.Tensor]
 
 class ServerOptions(fedavg.FedAvg.Options):
     def initial(self) -> dict[str, float]:
-        """Moment → what each of its numbers starts at."""
+        """Moment → the initial value of its numbers."""
         return {"m": 0.0}
 
 
@@ -42,7 +43,9 @@ class Momentum(ServerOptions):
 
 
 class Accumulating(ServerOptions):
-    lr: float = Field(1e-2, gt=0, description="η, the server's learning rate: about the most a number moves in a round")
+    lr: float = Field(
+        1e-2, gt=0, description="η, the server's learning rate: about the largest change of a number in a round"
+    )
     beta1: float = Field(0.0, ge=0, lt=1, description="β1: how slowly the mean of pseudo-gradients moves")
     tau: float = Field(1e-3, gt=0, description="τ: adaptivity; pseudo-gradients well below it are not scaled up")
 
@@ -52,7 +55,7 @@ class Accumulating(ServerOptions):
 
 class Adaptive(Accumulating):
     beta1: float = Field(0.9, ge=0, lt=1, description="β1: how slowly the mean of pseudo-gradients moves")
-    beta2: float = Field(0.99, ge=0, lt=1, description="β2: how slowly the mean of their squares moves")
+    beta2: float = Field(0.99, ge=0, lt=1, description="β2: how slowly the mean of their squares changes")
 
 
 def heavy_ball(d: torch.Tensor, s: Moments, o: Momentum) -> torch.Tensor:
@@ -95,7 +98,7 @@ def _with_two_moments(sizes: Sizes) -> int:
 
 
 class FedOpt(fedavg.FedAvg):
-    """What the named algorithms below share; each says its rule, its moments and its options.
+    """Base class of the algorithms below; each defines its rule, its moments and its options.
 
     The server keeps the moments, as ``moment/tensor``: fp32 tensors like the shared adapter's. Arithmetic is fp64, one
     tensor at a time.
@@ -122,7 +125,7 @@ class FedOpt(fedavg.FedAvg):
             kept = {key: self.kept.tensors[f"{key}/{name}"] for key in self.options.initial()}
             state = {key: moment.double() for key, moment in kept.items()}
             u = type(self).rule(d, state, self.options)
-            # θ − u, written from the mean: where the step is the pseudo-gradient itself, the mean comes out bit for bit.
+            # θ − u, computed from the mean: if the step is the pseudo-gradient itself, the result is the mean, bit for bit.
             theta.copy_(m + (d - u))
             for key, moment in kept.items():
                 moment.copy_(state[key])

@@ -1,10 +1,10 @@
-"""FedProx: FedAvg whose clients are held near the model that they were sent.
+"""FedProx: FedAvg with a penalty that keeps clients near the model that they received.
 
 Li et al., "Federated Optimization in Heterogeneous Networks", arXiv 1812.06127, Algorithm 2: client k minimises
 h_k(θ; θ_t) = F_k(θ) + μ/2 ‖θ − θ_t‖² over the trainable parameters, where θ_t is this round's broadcast; the server
-averages as FedAvg does. The whole adapter travels, both ways, and nothing more. The loss that clients report is h_k.
+averages as FedAvg does. Only the whole adapter travels, both ways. The loss that clients report is h_k.
 
-Under SGD keep lr · μ below 2, or the penalty's own steps overshoot.
+With SGD keep lr · μ below 2, otherwise the steps on the penalty overshoot.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class FedProx(fedavg.FedAvg):
     about: ClassVar = About("averaging", "adapter, both ways", "Li et al. 2018, arXiv 1812.06127")
 
     class Options(fedavg.FedAvg.Options):
-        mu: float = Field(0.01, ge=0, description="μ: how strongly a client is held near the broadcast; 0 is FedAvg")
+        mu: float = Field(0.01, ge=0, description="μ: how strongly a client stays near the broadcast; 0 is FedAvg")
 
     options: Options
 
@@ -40,8 +40,8 @@ class FedProx(fedavg.FedAvg):
         loss = super().local_loss(model, batch, step_units)
         if not self.options.mu:
             return loss
-        # model.parameter is the whole flat buffer, so that one term reaches every trainable tensor. A step's batches
-        # add up to one penalty.
+        # model.parameter is the whole flat buffer, so one term covers every trainable tensor. The shares of a step's
+        # batches add up to one penalty.
         share = batch.units / step_units
         penalty: torch.Tensor = self.options.mu / 2 * block_sum((model.parameter - self._start).square())
         return loss + share * penalty

@@ -1,4 +1,4 @@
-"""SCAFFOLD: each client corrects its gradient by how it differs from everybody's, so that local steps do not drift apart.
+"""SCAFFOLD: each client corrects its gradient by its difference from the mean, so that local steps do not drift apart.
 
 Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning", arXiv 1910.06378, Algorithm 1,
 option II. Client k keeps a control variate c_k, an estimate of its own gradient; the server keeps c.
@@ -7,17 +7,17 @@ option II. Client k keeps a control variate c_k, an estimate of its own gradient
     afterwards   c_k⁺ = c_k − c + (θ_t − y_K) / (K η)              equation 4, option II
     server       θ ← Σ_k p_k y_k,   c ← Σ_k p_k c_k                equation 5
 
-Under plain SGD option II is exactly the mean of the raw g_k along the local path (the sum telescopes), and this file
-computes that mean: it stays a gradient under AdamW, momentum, clipping and schedules, where a difference of weights is
-none. The correction comes before clipping.
+With plain SGD, option II is exactly the mean of the raw g_k along the local path (the sum telescopes). This file computes
+that mean. It is a gradient also with AdamW, momentum, clipping and schedules; a difference of weights is not. The
+correction is applied before clipping.
 
-Weights. p_k = n_k / Σ n_j over the clients that were counted so far, n_k as first reported: c = Σ_k p_k c_k holds after
-every round and for any sampling. (The paper divides by the number of all clients, of which the server here learns as
-they come; under full participation it is the same.)
+Weights. p_k = n_k / Σ n_j over the clients that were counted so far, with n_k as first reported. So c = Σ_k p_k c_k after
+every round and for any sampling. (The paper divides by the number of all clients, which the server here does not know in
+advance; with full participation both are the same.)
 
-What travels: down θ and c, and in the metadata the last round of this client that was counted; up y_K and Δc_k. c_k
-stays with the client, and so does Δc_k until the server says that it was counted: an update that was late or refused
-moves neither side's control variate.
+Traffic: θ and c travel down, with the last counted round of this client in the metadata; y_K and Δc_k travel up. c_k stays
+with the client. The client adds Δc_k to it once the server reports that the update was counted. So an update that was late
+or rejected changes neither side's control variate.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Scaffold(fedavg.FedAvg):
     def server_state(self) -> Payload:
         state = super().server_state()
         state.tensors.update(prefixed(self.shared.layout.views(self._sum), "sum/"))
-        # One entry a client: too many for metadata.
+        # One entry per client is too much for metadata.
         state.tensors["counted"] = torch.tensor(list(json.dumps(self._counted).encode()), dtype=torch.uint8)
         return state
 
@@ -121,7 +121,7 @@ class Scaffold(fedavg.FedAvg):
         self._steps = 0
 
     def _own_control(self, counted: int) -> torch.Tensor:
-        """c_k as the server has it, [numel] fp64: with the last change where that was counted, without it otherwise."""
+        """Return c_k as the server has it, [numel] fp64: with the last change only if that was counted."""
         flat = torch.zeros(self.model.adapter.layout.numel, dtype=torch.float64)
         kept = self.kept.tensors
         if kept:

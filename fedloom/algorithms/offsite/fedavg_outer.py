@@ -1,8 +1,8 @@
-"""FedAvg of a model's first and last layers, on the full model: what offsite tuning is compared with, and its trained part.
+"""FedAvg of a model's first and last layers, with the full model on clients: the reference for offsite tuning.
 
-The trainable buffer holds the outer layers' weights (`adapter.method: full`), or LoRA on their linear layers (`lora`);
-embeddings, final norm and head never train. Everything else is FedAvg, with FedProx's μ where one is given. Clients hold
-the full model; `fedot` and `fedbiot` (fedot.py, fedbiot.py) train the same buffer without it.
+The trainable buffer has the outer layers' weights (`adapter.method: full`), or LoRA on their linear layers (`lora`).
+Embeddings, final norm and head never train. The rest is FedAvg, with FedProx's penalty if `mu` is not 0. Clients have the
+full model; `fedot` and `fedbiot` (fedot.py, fedbiot.py) train the same buffer without it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedloom.models.emulator.cut import Cut, cut_model
 
 class FedAvgOuter(fedprox.FedProx):
     """Attributes:
-    cut: which layers are the outer ones; there once a model is.
+    cut: which layers are the outer ones; set once the model is built.
     """
 
     properties: ClassVar = base.Properties(linear_sum=True, methods=frozenset({"full", "lora"}), neutral={"mu": 0.0})
@@ -36,9 +36,9 @@ class FedAvgOuter(fedprox.FedProx):
     )
 
     class Options(fedprox.FedProx.Options):
-        bottom: int = Field(2, ge=0, description="how many of the first layers are tuned")
-        top: int = Field(2, ge=0, description="how many of the last layers are tuned")
-        mu: float = Field(0.0, ge=0, description="μ: how strongly a client is held near the broadcast, as in fedprox")
+        bottom: int = Field(2, ge=0, description="number of first layers to tune")
+        top: int = Field(2, ge=0, description="number of last layers to tune")
+        mu: float = Field(0.0, ge=0, description="μ: how strongly a client stays near the broadcast, as in fedprox")
 
     options: Options
 
@@ -52,7 +52,7 @@ class FedAvgOuter(fedprox.FedProx):
         return self.model
 
     def _outer(self, models: Models) -> AdaptedModel:
-        """The full model whose outer layers alone train."""
+        """Build the full model; only its outer layers train."""
         self.cut = self._cut(models)
         return models.adapted(within=self.cut.prefixes(self.cut.outer))
 

@@ -1,4 +1,4 @@
-"""FedBiOT: FedOT whose server aligns the emulator again after every round, and whose clients are held near the broadcast.
+"""FedBiOT: FedOT that aligns the emulator again after every round, and keeps clients near the broadcast by a penalty.
 
 Wu et al., "FedBiOT: LLM Local Fine-tuning in Federated Learning without Full Model", arXiv 2406.17706, a bi-level problem:
 
@@ -6,9 +6,9 @@ Wu et al., "FedBiOT: LLM Local Fine-tuning in Federated Learning without Full Mo
                   relative squared error of the hidden states + λ · KL(full ‖ emulator)
     upper level   client: min_A  loss(A ∘ E) + μ/2 ‖A − A_t‖², A_t the round's broadcast
 
-The numbers of the paper's equations could not be looked up here; both terms are as in the code that its authors publish,
-where the clients' is weighted without the ½. The changed emulator travels to each client with its next message, and is
-part of the server's state. The defaults of λ and μ are ours.
+Both terms follow the code that the paper's authors published, where the clients' term has no ½; this file does not cite
+the paper's equation numbers. The changed emulator travels to each client with its next message, and is part of the
+server's state. The defaults of λ and μ are not from the paper.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class FedBiOT(fedot.FedOT):
     )
 
     class Options(fedot.FedOT.Options):
-        mu: float = Field(0.01, ge=0, description="μ: how strongly a client is held near the broadcast")
+        mu: float = Field(0.01, ge=0, description="μ: how strongly a client stays near the broadcast")
         align: BiLevelOptions | None = Field(
             None,
             description="public data for aligning the emulator, before round 1 and after each: {corpus:} or {path:} …",
@@ -59,7 +59,7 @@ class FedBiOT(fedot.FedOT):
         super()._check_options()
         if self.options.align is None:
             raise UserError(
-                "fedbiot aligns its emulator on public data and has none: set algorithm.align.corpus or "
+                "fedbiot aligns its emulator on public data, but the recipe names none: set algorithm.align.corpus or "
                 "algorithm.align.path, or use fedot"
             )
 

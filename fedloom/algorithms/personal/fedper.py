@@ -1,10 +1,10 @@
-"""FedPer: the upper layers' part of the adapter stays with each client, the rest is averaged.
+"""FedPer: the last layers' part of the adapter stays with each client; the rest is averaged.
 
 Arivazhagan et al., "Federated Learning with Personalization Layers", arXiv 1912.00818. A client trains both parts
-together; only the shared part θ_B travels and is averaged, the private part θ_P(k) never leaves client k. Every client
-is evaluated with θ_B and its own θ_P; one that never trained has θ_P as the seed made it.
+together. Only the shared part θ_B travels and is averaged; the private part θ_P(k) never leaves client k. Every client is
+evaluated with θ_B and its own θ_P. A client that never trained has the initial θ_P.
 
-Which tensors are private is said by layer (the last `private_layers` of the model) or by name (`private`).
+Options choose the private tensors by layer (the last `private_layers` of the model) or by name (`private`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 
 
 def private_bytes(sizes: Sizes) -> int:
-    """Of the part that stays with a client."""
+    """Bytes of the part that stays with a client."""
     pattern = sizes.options.private
     if pattern is not None:
         return sizes.part(lambda name: re.search(pattern, name) is not None)
@@ -39,12 +39,13 @@ def private_bytes(sizes: Sizes) -> int:
 
 
 def shared_bytes(sizes: Sizes) -> int:
+    """Bytes of the part that travels."""
     return sizes.adapter - private_bytes(sizes)
 
 
 class FedPer(fedavg.FedAvg):
     """Attributes:
-    private: names of the tensors that stay with the client; there once a model is.
+    private: names of the tensors that stay with the client; set once the model is built.
     """
 
     properties: ClassVar = base.Properties(linear_sum=True, personal=True, neutral={})
@@ -60,11 +61,11 @@ class FedPer(fedavg.FedAvg):
 
     class Options(fedavg.FedAvg.Options):
         private_layers: int | float = Field(
-            0.25, gt=0, description="how many of the last layers stay private: a number, or a fraction below 1.0"
+            0.25, gt=0, description="number of last layers that stay private, or a fraction below 1.0"
         )
         private: str | None = Field(
             None,
-            description="instead: a regular expression, searched for in the adapter's names; what matches is private",
+            description="instead: a regular expression; the adapter's tensors whose name it matches are private",
         )
 
         @field_validator("private_layers")
@@ -80,7 +81,7 @@ class FedPer(fedavg.FedAvg):
             try:
                 re.compile(value or "")
             except re.error as error:
-                raise ValueError(f"it is no regular expression ({error})") from None
+                raise ValueError(f"it is not a regular expression ({error})") from None
             return value
 
     options: Options
@@ -90,7 +91,7 @@ class FedPer(fedavg.FedAvg):
         if options.private is None and "virtual_tokens" in METHODS[adapter.method].keys:
             raise UserError(
                 f"adapter.method={adapter.method} has no tensors in the layers, so the last ones cannot stay private: name "
-                "what stays with algorithm.private, or take another adapter.method, such as lora"
+                "the private tensors with algorithm.private, or set another adapter.method, such as lora"
             )
 
     def server_model(self, models: Models) -> AdaptedModel:
@@ -104,7 +105,7 @@ class FedPer(fedavg.FedAvg):
         return model
 
     def _shared_part(self, model: AdaptedModel) -> Adapter:
-        """The tensors that travel, as the seed made them; sets `private`."""
+        """Return the tensors that travel, at their initial values; sets `private`."""
         initial = model.initial_adapter()
         if self.options.private is not None:
             pattern = re.compile(self.options.private)
@@ -138,18 +139,18 @@ class FedPer(fedavg.FedAvg):
 
 
 def last_layers(names: Iterable[str], wanted: int | float) -> frozenset[str]:
-    """Those of `names` that lie in the last `wanted` layers (a fraction: of the layers; at least one).
+    """Return those of `names` that are in the last `wanted` layers (a fraction: of all layers; at least one).
 
-    A layer is the first number between dots in a name; a prompt's encoder, whose parts are numbered too, is in none.
-    Raises UserError where names have none.
+    A layer is the first number between dots in a name. A prompt's encoder, whose parts are numbered too, is in no layer.
+    Raises UserError if no name has a layer.
     """
     inside = (n for n in names if not n.startswith("prompt_encoder."))
     layer_of = {n: int(found.group(1)) for n in inside if (found := re.search(r"\.(\d+)\.", n))}
     layers = sorted(set(layer_of.values()))
     if not layers:
         raise UserError(
-            "this adapter's tensors belong to no layer, so its last layers cannot stay private: name what stays with "
-            "algorithm.private"
+            "this adapter's tensors belong to no layer, so its last layers cannot stay private: name the private "
+            "tensors with algorithm.private"
         )
     count = max(1, round(wanted * len(layers))) if isinstance(wanted, float) else wanted
     chosen = set(layers[-count:])

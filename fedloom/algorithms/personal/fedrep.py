@@ -1,9 +1,9 @@
-"""FedRep: FedPer's two parts, trained one after the other: first the private part, then the shared one.
+"""FedRep: train FedPer's two parts one after the other, first the private part, then the shared part.
 
 Collins et al., "Exploiting Shared Representations for Personalized Federated Learning", arXiv 2102.07078, Algorithm 1:
-in a round client k first takes steps on its own part θ_P(k) under the shared θ_B that it received, then steps on θ_B
-under its new θ_P(k); only θ_B travels. The round's steps are split between the two, so that it costs what FedAvg's
-does. Each part has an optimiser of its own.
+in a round client k first trains its own part θ_P(k) with the shared θ_B that it received, then θ_B with its new θ_P(k).
+Only θ_B travels. The round's steps are divided between the two parts, so a round costs as much as in FedAvg. Each part
+has its own optimiser.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class FedRep(FedPer):
     def local_training(self, run: LocalRun) -> FitResult:
         steps = list(run.steps())
         if len(steps) < 2:
-            raise ClientFailed(  # only a count of epochs gets here: how many steps those are, only the client knows
+            raise ClientFailed(  # train.epochs: only the client knows how many steps these are
                 "too_few_steps",
-                "fedrep trains two parts in turn, and this client's epochs are one step: raise train.epochs",
+                "fedrep trains two parts in turn, but this client's epochs are one step: raise train.epochs",
             )
         first = min(max(1, round(self.options.private_steps * len(steps))), len(steps) - 1)
         names = frozenset(run.model.adapter.views)

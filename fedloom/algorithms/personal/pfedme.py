@@ -1,16 +1,16 @@
-"""pFedMe: the shared model descends the clients' Moreau envelopes; each client keeps the minimiser inside its own.
+"""pFedMe: the shared model minimises the clients' Moreau envelopes; each client keeps the minimiser of its own.
 
 Dinh et al., "Personalized Federated Learning with Moreau Envelopes", arXiv 2006.08848. Client k minimises
 
     F_k(w) = min_θ f_k(θ) + λ/2 · ‖θ − w‖²              the Moreau envelope of f_k, its minimiser θ̂_k(w)
     ∇F_k(w) = λ (w − θ̂_k(w))                           the gradient of the local steps (Algorithm 1)
 
-θ̂ comes from K gradient steps on the inner problem over the step's own batch, from θ = w and of rate 1/λ, its natural
-rate where λ outweighs the curvature: θ ← θ − (∇f(θ) + λ(θ − w))/λ = w − ∇f(θ)/λ. So ∇F_k(w) is the gradient of f at
-the last inner point but one, and goes to the recipe's optimiser. With λ → ∞, or K = 1, w takes FedAvg's path.
+θ̂ comes from K gradient steps on the inner problem, over the step's own batch, starting at θ = w with rate 1/λ. That is
+the natural rate if λ is larger than the curvature: θ ← θ − (∇f(θ) + λ(θ − w))/λ = w − ∇f(θ)/λ. So ∇F_k(w) is the gradient
+of f at the last inner point but one, and the recipe's optimiser uses it. With λ → ∞, or K = 1, w is FedAvg's.
 
-The server mixes: w ← (1 − β) w + β Σ_k p_k w_k. The adapter travels both ways as under FedAvg; θ_k, from the client's
-last step, stays there and is what is evaluated and saved. A step costs K forward and backward passes.
+The server mixes: w ← (1 − β) w + β Σ_k p_k w_k. The adapter travels both ways as in FedAvg. θ_k, from the client's last
+step, stays on the client, and is evaluated and saved. A step costs K forward and backward passes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class PFedMe(fedavg.FedAvg):
     about: ClassVar = About("personalised", "adapter, both ways", "Dinh et al. 2020, arXiv 2006.08848", client=whole)
 
     class Options(fedavg.FedAvg.Options):
-        lam: float = Field(200.0, gt=0, description="λ: how near the personal model stays to the shared one")
+        lam: float = Field(200.0, gt=0, description="λ: how strongly the personal model stays near the shared one")
         inner_steps: int = Field(2, ge=1, description="K: gradient steps towards the personal model in each local step")
         beta: float = Field(1.0, gt=0, description="β: how far the server goes towards the clients' mean")
 
@@ -50,7 +50,7 @@ class PFedMe(fedavg.FedAvg):
             self.model.adapter.load(self.kept.tensors)
 
     def local_training(self, run: LocalRun) -> FitResult:
-        self._seen: dict[int, tuple[Batch, int]] = {}  # a step that a loss scale has computed again shows a batch twice
+        self._seen: dict[int, tuple[Batch, int]] = {}  # a step that is repeated at another loss scale has a batch twice
         self._extra = FitResult()
         self._flops = Flops(run.model)
         self._ranks, self._train = run.ranks, run.config
@@ -68,7 +68,7 @@ class PFedMe(fedavg.FedAvg):
         return super().local_loss(model, batch, step_units)
 
     def before_step(self, model: AdaptedModel) -> None:
-        """`model.grad` holds ∇f(w); leaves λ(w − θ_K) = ∇f(θ_{K−1}) in it."""
+        """Replace ∇f(w) in `model.grad` by λ(w − θ_K) = ∇f(θ_{K−1})."""
         live = model.adapter.flat
         w = live.clone()
         for _ in range(self.options.inner_steps - 1):
@@ -81,7 +81,7 @@ class PFedMe(fedavg.FedAvg):
         live.copy_(w)
 
     def _inner_pass(self, model: AdaptedModel) -> float:
-        """∇f at the live point, times the scale, in `model.grad`; returns f. As the trainer does it."""
+        """Compute ∇f at the live point, times the loss scale, into `model.grad`, as the trainer does; return f."""
         model.grad.zero_()
         total = 0.0
         for batch, step_units in self._seen.values():
@@ -97,7 +97,7 @@ class PFedMe(fedavg.FedAvg):
         return self._ranks.total(total)
 
     def after_step(self, model: AdaptedModel) -> None:
-        self._theta = self._candidate  # not of a step that was skipped
+        self._theta = self._candidate  # not called for a skipped step
 
     def aggregate(self, updates: Iterator[Update]) -> Mapping[str, float]:
         before = self.shared.flat.clone()

@@ -1,13 +1,13 @@
-"""What a run has spent of its privacy: a ledger of releases, and the ε of all of them together at a given δ.
+"""Compute the privacy that a run spent: a ledger of releases, and the ε of all of them together at a given δ.
 
-A release adds Gaussian noise of z times what one client can change (its L2 sensitivity); the client took part with
-probability q, independently of all others and unseen (Poisson sampling), or for certain (q = 1). Releases compose
-adaptively, since z and q depend on nobody's data.
+A release adds Gaussian noise of z times what one client can change (its L2 sensitivity). The client took part with
+probability q, independently of all others and in secret (Poisson sampling), or certainly (q = 1). Releases compose
+adaptively, because z and q do not depend on any client's data.
 
 With q = 1 throughout, n Gaussians compose to one: 1/z² = Σ 1/z_i², and its ε is exact (Balle and Wang, "Improving the
-Gaussian Mechanism for Differential Privacy", arXiv 1805.06530, Theorem 8). With sampling the ε comes from the privacy
-loss distribution, adding or removing a client, whose discretisation is rounded so that ε is never too small. Both are
-dp-accounting's. This file does not know what was released.
+Gaussian Mechanism for Differential Privacy", arXiv 1805.06530, Theorem 8). With sampling, ε comes from the privacy
+loss distribution for adding or removing a client. Its discretisation is rounded so that ε is never too small. The library
+dp-accounting computes both. This file does not know what was released.
 """
 
 from __future__ import annotations
@@ -20,19 +20,18 @@ import torch
 
 from fedloom.common.errors import UserError
 
-#: The least noise and the most that a target is met with: below the one there is hardly any promise, beyond the other
-#: a model is noise.
+#: The range of noise that `noise_for` searches: less noise hardly protects anybody, more noise destroys the model.
 LEAST_NOISE, MOST_NOISE = 0.1, 1e6
 
 
 def library() -> Any:
-    """dp-accounting. Raises UserError where it is not installed."""
+    """Import dp-accounting. Raises UserError if it is not installed."""
     try:
         import dp_accounting
-        import dp_accounting.pld  # a part that is not imported with the whole
+        import dp_accounting.pld  # not imported by the package itself
     except ImportError:
         raise UserError(
-            'privacy needs dp-accounting to say what is spent: pip install "fedloom[privacy]", or set privacy=null'
+            'privacy needs dp-accounting to compute what is spent: pip install "fedloom[privacy]", or set privacy=null'
         ) from None
     return dp_accounting
 
@@ -41,13 +40,14 @@ class Ledger:
     """Releases in order; equal ones that follow each other are one entry.
 
     Attributes:
-        entries: [how many, z, q].
+        entries: (count, z, q) of each.
     """
 
     def __init__(self) -> None:
         self.entries: list[tuple[int, float, float]] = []
 
     def add(self, noise: float, rate: float = 1.0, count: int = 1) -> None:
+        """Add `count` releases with noise z and sampling rate q."""
         if count < 1:
             return
         if self.entries and self.entries[-1][1:] == (noise, rate):
@@ -56,10 +56,11 @@ class Ledger:
 
     @property
     def releases(self) -> int:
+        """Number of releases."""
         return sum(count for count, *_ in self.entries)
 
     def epsilon(self, delta: float) -> float:
-        """ε at `delta` of all releases together; infinite where one had no noise."""
+        """Return ε at `delta` of all releases together; infinite if one had no noise."""
         return _epsilon(tuple(self.entries), delta)
 
     def tensor(self) -> torch.Tensor:
@@ -68,6 +69,7 @@ class Ledger:
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Ledger:
+        """Read a ledger from `tensor`."""
         ledger = cls()
         ledger.entries = [(int(count), noise, rate) for count, noise, rate in tensor.tolist()]
         return ledger
@@ -83,7 +85,7 @@ def _epsilon(entries: tuple[tuple[int, float, float], ...], delta: float) -> flo
     if all(rate == 1 for *_, rate in entries):
         together = sum(count / noise**2 for count, noise, _ in entries) ** -0.5
         return float(dp.get_epsilon_gaussian(together, delta))
-    # Little noise has a wide distribution: coarser steps keep its size, and can only make ε larger.
+    # Little noise has a wide distribution. Coarser steps keep it small, and can only make ε larger.
     step = 1e-4 if min(noise for _, noise, _ in entries) >= 0.5 else 1e-3
     accountant = dp.pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, step)
     for count, noise, rate in entries:
@@ -93,14 +95,14 @@ def _epsilon(entries: tuple[tuple[int, float, float], ...], delta: float) -> flo
 
 
 def spent(noise: float, rounds: int, rate: float, delta: float) -> float:
-    """ε of `rounds` equal releases."""
+    """Return ε of `rounds` equal releases."""
     ledger = Ledger()
     ledger.add(noise, rate, rounds)
     return ledger.epsilon(delta)
 
 
 def noise_for(epsilon: float, delta: float, rounds: int, rate: float) -> float:
-    """The least z, to four digits and rounded up, with which `rounds` releases stay within `epsilon`. Raises UserError."""
+    """Find the smallest z (four digits, rounded up) that keeps `rounds` releases within `epsilon`. Raises UserError."""
     library()  # which brings scipy
     from scipy.optimize import brentq
 
@@ -112,8 +114,8 @@ def noise_for(epsilon: float, delta: float, rounds: int, rate: float) -> float:
         low, high = high, high + math.log(4)
         if high > math.log(MOST_NOISE):
             raise UserError(
-                f"privacy.epsilon={epsilon:g} with δ={delta:g} over {rounds} rounds cannot be kept with any noise worth "
-                "adding: ask for a larger epsilon, or fewer rounds"
+                f"privacy.epsilon={epsilon:g} with δ={delta:g} over {rounds} rounds cannot be kept with any useful "
+                "noise: set a larger privacy.epsilon, or fewer federation.rounds"
             )
     if low == math.log(LEAST_NOISE) and excess(low) <= 0:
         return LEAST_NOISE

@@ -1,8 +1,8 @@
 """Norm bounding: no client moves the mean by more than a bound, whatever it sends.
 
 Sun et al., "Can You Really Backdoor Federated Learning?", arXiv 1911.07963, section 5: with Δ_k = θ_k − θ_t,
-θ_{t+1} = θ_t + 1/n Σ_k Δ_k · min(1, M / ‖Δ_k‖). A hostile client of n shifts the result by at most 2M/n. Every client
-has one voice (see coordinatewise.py). One update at a time is folded; the whole adapter travels, both ways.
+θ_{t+1} = θ_t + 1/n Σ_k Δ_k · min(1, M / ‖Δ_k‖). A hostile client of n changes the result by at most 2M/n. All
+clients have the same weight (see coordinatewise.py). Updates are read one at a time. The whole adapter travels, both ways.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class NormBound(base.Algorithm):
         bound: float = Field(
             5.0,
             gt=0,
-            description="M: the furthest that a client's adapter counts from the broadcast (Euclidean norm over the whole "
-            "adapter); each round logs the clients' median distance, to set it by",
+            description="M: the largest distance of a client's adapter from the broadcast (Euclidean norm over the whole "
+            "adapter); set it from the clients' median distance, which each round logs",
         )
 
     options: Options

@@ -51,7 +51,7 @@ def test_the_counts_noise_is_the_papers_where_clients_are_many():
 
 @pytest.mark.parametrize("count", [0.5, 0.1, 0.0])
 def test_a_count_that_would_spend_everything_is_refused(count):
-    with pytest.raises(UserError, match=r"has to be above 0\.5"):
+    with pytest.raises(UserError, match=r"set it above 0\.5"):
         clipping.deviations(PrivacyConfig(noise=1.0, adaptive=AdaptiveConfig(noise=count)), 10)
 
 
