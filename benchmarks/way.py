@@ -4,8 +4,9 @@
     python benchmarks/way.py --list     each file, in the order in which the round enters it, with its calls and functions
 
 A run of three clients and two rounds in the simulator, with the recipe's defaults: no hook, no operator, no privacy. The
-model has random weights and the rows are written here, so nothing is downloaded. `sys.setprofile` watches the second round,
-from its event `round_started` to its event `checkpoint`: in the first round things are decided that hold for the run.
+model has random weights and the rows are written here, so nothing is downloaded. `sys.setprofile` watches the second round
+from its beginning, before clients are sampled, to its checkpoint. In the first round things are decided that hold for the
+whole run.
 
     files=        files of fedloom/ in which a function ran; at most 25
     functions=    different functions that ran
@@ -39,6 +40,7 @@ from fedloom import Recipe
 from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import prepare
 from fedloom.federation.client import Client
+from fedloom.federation.coordinator import Coordinator
 from fedloom.federation.record.run_folder import opened
 from fedloom.federation.watch import Watch
 from fedloom.messages.types import Assignment, Outcome
@@ -120,22 +122,23 @@ def noting_generators(way: Way) -> Iterator[None]:
 
 def walked(recipe: Recipe, folder: Path) -> Way:
     """The way of the last round of `recipe`."""
-    way = Way()
+    way, watch, plain = Way(), Watch(), Coordinator.round
 
-    def event(record: dict[str, Any]) -> None:
-        if record["event"] == "round_started" and record["round"] == recipe.federation.rounds:
-            sys.setprofile(way.profile)
-        elif record["event"] == "checkpoint":
-            sys.setprofile(None)
-
-    watch = Watch(event=event)
-    with noting_generators(way), opened(folder, resume=False, overwrite=False) as out:
-        coordinator = assemble(prepare(recipe, watch), out, resume=False, watch=watch)
+    def round(self: Coordinator, number: int) -> None:
+        sys.setprofile(way.profile if number == recipe.federation.rounds else None)
         try:
-            coordinator.run()
+            plain(self, number)
         finally:
             sys.setprofile(None)
+
+    Coordinator.round = round  # type: ignore[method-assign]
+    try:
+        with noting_generators(way), opened(folder, resume=False, overwrite=False) as out:
+            coordinator = assemble(prepare(recipe, watch), out, resume=False, watch=watch)
+            coordinator.run()
             coordinator.close()
+    finally:
+        Coordinator.round = plain  # type: ignore[method-assign]
     return way
 
 

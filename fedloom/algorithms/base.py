@@ -28,7 +28,6 @@ from pydantic import BaseModel, ConfigDict
 from fedloom.algorithms.about import About
 from fedloom.data.batching import Batch
 from fedloom.messages.kept import check_kept
-from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
@@ -265,8 +264,9 @@ class Algorithm(ABC):
         Override it, together with `load_server_state`, only to store less, such as the numbers that determine `shared`.
         Raises ValueError if `kept` cannot be stored.
         """
-        check_kept(self.kept, f"self.kept of {type(self).__name__}", reserved=(SHARED, *RESERVED))
-        return Payload({**prefixed(self.shared.tensors(), SHARED), **self.kept.tensors}, dict(self.kept.meta))
+        if self.kept != Payload():
+            check_kept(self.kept, f"self.kept of {type(self).__name__}", reserved=(SHARED, *RESERVED))
+        return Payload({**self.shared.tensors(SHARED), **self.kept.tensors}, dict(self.kept.meta))
 
     def load_server_state(self, state: Payload) -> None:
         """Restore a `server_state`. Raises ValueError if a tensor of `shared` is missing or has another shape."""
@@ -307,5 +307,6 @@ class Algorithm(ABC):
 
         Raises ValueError if `kept` cannot be stored.
         """
-        check_kept(self.kept, f"self.kept of {type(self).__name__}")
+        if self.kept != Payload():
+            check_kept(self.kept, f"self.kept of {type(self).__name__}")
         return self.kept

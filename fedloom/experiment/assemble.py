@@ -70,7 +70,8 @@ def _coordinator(setting: Setting, runtime: Runtime, record: Record, watch: Watc
     recipe, algorithm, schedule = setting.recipe, setting.algorithm, setting.schedule
     folder, hooks = record.checkpoints.folder, Hooks.of_server(recipe.hooks)
     virtual = VirtualTime(setting.pace) if setting.pace is not None and runtime.capabilities.virtual else None
-    channel = ServerChannel(Chains.of(recipe.operators, recipe.privacy is not None), recipe.seed)
+    chains = Chains.of(recipe.operators, recipe.privacy is not None)
+    channel = ServerChannel(chains, recipe.seed) if chains else None
     terms = Terms(for_clients(recipe), recipe.federation.rounds, schedule.steps, score=setting.suite is not None)
     dispatcher = Dispatcher(algorithm, runtime, terms, channel, record.events, watch.tick, virtual)
     source: UpdateSource = SynchronousRounds(dispatcher, schedule, folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from fedloom.common.errors import ClientFailed
 from fedloom.common.files import folder_name
 from fedloom.common.randomness import forked_torch
 from fedloom.data.batching import Batch, Plan, round_indices
-from fedloom.data.federated import ClientData, FederatedData
+from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.evaluation.loss import loss_sums
 from fedloom.evaluation.score import score
@@ -34,7 +34,7 @@ from fedloom.federation.hooks.calls import SECTION, Hooks
 from fedloom.federation.record.checkpoints import Store
 from fedloom.messages.at_rest import Damaged
 from fedloom.messages.operators.channel import Chains, ClientChannel
-from fedloom.messages.types import Assignment, Cost, Failure, Outcome, Payload, Update
+from fedloom.messages.types import UNEXPECTED_CODING, Assignment, Cost, Failure, Outcome, Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
 from fedloom.models.prefix_cache import MEGABYTE, PrefixCache
@@ -42,7 +42,6 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.training.compiling import trouble
 from fedloom.training.objectives import OBJECTIVES
 from fedloom.training.parallel import ALONE, Ranks, bystander, deal
-from fedloom.training.precision import autocast
 from fedloom.training.probes import settle_attention
 from fedloom.training.trainer import FitResult, LocalRun
 
@@ -91,7 +90,8 @@ class Client:
         self._cache = cache
         self._recipe: Recipe
         self._algorithm: Algorithm
-        self._channel: ClientChannel
+        self._channel: ClientChannel | None
+        self._hooks: Hooks | None
         self._model: AdaptedModel | None = None
         self._configured: Mapping[str, Any] | None = None
 
@@ -125,7 +125,7 @@ class Client:
         other = copy.copy(self)
         other._models, other._model = self._models.holding(live), None
         other._algorithm = make(self._recipe)
-        other._channel = ClientChannel(self._channel.chains, self._recipe.seed)
+        other._channel = self._channel and ClientChannel(self._channel.chains, self._recipe.seed)
         return other
 
     @property
@@ -146,15 +146,14 @@ class Client:
         self._configured = values
         self._recipe = Recipe.parse(values)
         self._algorithm = make(self._recipe)
-        self._channel = ClientChannel(
-            Chains.of(self._recipe.operators, self._recipe.privacy is not None), self._recipe.seed
-        )
-        self._hooks = Hooks.of_client(self._recipe.hooks)
+        chains = Chains.of(self._recipe.operators, self._recipe.privacy is not None)
+        self._channel = ClientChannel(chains, self._recipe.seed) if chains else None
+        self._hooks = Hooks.of_client(self._recipe.hooks) or None
         self._objective = OBJECTIVES[self._recipe.train.objective](self._recipe.train)
 
     def _prepare(self, assignment: Assignment) -> None:
         """Model and state, as they were after the rounds before this one."""
-        payload = self._channel.received(assignment)
+        payload = self._received(assignment)
         if self._model is None:
             self._model = self._algorithm.client_model(self._models, payload)
             self._model.prefix = None
@@ -172,88 +171,104 @@ class Client:
         self._state = self._store.load(assignment.client, up_to)
         self._algorithm.evaluating = assignment.kind != "train"
         self._algorithm.begin(assignment.client, assignment.round, self._state.get(KEPT))
-        self._channel.resume(self._state.get("operators"))
+        if self._channel is not None:
+            self._channel.resume(self._state.get("operators"))
         self._algorithm.receive(payload)
+
+    def _received(self, assignment: Assignment) -> Payload:
+        """The plain payload of an assignment."""
+        if self._channel is not None:
+            return self._channel.received(assignment)
+        if assignment.payload.coding is not None:
+            raise ClientFailed("bad_payload", UNEXPECTED_CODING)
+        return assignment.payload
 
     def _train(self, assignment: Assignment) -> Update:
         client, round = assignment.client, assignment.round
-        data = self._data.client(client)
-        if not data.train:
+        train, sequences = self._data.partition.shards[client].train, self._data.sequences
+        if not train:
             raise ClientFailed("no_data", "this client has no training examples")
-        result, others = self._trained(assignment, data)
+        result, others = self._trained(assignment, train)
         if not result.steps:
             raise ClientFailed("non_finite", f"all {result.skipped_steps} steps of this round were skipped")
         shared = self._algorithm.shared_state()
-        if not self._ranks.first:
+        if self._ranks.rank > 0:
             return Update(client, round, Payload())
-        payload = self._channel.encoded(shared, client, round)
+        payload, left = shared, Payload()
+        if self._channel is not None:
+            payload = self._channel.encoded(shared, client, round)
+            left = self._channel.state()
         kept = Payload(result.optimizer_state) if self._recipe.train.optimizer_state == "keep" else Payload()
-        own = {KEPT: self._algorithm.client_state(), "optimizer": kept, "operators": self._channel.state()}
-        if self._hooks:
+        own = {KEPT: self._algorithm.client_state(), "optimizer": kept, "operators": left}
+        if self._hooks is not None:
             own[SECTION] = self._hooks.state()
+        numbers = {} if self._hooks is None else self._hooks.numbers()
         self._store.save(client, round, own)
         return Update(
             client,
             round,
             payload,
-            num_examples=len(data.train),
-            num_tokens=data.sequences.supervised_tokens(data.train),
-            metrics={"loss": result.loss, "skipped_steps": result.skipped_steps, **self._hooks.numbers()},
+            num_examples=len(train),
+            num_tokens=sequences.supervised_tokens(train),
+            metrics={"loss": result.loss, "skipped_steps": result.skipped_steps, **numbers},
             cost=Cost(train_tokens=result.tokens, train_flops=result.flops, steps=result.steps, cpu_seconds=others),
         )
 
-    def _trained(self, assignment: Assignment, data: ClientData) -> tuple[FitResult, float]:
-        """This round's training of the live model, and the CPU seconds that other ranks spent on it."""
+    def _trained(self, assignment: Assignment, examples: Sequence[int]) -> tuple[FitResult, float]:
+        """This round's training of the live model on `examples`, and the CPU seconds that other ranks spent on it."""
         assert self._model is not None
         train, client, round, ranks = self._recipe.train, assignment.client, assignment.round, self._ranks
         plan = Plan(train.batch_size, train.accumulation, assignment.steps, None if assignment.steps else train.epochs)
-        per_round = plan.steps_per_round(len(data.train))
-        passes = list(round_indices(data.train, plan, round, self._recipe.seed, client))
-        packed = self._recipe.train.packing == "on"
-        seen = [i for step in passes for p in step for i in p]
-        with autocast(self._model.device, train.precision):  # a reference is compared with what it is computed like
-            prepared = self._objective.prepare(self._model, data.sequences, seen, packed)
-        self._hooks.begin(client, round, self._state.get(SECTION))
-        fit = Fit(self._model, train)
+        per_round = plan.steps_per_round(len(examples))
+        passes = list(round_indices(examples, plan, round, self._recipe.seed, client))
+        prepared = self._objective.prepare(
+            self._model, self._data.sequences, [i for step in passes for p in step for i in p], train.packing == "on"
+        )
         optimizer = self._state.get("optimizer") if train.optimizer_state == "keep" else None
+        run = LocalRun(
+            self._model,
+            partial(self._steps, examples, passes),
+            train,
+            first_step=(round - 1) * per_round,
+            total_steps=assignment.rounds * per_round,
+            optimizer_state=optimizer.tensors if optimizer else None,
+            steps_per_epoch=per_round // train.epochs if train.epochs and not assignment.steps else None,
+            hooks=self._hooks,
+            ranks=ranks,
+        )
+        if self._hooks is not None:
+            self._hooks.begin(client, round, self._state.get(SECTION))
         began = time.process_time()
-        with forked_torch(self._recipe.seed, "dropout", round, ranks.stream(client)):
-            self._hooks.call("fit_start", fit)
-            result = self._algorithm.local_training(
-                LocalRun(
-                    self._model,
-                    partial(self._steps, data, passes),
-                    train,
-                    first_step=(round - 1) * per_round,
-                    total_steps=assignment.rounds * per_round,
-                    optimizer_state=optimizer.tensors if optimizer else None,
-                    steps_per_epoch=per_round // train.epochs if train.epochs and not assignment.steps else None,
-                    hooks=self._hooks or None,
-                    ranks=ranks,
-                )
-            )
-            fit.result = result
-            self._hooks.call("fit_end", fit)
-        ranks.check_alike(self._model.adapter.flat)
+        with forked_torch(self._recipe.seed, "dropout", round, client if ranks.count == 1 else ranks.stream(client)):
+            result = self._algorithm.local_training(run) if self._hooks is None else self._hooked(run, self._hooks)
         result.flops += prepared
+        if ranks.count == 1:
+            return result, 0.0
+        ranks.check_alike(self._model.adapter.flat)
         spent = time.process_time() - began
         return result, ranks.total(spent) - spent
 
-    def _steps(self, data: ClientData, steps: list[list[list[int]]]) -> Iterator[list[Batch]]:
-        """Each step's passes, of all ranks."""
-        pad = self._template.tokenizer.pad_token_id or 0
+    def _hooked(self, run: LocalRun, hooks: Hooks) -> FitResult:
+        """Local training between the hooks' first point and their last."""
+        fit = Fit(run.model, run.config)
+        hooks.call("fit_start", fit)
+        fit.result = self._algorithm.local_training(run)
+        hooks.call("fit_end", fit)
+        return fit.result
+
+    def _steps(self, train: Sequence[int], steps: list[list[list[int]]]) -> Iterator[list[Batch]]:
+        """Each step's passes, of all ranks. `train`: the client's training examples."""
+        sequences, pad = self._data.sequences, self._template.tokenizer.pad_token_id or 0
         packed = self._recipe.train.packing == "on"
         for passes in steps:
             if self._ranks.count > 1:
                 examples = [i for p in passes for i in p]
-                hands = deal(
-                    [len(data.sequences[i]) for i in examples], self._ranks.count, self._recipe.train.batch_size
-                )
+                hands = deal([len(sequences[i]) for i in examples], self._ranks.count, self._recipe.train.batch_size)
                 passes = [[examples[at] for at in hand] for hand in hands]
             yield [
-                self._objective.batch(data.sequences, indices, packed=packed, pad=pad)
+                self._objective.batch(sequences, indices, packed=packed, pad=pad)
                 if indices
-                else bystander(data.sequences[data.train[0]], packed=packed, pad=pad)
+                else bystander(sequences[train[0]], packed=packed, pad=pad)
                 for indices in passes
             ]
 

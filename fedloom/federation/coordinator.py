@@ -23,9 +23,8 @@ from fedloom.evaluation.means import pooled_mean
 from fedloom.federation.evaluator import Evaluator
 from fedloom.federation.hooks.base import ServerRound
 from fedloom.federation.hooks.calls import SECTION, Hooks
-from fedloom.federation.record.checkpoints import Checkpoints, RoundState
+from fedloom.federation.record.checkpoints import Checkpoints, Progress, RoundState
 from fedloom.federation.record.events import Events
-from fedloom.federation.record.progress import Progress
 from fedloom.federation.rounds.collection import UpdateSource
 from fedloom.federation.rounds.dispatcher import Dispatcher
 from fedloom.messages.names import prefixed
@@ -50,7 +49,7 @@ class Coordinator:
         dispatcher: sends work to clients; the runtime is behind it.
         source: where a round's updates come from.
         evaluator: measures what is deployed.
-        hooks: the server's.
+        hooks: the server's, where the recipe names any.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class Coordinator:
         self.source = source
         self.evaluator = evaluator
         self.checkpoints, self.events = record.checkpoints, record.events
-        self.hooks = hooks or Hooks()
+        self.hooks = hooks or None
         self.rounds = dispatcher.terms.rounds
         self.progress = Progress()
 
@@ -82,9 +81,11 @@ class Coordinator:
             lost: rounds that were finished after this checkpoint and are done again.
         """
         self.algorithm.load_server_state(Payload(state.server.without(HOOKS), state.server.meta))
-        self.hooks.load(Payload(state.server.under(HOOKS), state.notes.get(SECTION, {})))
+        if self.hooks is not None:
+            self.hooks.load(Payload(state.server.under(HOOKS), state.notes.get(SECTION, {})))
         self.progress = Progress.from_notes(state.round, state.notes)
-        self.dispatcher.channel.load_notes(state.notes["channel"])
+        if self.dispatcher.channel is not None:
+            self.dispatcher.channel.load_notes(state.notes["channel"])
         self.source.load(state.notes["gathering"], state.files)
         if self.algorithm.repeated(lost):
             self._checkpoint()
@@ -101,9 +102,10 @@ class Coordinator:
                 self.checkpoints.amend(self._state())
             if over:
                 self.source.close()
-                self.hooks.deploy(self.algorithm)
+                if self.hooks is not None:
+                    self.hooks.deploy(self.algorithm)
                 return self.progress
-            self._round(finished + 1)
+            self.round(finished + 1)
 
     def _over(self, finished: int) -> bool:
         return finished >= self.rounds or self.progress.stopped is not None
@@ -125,18 +127,20 @@ class Coordinator:
 
     # ------------------------------------------------------------------ one round
 
-    def _round(self, number: int) -> None:
+    def round(self, number: int) -> None:
+        """Do round `number` (from 1): collect updates, aggregate, write the checkpoint. Raises RunFailed below quorum."""
         started = time.perf_counter()
         tally = _Tally()
         at = ServerRound(number, self.rounds, self.algorithm)
-        self.hooks.round_start(at)
+        if self.hooks is not None:
+            self.hooks.round_start(at)
         self.events.write("round_started", round=number, clients=self.source.begin(number))
         updates = self.source.updates(lambda outcome: self._accepted(outcome, number, tally))
         metrics = dict(self.algorithm.aggregate(updates))
         if self.source.now is not None:
             metrics["virtual_seconds"] = self.source.now
         self.algorithm.server_step()
-        stopped_by = self._hooks_after(at) if self.hooks else ""
+        stopped_by = "" if self.hooks is None else self._hooks_after(at, self.hooks)
         self.progress.finished = number
         self.progress.cost += tally.cost
         self.progress.failures += tally.failures
@@ -148,24 +152,24 @@ class Coordinator:
             round=number,
             updates=tally.updates,
             failures=tally.failures,
-            loss=pooled_mean(tally.losses),
+            loss=tally.loss / tally.examples if tally.examples else None,
             upload_bytes=tally.cost.upload_bytes,
             download_bytes=tally.cost.download_bytes,
             seconds=round(time.perf_counter() - started, 3),
-            metrics={**metrics, **tally.told(), **self.hooks.numbers()},
+            metrics={**metrics, **tally.told(), **({} if self.hooks is None else self.hooks.numbers())},
         )
         if stopped_by:
             self.progress.stopped = {"round": number, "hook": stopped_by, "reason": at.stop}
             self.events.write("run_stopped", **self.progress.stopped)
         self.events.write("checkpoint", round=number, path=self._checkpoint().name)
 
-    def _hooks_after(self, at: ServerRound) -> str:
+    def _hooks_after(self, at: ServerRound, hooks: Hooks) -> str:
         """The server's hooks once a round is aggregated; the name of the one that ends the run, or the empty string."""
-        self.hooks.call("aggregated", at)
-        if self.hooks.validates(at.number):
+        hooks.call("aggregated", at)
+        if hooks.validates(at.number):
             at.validation, cost, failures = self.evaluator.validate(at.number)
             self._measured(cost, failures)
-        return self.hooks.stopped_by(at)
+        return hooks.stopped_by(at)
 
     def _accepted(self, outcome: Outcome, number: int, tally: _Tally) -> Update | None:
         """The update where it may be aggregated, and its event; None for a failure or a refused update, and theirs."""
@@ -181,7 +185,8 @@ class Coordinator:
         tally.skipped_steps += skipped
         own = {k: v for k, v in outcome.metrics.items() if "/" in k}  # those of the client's hooks
         tally.numbers.append((own, outcome.num_examples))
-        tally.losses.append((outcome.metrics["loss"] * outcome.num_examples, outcome.num_examples))
+        tally.loss += outcome.metrics["loss"] * outcome.num_examples
+        tally.examples += outcome.num_examples
         self.events.write(
             "client_update",
             round=number,
@@ -226,11 +231,14 @@ class Coordinator:
     # ------------------------------------------------------------------ checkpoints
 
     def _state(self) -> RoundState:
+        channel = self.dispatcher.channel
         notes = {
-            **self.progress.notes(), "channel": self.dispatcher.channel.notes(), "gathering": self.source.notes(),
-        }  # fmt: skip
+            **self.progress.notes(),
+            "channel": {} if channel is None else channel.notes(),
+            "gathering": self.source.notes(),
+        }
         server = self.algorithm.server_state()
-        if self.hooks:
+        if self.hooks is not None:
             kept = self.hooks.state()
             server = Payload({**server.tensors, **prefixed(kept.tensors, HOOKS)}, server.meta)
             notes[SECTION] = kept.meta
@@ -248,7 +256,8 @@ class _Tally:
     failures: int = 0
     skipped_steps: int = 0
     cost: Cost = Cost()
-    losses: list[tuple[float, float]] = field(default_factory=list)
+    loss: float = 0.0  # each client's mean loss, times its examples
+    examples: int = 0
     numbers: list[tuple[Mapping[str, float], int]] = field(default_factory=list)
 
     def told(self) -> dict[str, float]:

@@ -176,6 +176,10 @@ class Failure:
     cost: Cost = Cost()
 
 
+#: What is wrong with a payload that operators encoded, where the recipe names none.
+UNEXPECTED_CODING = "the payload is not encoded by the operators that the recipe names, []"
+
+
 #: Reasons of a `Failure` after which the client's process knows nothing of the run: it is told everything again.
 STARTED_ANEW = frozenset({"lost", "crashed", "late", "absent"})
 

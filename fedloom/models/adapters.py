@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +41,10 @@ class AdaptedModel:
         adapter: the live adapter; writing into its flat buffer changes the model at once.
         grad: [numel], the gradient of `adapter.flat`.
         parameter: `adapter.flat` as one parameter with that gradient, for the optimiser.
+        causal_lm: the transformers model inside, whose configuration holds the attention function.
+        device: of adapter and base.
+        backward: adds the gradient of a loss to `grad`. All backward passes come through it; a seat of a cohort has its own.
+        orthogonality: how much `penalty` counts (AdaLoRA); 0 where there is none.
         initial: [numel], the adapter as it was created from the seed.
         full: whether weights of the base itself are what trains, all or some layers'. Tied weights are one tensor then,
             under the first of their names.
@@ -57,7 +61,7 @@ class AdaptedModel:
         config: Any = None if self.full else module.peft_config["default"]
         self.virtual_tokens: int = config.num_virtual_tokens if config and config.is_prompt_learning else 0
         self.prefixed: bool = self.virtual_tokens > 0 and config.peft_type == PeftType.PREFIX_TUNING
-        self._orthogonality = float(getattr(config, "orth_reg_weight", 0.0))
+        self.orthogonality = float(getattr(config, "orth_reg_weight", 0.0))
         trainable = {_plain(name): p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise UserError("nothing is trainable in this model: check adapter.target_modules")
@@ -69,6 +73,9 @@ class AdaptedModel:
                 view.copy_(trainable[name])
                 trainable[name].data = view
                 trainable[name].grad = gradients[name]  # autograd adds into it, in place
+        self.causal_lm: PreTrainedModel = base.model
+        self.device = self.adapter.flat.device
+        self.backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward
         self.parameter = torch.nn.Parameter(self.adapter.flat)
         self.parameter.grad = self.grad
         self.initial = self.adapter.flat.detach().clone()
@@ -83,24 +90,11 @@ class AdaptedModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.base.tokenizer
 
-    @property
-    def device(self) -> torch.device:
-        return self.adapter.flat.device
-
-    @property
-    def causal_lm(self) -> PreTrainedModel:
-        """The transformers model inside, whose configuration holds the attention function."""
-        return self.base.model
-
     def initial_adapter(self) -> Adapter:
         """A CPU copy of the adapter as it was created from the seed."""
         adapter = Adapter(self.adapter.layout)
         adapter.flat.copy_(self.initial)
         return adapter
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of `loss` to `grad`. All backward passes come through here."""
-        loss.backward()  # type: ignore[no-untyped-call]
 
     def penalty(self) -> torch.Tensor | None:
         """AdaLoRA's γ · mean over its factors of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, as peft has it; None elsewhere.
@@ -108,14 +102,14 @@ class AdaptedModel:
         Zhang et al., arXiv 2303.10512, equation 4 (which squares the norms): P and Q stand for singular vectors.
         """
         factors = [n for n in self.adapter.layout.names if n.endswith((".lora_A", ".lora_B"))]
-        if not (self._orthogonality and factors):
+        if not (self.orthogonality and factors):
             return None
         total = self.adapter.flat.new_zeros(())
         for name, p in self.module.named_parameters():
             if _plain(name) in factors:
                 gram = p @ p.T if name.endswith(".lora_A.default") else p.T @ p  # [r, r]
                 total = total + torch.linalg.matrix_norm(gram - torch.eye(len(gram), device=p.device))
-        return self._orthogonality * total / len(factors)
+        return self.orthogonality * total / len(factors)
 
     def lora_scales(self) -> dict[str, float]:
         """Base weight → the scale s of its LoRA module (α/r, or α/√r under rsLoRA): W + s·B·A is what is computed."""

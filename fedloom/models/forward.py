@@ -7,6 +7,7 @@ asks: training, evaluation and every algorithm's own loss come through here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fedloom.models.attention import packed as attention
 from fedloom.models.attention.gpu import PACKED
 from fedloom.models.prefix_cache import PrefixCache, known_prefix
 from fedloom.models.recompute import chunked_losses, headless, sparing
-from fedloom.models.virtual_tokens import packed_inputs
+from fedloom.models.virtual_tokens import with_virtual_tokens
 
 #: How far packed and single losses of the probe may differ, relative; a model that ignores segments is off by 1e-1 and more.
 PROBE_TOLERANCE = 1e-3
@@ -47,8 +48,16 @@ def label_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     model.causal_lm.config._attn_implementation = PACKED[
         model.base.attention
     ]  # stays: a recomputed forward needs it too
-    inputs = packed_inputs(model, batch)
-    with known_prefix(model, batch):
+    inputs = {
+        "input_ids": batch.ids,
+        "position_ids": batch.positions,
+        "segment_lengths": batch.lengths,
+        "logits_to_keep": batch.where,
+        "use_cache": False,
+    }
+    if model.virtual_tokens:
+        inputs = with_virtual_tokens(model, batch, inputs)
+    with nullcontext() if model.prefix is None else known_prefix(model.prefix, model, batch):
         logits: torch.Tensor = (model.causal_lm if model.virtual_tokens else model.module)(**inputs).logits[0]
     return logits
 

@@ -89,9 +89,13 @@ class Adapter:
         """One flat copy, the simulator's swap. `flat`: [numel]."""
         self.flat.copy_(flat)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Name → window, in sorted name order. Not copies: clone before keeping."""
-        return dict(self.views)
+    def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
+        """Name → window, in sorted name order. Not copies: clone before keeping.
+
+        Args:
+            prefix: put before each name.
+        """
+        return {prefix + name: view for name, view in self.views.items()} if prefix else dict(self.views)
 
     def snapshot(self) -> Adapter:
         """A copy on the CPU that later training does not touch."""

@@ -15,6 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ class Base:
         device: torch.device = next(self.model.parameters()).device
         return device
 
-    @property
+    @cached_property
     def dtype(self) -> torch.dtype:
         """What the model computes in: its embeddings', which stay as they are where layers are quantised."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype

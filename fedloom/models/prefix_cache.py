@@ -244,10 +244,9 @@ def prefix_digest(model: AdaptedModel, above: tuple[str, ...]) -> str:
 
 
 @contextmanager
-def known_prefix(model: AdaptedModel, batch: Batch) -> Iterator[None]:
-    """A forward pass of a packed batch in this block starts at the first trained layer, where the model's cache serves."""
-    cache = model.prefix
-    if cache is None or not cache.serves(model):
+def known_prefix(cache: PrefixCache, model: AdaptedModel, batch: Batch) -> Iterator[None]:
+    """A forward pass of a packed batch in this block starts at the first trained layer, where the cache serves it."""
+    if not cache.serves(model):
         yield
         return
     with cache.standing_in(model, batch):

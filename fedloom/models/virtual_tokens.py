@@ -15,6 +15,7 @@ This file does not know what trains them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,21 +33,17 @@ if TYPE_CHECKING:
 PREFIX_SPREAD = 0.02
 
 
-def packed_inputs(model: AdaptedModel, batch: Batch) -> dict[str, Any]:
-    """What the base model's forward takes for a packed batch with this model's virtual tokens in it."""
-    assert batch.positions is not None, "the batch is packed"
-    inputs: dict[str, Any] = {
-        "position_ids": batch.positions,
-        "segment_lengths": batch.lengths,
-        "logits_to_keep": batch.where,
-        "use_cache": False,
-    }
+def with_virtual_tokens(model: AdaptedModel, batch: Batch, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What the base model's forward takes for a packed batch with this model's virtual tokens in it.
+
+    Args:
+        inputs: what it takes without them.
+    """
     v = model.virtual_tokens
-    if not v:
-        return {**inputs, "input_ids": batch.ids}
     if model.prefixed:
+        assert batch.positions is not None, "the batch is packed"
         states = [(layer.keys, layer.values) for layer in model.module.get_prompt(batch_size=1).layers]
-        return {**inputs, "input_ids": batch.ids, "position_ids": batch.positions + v, "prefix_states": states}
+        return {**inputs, "position_ids": batch.positions + v, "prefix_states": states}
     words = model.module.word_embeddings(batch.ids[0])  # [T, width]
     prompt = model.module.get_prompt(batch_size=1)[0].to(words.dtype)  # [v, width]
     segments = words.split(list(batch.lengths))
@@ -56,7 +53,7 @@ def packed_inputs(model: AdaptedModel, batch: Batch) -> dict[str, Any]:
         "position_ids": torch.cat([torch.arange(n, device=words.device) for n in lengths])[None],
         "segment_lengths": lengths,
         "logits_to_keep": batch.where + v * (batch.owners + 1),
-        "use_cache": False,
+        "use_cache": inputs["use_cache"],
     }
 
 

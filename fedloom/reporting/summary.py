@@ -10,8 +10,8 @@ from typing import Any
 from fedloom.common import environment
 from fedloom.data.corpus import Partition
 from fedloom.data.federated import FederatedData
+from fedloom.federation.record.checkpoints import Progress
 from fedloom.federation.record.client_table import MANY, Clients, ClientTable
-from fedloom.federation.record.progress import Progress
 from fedloom.models.layout import Adapter
 from fedloom.recipe.recipe import Recipe
 

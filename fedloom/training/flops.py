@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -25,14 +26,26 @@ if TYPE_CHECKING:
     from fedloom.models.adapters import AdaptedModel
 
 
+#: Model → its counts, which do not change while it trains.
+_COUNTS: WeakKeyDictionary[AdaptedModel, Flops] = WeakKeyDictionary()
+
+
+def flops_of(model: AdaptedModel) -> Flops:
+    """The counts of this model, built the first time that they are needed."""
+    counts = _COUNTS.get(model)
+    if counts is None:
+        counts = _COUNTS[model] = Flops(model)
+    return counts
+
+
 class Flops:
-    """Counts for one model: built once, asked for each batch."""
+    """Counts for one model, asked for each batch. `flops_of` has one for each model."""
 
     def __init__(self, model: AdaptedModel) -> None:
         config = model.causal_lm.config.get_text_config()
         head = model.causal_lm.get_output_embeddings()
         shapes = model.adapter.layout.shapes
-        self._model = model
+        self._model = ref(model)  # which the table of counts must not keep
         self._full = model.full
         self._frozen = self._trained = 0
         self._first = first_trained(model)
@@ -79,10 +92,11 @@ class Flops:
 
     def _below(self, batch: Batch) -> int:
         """The layers below the first trained one: forward only, or not at all for what models/prefix_cache.py kept."""
-        cache = self._model.prefix
         if not self._first:
             return 0
-        if cache is None or not cache.serves(self._model):
+        model = self._model()
+        cache = None if model is None else model.prefix
+        if cache is None or model is None or not cache.serves(model):
             return self._tokens(batch) * 2 * self._prefix_weights + self._attention(batch, self._first)
         computed = cache.computed
         return sum(computed) * 2 * self._prefix_weights + self._attended(computed, self._first)

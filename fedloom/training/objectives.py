@@ -30,7 +30,8 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.models.forward import token_losses
 from fedloom.models.reference import reference
 from fedloom.recipe.recipe import TrainConfig
-from fedloom.training.flops import Flops
+from fedloom.training.flops import flops_of
+from fedloom.training.precision import autocast
 
 
 def unit_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
@@ -95,7 +96,7 @@ class Dpo:
     """Direct preference optimisation."""
 
     def __init__(self, config: TrainConfig) -> None:
-        self._beta, self._smoothing = config.dpo_beta, config.dpo_smoothing
+        self._beta, self._smoothing, self._precision = config.dpo_beta, config.dpo_smoothing, config.precision
         self._known: dict[int, tuple[float, float]] = {}  # example → log π_ref of the preferred and the rejected answer
         self._held_out: dict[tuple[int, ...], torch.Tensor] = {}  # a held-out batch's examples → log π_ref, [sequences]
 
@@ -104,8 +105,8 @@ class Dpo:
         missing = [i for i in dict.fromkeys(examples) if i not in self._known]
         if not missing:
             return 0
-        flops, taken = Flops(model), 0
-        with reference(model):
+        flops, taken = flops_of(model), 0
+        with autocast(model.device, self._precision), reference(model):  # compared with what is computed like it
             for i in missing:
                 batch = self._collated(model, sequences, [i], packed)
                 preferred, rejected = log_probabilities(batch, token_losses(model, batch)).tolist()

@@ -98,6 +98,3 @@ class LossScale:
         else:
             self.value = self._fitting
         return False
-
-
-UNSCALED = LossScale("fp32")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,10 +21,10 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.models.recompute import sparing
 from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.compiling import compiled
-from fedloom.training.flops import Flops
+from fedloom.training.flops import Flops, flops_of
 from fedloom.training.optimizer import FlatOptimizer
 from fedloom.training.parallel import ALONE, Ranks
-from fedloom.training.precision import UNSCALED, LossScale, autocast
+from fedloom.training.precision import LossScale, autocast
 
 if TYPE_CHECKING:
     from fedloom.federation.hooks.calls import FitHooks, Hooks
@@ -188,8 +188,9 @@ class Stepper:
         self.model, self.learner, self.config, self.hooks, self.ranks = model, learner, config, hooks, ranks
         self.parameter = model.parameter if parameter is None else parameter
         self.optimizer = FlatOptimizer(config, self.parameter, optimizer_state)
-        self._flops = Flops(model)
-        self._scale = LossScale(config.precision, model.base.dtype)
+        self._flops = flops_of(model)
+        halves = config.precision != "fp32" or model.base.dtype == torch.float16  # what a loss scale may be for
+        self._scale = LossScale(config.precision, model.base.dtype) if halves else None
         self._result = FitResult()
         self._weighted, self._weight = 0.0, 0
 
@@ -217,7 +218,8 @@ class Stepper:
         """What the steps so far add up to, over all ranks."""
         result = self._result
         result.loss = self._weighted / self._weight if self._weight else math.nan
-        result.tokens, result.flops = self.ranks.counts(result.tokens, result.flops)
+        if self.ranks.count > 1:
+            result.tokens, result.flops = self.ranks.counts(result.tokens, result.flops)
         result.optimizer_state = self.optimizer.tensors()
         return result
 
@@ -237,9 +239,14 @@ def _clipped(
     return True
 
 
-@contextmanager
-def passes(model: AdaptedModel, config: TrainConfig) -> Iterator[None]:
+def passes(model: AdaptedModel, config: TrainConfig) -> AbstractContextManager[None]:
     """In this block passes are the recipe's: what they keep, what is compiled, and their precision; `backward` ends them."""
+    plain = config.precision == "fp32" and config.loss_chunk is None and not (config.checkpointing or config.compile)
+    return nullcontext() if plain else _altered_passes(model, config)
+
+
+@contextmanager
+def _altered_passes(model: AdaptedModel, config: TrainConfig) -> Iterator[None]:
     with (
         sparing(model, config.checkpointing, config.loss_chunk),
         compiled(model, config.compile),
@@ -257,7 +264,7 @@ def _gradient(
     flops: Flops,
     ranks: Ranks,
     hooks: FitHooks | None,
-    scale: LossScale,
+    scale: LossScale | None,
 ) -> float:
     """One step's gradient in `model.grad`, in the recipe's precision, computed again where the scale was too large.
 
@@ -265,7 +272,7 @@ def _gradient(
     """
     with passes(model, config):
         loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
-        while scale.overflowed(model.grad, loss):
+        while scale is not None and scale.overflowed(model.grad, loss):
             loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
     return loss
 
@@ -278,7 +285,7 @@ def _accumulate(
     flops: Flops,
     ranks: Ranks = ALONE,
     hooks: FitHooks | None = None,
-    scale: LossScale = UNSCALED,
+    scale: LossScale | None = None,
 ) -> float:
     """Forward and backward over one step's batches; the gradient, times the scale, stands in `model.grad`.
 
@@ -288,7 +295,7 @@ def _accumulate(
     model.grad.zero_()
     step_units = max(1, sum(b.units for b in batches))
     total = 0.0
-    for batch in ranks.own(batches):
+    for batch in ranks.own(batches) if ranks.count > 1 else batches:
         if hooks:
             hooks.batch(batch)
         loss = learner.local_loss(model, batch, step_units)
@@ -296,24 +303,25 @@ def _accumulate(
             loss = hooks.forward(loss)
         backward(model, loss, scale)
         if hooks:
-            model.grad.mul_(1.0 / scale.value)  # hooks see it as it is; powers of two go out and in exactly
+            factor = 1.0 if scale is None else scale.value
+            model.grad.mul_(1.0 / factor)  # hooks see it as it is; powers of two go out and in exactly
             hooks.backward()
-            model.grad.mul_(scale.value)
+            model.grad.mul_(factor)
         total += float(loss.detach())
         result.tokens += batch.tokens
         result.flops += flops.of(batch)
-    ranks.sum_(model.grad)
-    total = ranks.total(total)
-    penalty = model.penalty()  # every rank has all of it
-    if penalty is not None:  # AdaLoRA's; not part of the loss that is reported
-        backward(model, penalty, scale)
+    if ranks.count > 1:
+        ranks.sum_(model.grad)
+        total = ranks.total(total)
+    if model.orthogonality and (penalty := model.penalty()) is not None:  # AdaLoRA's; not part of the loss reported
+        backward(model, penalty, scale)  # every rank has all of it
     return total
 
 
-def backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale) -> None:
+def backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale | None) -> None:
     """Add the gradient of `loss` times the scale to `model.grad`; within `passes`."""
     with torch.autocast(loss.device.type, enabled=False):
-        model.backward(loss * scale.value if scale.value != 1.0 else loss)
+        model.backward(loss if scale is None or scale.value == 1.0 else loss * scale.value)
 
 
 def _skip_or_fail(config: TrainConfig, number: int, batches: Sequence[Batch], what: str) -> None:

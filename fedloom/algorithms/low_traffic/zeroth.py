@@ -24,7 +24,7 @@ from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.recompute import sparing
 from fedloom.recipe.recipe import TrainConfig
-from fedloom.training.flops import Flops
+from fedloom.training.flops import Flops, flops_of
 from fedloom.training.trainer import FitResult, Learner, LocalRun
 
 
@@ -69,7 +69,7 @@ def descend(
         w ← w − Σ a z. The coefficients of a skipped step are 0. The result's loss is the mean over both points; tokens and
         operations count every forward pass.
     """
-    model, flops, result = run.model, Flops(run.model), FitResult()
+    model, flops, result = run.model, flops_of(run.model), FitResult()
     coefficients: list[float] = []
     weighted, weight = 0.0, 0
     model.module.train()

@@ -28,7 +28,7 @@ from fedloom.algorithms.personal.turns import copies
 from fedloom.data.batching import Batch
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
-from fedloom.training.flops import Flops
+from fedloom.training.flops import flops_of
 from fedloom.training.precision import LossScale
 from fedloom.training.trainer import FitResult, LocalRun, backward, passes
 
@@ -52,7 +52,7 @@ class PFedMe(fedavg.FedAvg):
     def local_training(self, run: LocalRun) -> FitResult:
         self._seen: dict[int, tuple[Batch, int]] = {}  # a step that is repeated at another loss scale has a batch twice
         self._extra = FitResult()
-        self._flops = Flops(run.model)
+        self._flops = flops_of(run.model)
         self._ranks, self._train = run.ranks, run.config
         self._scale = LossScale(run.config.precision, run.model.base.dtype)  # of the inner passes
         result = run.fit(self)

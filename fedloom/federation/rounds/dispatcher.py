@@ -24,7 +24,7 @@ from fedloom.federation.rounds.virtual_time import VirtualTime
 from fedloom.federation.runtime import Runtime
 from fedloom.federation.watch import Tick
 from fedloom.messages.operators.channel import ServerChannel
-from fedloom.messages.types import STARTED_ANEW, VANISHED, Assignment, Failure, Outcome
+from fedloom.messages.types import STARTED_ANEW, UNEXPECTED_CODING, VANISHED, Assignment, Failure, Outcome, Update
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Dispatcher:
     """Sends the assignments of one run.
 
     Args:
-        channel: the operators that payloads go through.
+        channel: the operators that payloads go through; None where the recipe names none.
         tick: called as clients come back.
         virtual_time: times the work, where the runtime does it at once; None where time is real.
     """
@@ -58,7 +58,7 @@ class Dispatcher:
         algorithm: Algorithm,
         runtime: Runtime,
         terms: Terms,
-        channel: ServerChannel,
+        channel: ServerChannel | None,
         events: Events,
         tick: Tick,
         virtual_time: VirtualTime | None = None,
@@ -91,6 +91,8 @@ class Dispatcher:
             score=terms.score,
             recipe=terms.recipe if first else None,
         )
+        if self.channel is None:
+            return assignment
         return self.channel.sent(assignment, first and algorithm.own_initial)
 
     def outcomes(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
@@ -138,7 +140,11 @@ class Dispatcher:
         if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW | VANISHED:
             self._contacted.discard(outcome.client)
         outcome = replace(outcome, cost=replace(outcome.cost, broadcast_bytes=first))
-        return self.channel.opened(outcome) if kind == "train" else outcome
+        if self.channel is not None:
+            return self.channel.opened(outcome) if kind == "train" else outcome
+        if isinstance(outcome, Update) and outcome.payload.coding is not None:
+            return Failure(outcome.client, outcome.round, "bad_payload", UNEXPECTED_CODING, outcome.cost)
+        return outcome
 
     def failed(self, failure: Failure, kind: str) -> None:
         """Write the event of a failure."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -90,6 +91,10 @@ class Schedule:
 
     def sampled(self) -> int:
         """Clients in a round, on average where they are sampled independently."""
+        return self._sampled
+
+    @cached_property
+    def _sampled(self) -> int:
         return self.federation.sampled(len(self.training))
 
     def sample(self, round: int) -> tuple[str, ...]:

@@ -37,6 +37,10 @@ class Chains:
     up: Chain
     down: Chain
 
+    def __bool__(self) -> bool:
+        """Whether there is any operator."""
+        return bool(self.initial.operators or self.up.operators or self.down.operators)
+
     @classmethod
     def of(cls, config: OperatorsConfig, differences: bool = False) -> Chains:
         """Raises UserError for unknown names and options, and for chains that cannot be.
@@ -70,7 +74,7 @@ class Chains:
 
 
 class ServerChannel:
-    """The server's end."""
+    """The server's end. A run whose chains are all empty has no channel: its payloads travel as they are."""
 
     def __init__(self, chains: Chains, seed: int) -> None:
         self.chains = chains
