@@ -36,16 +36,16 @@ from fedloom.federation.record.events import Events
 from fedloom.federation.watch import Watch
 from fedloom.messages import wire
 from fedloom.messages.operators.channel import ClientChannel, ServerChannel
-from fedloom.models.adapters import AdaptedModel
 from fedloom.models.layout import WeightedMean
 from fedloom.recipe.overrides import parse_overrides
+from fedloom.training import trainer
 from fedloom.training.objectives import Sft
 from fedloom.training.trainer import LocalRun, Stepper
 
 #: (whose, which function, what its own time is called).
 SEAMS: list[tuple[Any, str, str]] = [
     (Algorithm, "local_loss", "forward"),
-    (AdaptedModel, "backward", "backward"),
+    (trainer, "backward", "backward"),
     (Stepper, "step", "optimiser"),
     (Stepper, "__init__", "setup"),
     (LocalRun, "fit", "setup"),

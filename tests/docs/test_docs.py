@@ -43,6 +43,30 @@ def test_links_of_a_page_lead_to_files(page):
     assert not missing
 
 
+#: Pages whose code paths are relative to fedloom/.
+WITH_PATHS = ["docs/architecture.md", "docs/one-round.md"]
+
+
+@pytest.mark.parametrize("name", WITH_PATHS)
+def test_code_paths_of_a_page_lead_to_files(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:[a-z_]+/)+[a-z_0-9]+\.py)`", text))
+    missing = [p for p in sorted(paths) if not ((ROOT / "fedloom" / p).exists() or (ROOT / p).exists())]
+    assert len(paths) > 10
+    assert not missing
+
+
+def test_the_page_on_one_round_names_twelve_files_and_what_to_look_at_in_them():
+    text = (ROOT / "docs" / "one-round.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d+) \| `([\w/]+\.py)` \| `([\w.]+)` \|", text, re.MULTILINE)
+    assert [number for number, _, _ in rows] == [str(n) for n in range(1, len(rows) + 1)]
+    assert 8 <= len(rows) <= 12
+    for _, path, wanted in rows:
+        code = (ROOT / "fedloom" / path).read_text(encoding="utf-8")
+        for name in wanted.split("."):
+            assert re.search(rf"^\s*(?:def|class) {name}\b", code, re.MULTILINE), (path, wanted)
+
+
 @pytest.mark.parametrize("path", builtin_recipes().values(), ids=lambda p: p.stem)
 def test_a_recipe_says_what_it_shows_and_how_long_it_takes(path):
     head = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]

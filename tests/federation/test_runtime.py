@@ -52,7 +52,7 @@ def test_one_that_is_not_opened_by_name_says_so(tmp_path):
             pass
 
     with pytest.raises(NotImplementedError, match="Silent is not opened by name"):
-        Silent.open(None, None, tmp_path, lambda: None, print)
+        Silent.open(None, None, tmp_path, lambda: None)
     with pytest.raises(NotImplementedError, match="Silent has no processes that conduct a run"):
         Silent.conduct(None, tmp_path, False, False, None)
 
