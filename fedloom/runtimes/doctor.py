@@ -1,4 +1,4 @@
-"""`fedloom doctor`: what this machine has, what it lacks, and the mend for each."""
+"""`fedloom doctor`: check what this machine has and lacks, and how to fix each problem."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EXTRAS = {
 }
 
 
-#: A run of the built-in model wants about this much.
+#: A run of the built-in model needs about this much memory.
 MEMORY_GB = 4
 
 
@@ -34,7 +34,7 @@ DISK_GB = 2
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. `mend` is empty where there is nothing to do."""
+    """One finding; the last field says how to fix it, and is empty if nothing is wrong."""
 
     level: Literal["good", "note", "bad"]
     name: str
@@ -43,7 +43,7 @@ class Check:
 
 
 def checks() -> Iterator[Check]:
-    """All checks, in the order of their table."""
+    """Run all checks, in the order of their table."""
     python = environment.versions()["python"]
     old = sys.version_info < (3, 11)
     yield Check("bad" if old else "good", "python", python, "fedloom needs Python 3.11 or newer" if old else "")
@@ -71,7 +71,7 @@ def _packages() -> Iterator[Check]:
 
 
 def machine(folder: Path) -> Iterator[Check]:
-    """Cores, GPU, memory, and the disk that `folder` lies on."""
+    """Check cores, GPU, memory, and the disk of `folder`."""
     import torch
 
     cores = environment.available_cores()
@@ -86,7 +86,7 @@ def machine(folder: Path) -> Iterator[Check]:
     yield Check(
         "good" if there else "note",
         "C++ compiler",
-        there or f"{compiler} is not there; only for train.compile on a CPU",
+        there or f"{compiler} is not installed; only for train.compile on a CPU",
         "" if there else "install it, or name another one in CXX",
     )
     memory = _memory_gb()
@@ -139,7 +139,10 @@ def _cache() -> Iterator[Check]:
     if data is not None:
         there = Path(data).expanduser().is_dir()
         yield Check(
-            "good" if there else "bad", "FEDLOOM_DATA", data, "" if there else "there is no such folder: set it anew"
+            "good" if there else "bad",
+            "FEDLOOM_DATA",
+            data,
+            "" if there else "there is no such folder: set FEDLOOM_DATA to a folder that exists",
         )
 
 

@@ -1,17 +1,16 @@
-"""Every client in a simulation, over several GPUs or machines of one owner: Ray's actors, each with the base loaded once.
+"""Simulate clients on several GPUs or machines of one owner: Ray's actors do the work, each with the base loaded once.
 
     this process   assignments ─ as messages ─▶ object store: a round's payload once ─▶ actor 1 … actor N: Host
                    outcomes    ◀────────────────────────── as messages, as they come ◀──┘
 
-`Host` is in ray_host.py. An assignment is pulled when an actor is free. Clients' state rests in the run folder, as the
-simulator has it, and goes with the work; so it does not matter which actor does what, and the result is the simulator's,
-bit for bit.
+`Host` is in ray_host.py. A free actor takes the next assignment. Clients' state is stored in the run folder, as in the
+simulator, and travels with the work. So any actor can do any work, and the result equals the simulator's bit for bit.
 
-    crashed  the actor ended; another is started and the client is back in the next round
-    late     not done within federation.round_deadline; the actor is ended, and another started
+    crashed  the actor ended; another is started, and the client takes part again in the next round
+    late     not done within federation.round_deadline; the actor is ended, and another is started
 
-Ray pickles what it moves and runs what it is sent, by design: it is for the machines of one owner (docs/architecture.md).
-This file does not know an algorithm. What it takes from Ray's insides stands in `_start`.
+Ray pickles what it moves and runs what it receives, by design. So it is only for machines of one owner
+(docs/architecture.md). This file does not know any algorithm. Only `_start` uses private parts of Ray.
 """
 
 from __future__ import annotations
@@ -48,24 +47,24 @@ from fedloom.runtimes.ray_host import Done, Host, Opened, Orders
 
 log = logging.getLogger(__name__)
 
-os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: it would report to its makers
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when ray is imported: stops its usage reports
 
 
-#: Seconds that an actor has to come up and load the base.
+#: Seconds that an actor has to start and load the base.
 START = 600.0
 
 
-#: How often an actor is started that ends before it is open.
+#: How often an actor is started if it ends before it is open.
 TRIES = 3
 
 
-#: An actor that is gone, or what it made.
+#: What Ray raises if an actor, or an object that it made, is lost.
 GONE = (RayActorError, OutOfMemoryError, WorkerCrashedError, ObjectLostError)
 
 
 @dataclass
 class Actor:
-    """One process. `opening` is there until it is open; `tries` counts how often it ended before that."""
+    """One process. `opening` is None once it is open; `tries` counts the starts until then."""
 
     number: int
     handle: Any
@@ -77,7 +76,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Job:
-    """Work under way: whose it is, what was sent, and where its outcome goes."""
+    """Work in progress: its actor, its assignment, the bytes sent, and the queue for its outcome."""
 
     actor: Actor
     assignment: Assignment
@@ -87,9 +86,9 @@ class Job:
 
 
 class Ray(Runtime):
-    """The runtime. Attributes:
+    """The runtime `ray`. Attributes:
 
-    puts: how many payloads went into the object store.
+    puts: the number of payloads that were put into the object store.
     """
 
     capabilities = Capabilities(virtual=True, pooled_tests=True, keeps_clients=False)
@@ -111,7 +110,7 @@ class Ray(Runtime):
 
     @classmethod
     def open(cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client]) -> Ray:
-        """The runtime with its actors open. Raises UserError where there is not enough of a machine for them."""
+        """Start the actors. Raises UserError if Ray has too few CPUs or GPUs for them."""
         settings = recipe.runtime.ray
         if recipe.runtime.device.startswith("cuda:"):
             raise UserError(
@@ -134,7 +133,7 @@ class Ray(Runtime):
         return self._clients
 
     def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
-        """One outcome for each assignment, as they arrive; at most one piece of work for each actor is under way."""
+        """Yield one outcome for each assignment, as they arrive. Each actor does one piece of work at a time."""
         source, exhausted, under_way = iter(assignments), False, 0
         outbox: deque[Outcome] = deque()
         while True:
@@ -173,7 +172,7 @@ class Ray(Runtime):
         self._jobs[ref] = Job(actor, assignment, message.total, time.monotonic(), outbox)
 
     def _shared(self, body: memoryview) -> Any:
-        """The body in the object store, where it lies once while one client after another is sent the same."""
+        """Put the body into the object store, once while consecutive clients receive the same body."""
         array = np.frombuffer(body, np.uint8)
         if self._last is None or not np.array_equal(self._last[0], array):
             self._last = array, ray.put(array)
@@ -181,7 +180,7 @@ class Ray(Runtime):
         return self._last[1]
 
     def _wait(self) -> None:
-        """Until something came back, an actor is open, or somebody is late."""
+        """Wait until an outcome arrives, an actor is open, or a deadline is over."""
         openings = {actor.opening: actor for actor in self._actors if actor.opening is not None}
         if not openings and not self._actors:
             raise RunFailed(f"no Ray actor could be started again ({TRIES} tries each): finished rounds are kept")
@@ -218,13 +217,13 @@ class Ray(Runtime):
         job.outbox.append(replace(outcome, cost=cost))
 
     def _call_off(self, now: float) -> None:
-        """End the actors whose work is late, and those that do not come up."""
+        """End the actors whose work is late, and those that do not start."""
         for ref, job in [*self._jobs.items()]:
             if self._deadline is not None and now >= job.since + self._deadline:
                 del self._jobs[ref]
                 self._give_up(job, "late", f"not done within {self._deadline:g} seconds (federation.round_deadline)")
         for actor in [a for a in self._actors if a.opening is not None and now >= a.since + START]:
-            self._again(actor, f"is not there after {START:g} seconds")
+            self._again(actor, f"is not open after {START:g} seconds")
 
     def _give_up(self, job: Job, reason: str, detail: str) -> None:
         job.outbox.append(Failure(job.assignment.client, job.assignment.round, reason, detail))
@@ -279,7 +278,7 @@ _END = object()
 
 @dataclass
 class Own:
-    """What this process started of Ray and has to end: `folder` is where it keeps its files; None: nothing."""
+    """The part of Ray that this process has to end: `folder` has its files; None: nothing to end."""
 
     folder: Path | None = None
 
@@ -291,7 +290,7 @@ class Own:
 
 
 def _start(settings: RayConfig) -> Own:
-    """Connect to Ray where there is one, else start it for this process: on loopback, without words or a web page."""
+    """Connect to a Ray that runs, or start one for this process: on loopback, without output or dashboard."""
     from ray._private import ray_constants, ray_logging
 
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": True}
@@ -308,8 +307,8 @@ def _start(settings: RayConfig) -> Own:
             ) from error
         folder = Path(tempfile.mkdtemp(prefix="fedloom-ray-"))
     else:
-        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch that makes it listen on loopback alone
-        folder = Path(tempfile.mkdtemp(prefix="fedloom-ray-"))  # a short path: its sockets lie there
+        ray_constants.ENABLE_RAY_CLUSTER = False  # Ray's own switch to listen only on loopback
+        folder = Path(tempfile.mkdtemp(prefix="fedloom-ray-"))  # a short path, because its sockets are there
         ray.init(
             num_cpus=math.ceil(settings.actors * settings.cpus),
             num_gpus=torch.cuda.device_count(),
@@ -318,18 +317,18 @@ def _start(settings: RayConfig) -> Own:
             _temp_dir=str(folder),
             **quiet,
         )
-    ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")  # a dead actor is our own event
+    ray_logging.global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")  # this file reports a dead actor
     return Own(folder)
 
 
 def _check(settings: RayConfig) -> None:
-    """Raises UserError where the actors can never all be placed."""
+    """Raise UserError if Ray can never place all actors."""
     there = ray.cluster_resources()
     for key, name, each in (("CPU", "cpus", settings.cpus), ("GPU", "gpus", settings.gpus)):
         found = there.get(key, 0.0)
         if settings.actors * each > found + 1e-9:
             wanted = settings.actors * each
             raise UserError(
-                f"runtime.ray.actors={settings.actors} with runtime.ray.{name}={each:g} want {wanted:g} {key}s together and "
-                f"Ray has {found:g}: ask for fewer actors or fewer {name}"
+                f"runtime.ray.actors={settings.actors} with runtime.ray.{name}={each:g} need {wanted:g} {key}s together, "
+                f"but Ray has {found:g}: ask for fewer actors or fewer {name}"
             )

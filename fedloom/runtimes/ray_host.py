@@ -1,10 +1,10 @@
-"""A process that plays any of a simulation's clients, one after another: what runs inside an actor of `ray.py`.
+"""A process that acts as any client of a simulation, one after another. It runs inside an actor of `ray.py`.
 
-    open   recipe and data come once → the frozen base is loaded, once for this process
-    work   an assignment and the client's own state come → the outcome and the state as it is afterwards go back
+    open   receives recipe and data once → loads the frozen base, once for this process
+    work   receives an assignment and the client's state → returns the outcome and the new state
 
-Nothing of a client stays here between two pieces of work: its state travels with the work, so the next one may be done by
-any other host, and a host that dies takes nothing along. This file knows neither the engine nor an algorithm.
+A host keeps no client's state between two pieces of work: the state travels with the work. So any other host can do the
+next piece, and a host that dies loses nothing. This file knows neither the engine nor an algorithm.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from fedloom.runtimes import versions
 
 @dataclass(frozen=True)
 class Orders:
-    """What a host is told before its first work. `recipe` is resolved; `threads` are for torch."""
+    """What a host receives before its first work. `recipe` is resolved; `threads` are for torch."""
 
     recipe: Mapping[str, Any]
     data: FederatedData
@@ -43,7 +43,7 @@ class Orders:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a host says once it is open. `trouble` is a sentence where it cannot work."""
+    """What a host reports once it is open. `trouble` says why it cannot work, and is empty if it can."""
 
     trouble: str
     versions: Mapping[str, str]
@@ -52,7 +52,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Done:
-    """What comes back: the outcome's message in its pieces, the client's new state, files that `save` wrote."""
+    """What a host returns: the parts of the outcome's message, the client's new state, and files that `save` wrote."""
 
     start: bytes
     body: np.ndarray
@@ -65,7 +65,7 @@ class Done:
 
 
 class Carried:
-    """A client's state on its way: `load` gives what came with the work, what is saved goes back with its outcome."""
+    """A store for one piece of work: `load` gives the state that came with it; saved state returns with the outcome."""
 
     def __init__(self) -> None:
         self.came: bytes | None = None
@@ -79,7 +79,7 @@ class Carried:
 
 
 class Host:
-    """Opened once, then given one piece of work after another."""
+    """Opens once, then does one piece of work after another."""
 
     def __init__(self) -> None:
         self._state = Carried()
@@ -88,7 +88,7 @@ class Host:
         self._folder = Path(tempfile.gettempdir())
 
     def open(self, orders: Orders) -> Opened:
-        """Load the base. A recipe that this machine cannot run is a sentence; a programming error propagates."""
+        """Load the base. Returns a sentence if this machine cannot run the recipe; a programming error propagates."""
         torch.set_num_threads(orders.threads)
         try:
             self._open(orders)
@@ -105,7 +105,7 @@ class Host:
         self._client = open_client(recipe, models, orders.data, template, self._state, self._folder)
 
     def work(self, start: bytes, body: np.ndarray, digest: bytes, state: bytes | None) -> Done:
-        """Do one piece of work. `body` may be a window into shared memory: it is read once, into the host's own."""
+        """Do one piece of work. `body` may be a view of shared memory: it is copied once into the host's own."""
         assignment = wire.decode_assignment(wire.Split(start, body.data, digest))
         self._state.came, self._state.goes = state, None
         outcome = self._client.handle(replace(assignment, recipe=self._recipe))
@@ -116,5 +116,5 @@ class Host:
         return Done(reply.start, np.frombuffer(reply.body, np.uint8), reply.digest, self._state.goes, files)
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Delete the host's temporary files."""
         shutil.rmtree(self._folder, ignore_errors=True)

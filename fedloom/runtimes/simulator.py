@@ -1,10 +1,10 @@
-"""Every client on one machine, in one process, one after another on one frozen base, or some of them together.
+"""Simulate all clients in one process, on one frozen base, one after another or several together.
 
-The base model and one adapter buffer are in memory once; a client's turn begins by copying its payload into the
-buffer. Under `train.cohort` so many clients train in one pass over the base, each in a seat with a buffer of its own
-(training/cohort.py). Messages are really encoded and decoded, so bytes are measured and a payload that could not travel
-fails here too; only their digest is left out, for they never leave this process. The simulator knows no algorithm: one
-`Client` plays all clients, or one a seat does, or one trainer of several ranks (runtimes/ranks/pool.py).
+The base model and one adapter buffer are in memory once. Local training begins by copying the client's payload into the
+buffer. With `train.cohort`, several clients train in one pass over the base, each in a seat with its own buffer
+(training/cohort.py). Messages are really encoded and decoded, so bytes are measured, and a payload that cannot be encoded
+fails here too. Messages have no digest, because they never leave this process. The simulator knows no algorithm: one
+`Client` acts as all clients, or one for each seat, or a trainer of several ranks does (runtimes/ranks/pool.py).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Simulator(Runtime):
         self._recipe: Mapping[str, Any] | None = None
         self._size = 1
         self._cohort: Cohort | None = None
-        self._seated: list[Client] = []  # who plays whoever has the cohort's seat of the same number
+        self._seated: list[Client] = []  # one for each seat of the cohort, in the same order
 
     @classmethod
     def open(cls, recipe: Recipe, data: FederatedData, folder: Path, client: Callable[[], Client]) -> Simulator:
@@ -62,10 +62,10 @@ class Simulator(Runtime):
         self._client.close()
 
     def _sent(self, assignments: Iterable[Assignment | None]) -> Iterator[list[bytes]]:
-        """Encoded assignments, together where their clients train together."""
+        """Encode assignments; yield those together whose clients train together."""
         waiting: list[bytes] = []
         for assignment in assignments:
-            if assignment is None and not waiting:  # and nothing is ever under way here
+            if assignment is None and not waiting:  # no work is ever in progress here
                 return
             if assignment is not None:
                 if assignment.recipe is not None and assignment.recipe is not self._recipe:
@@ -80,7 +80,7 @@ class Simulator(Runtime):
             yield waiting
 
     def _together(self, assignments: Sequence[Assignment]) -> Iterable[Outcome]:
-        """Outcomes of several clients' training in one cohort; where memory is too small for it, one after another."""
+        """Train several clients in one cohort, or one after another if memory is too small for that."""
         assert self._recipe is not None
         assert isinstance(self._client, Client), "cohorts are refused with several ranks"
         if self._cohort is None or len(self._cohort.seats) != self._size:
@@ -96,7 +96,7 @@ class Simulator(Runtime):
 
 
 def _replied(done: Outcome, sent: int) -> Outcome:
-    """The outcome as it comes out of its message, with the bytes of both messages.
+    """Encode and decode the outcome, and add the bytes of both messages.
 
     Args:
         sent: bytes of the assignment's message.
@@ -107,7 +107,7 @@ def _replied(done: Outcome, sent: int) -> Outcome:
 
 
 def _shared(outcomes: Sequence[Outcome], wall: float, cpu: float) -> list[Outcome]:
-    """The cohort's time dealt out by the tokens that each client trained on; alone each was timed with all the others."""
+    """Divide the cohort's time by the tokens that each client trained on. Each client's own timer counts all of them."""
     tokens = [outcome.cost.train_tokens for outcome in outcomes]
     shares = [n / sum(tokens) if any(tokens) else 1 / len(outcomes) for n in tokens]
     return [
@@ -117,5 +117,5 @@ def _shared(outcomes: Sequence[Outcome], wall: float, cpu: float) -> list[Outcom
 
 
 def _part(cost: Cost, wall: float, cpu: float) -> Cost:
-    """`cost` with another time; what held a device holds it for that time."""
+    """Replace the time in `cost`. A client that used a GPU is charged for all of that time."""
     return replace(cost, wall_seconds=wall, cpu_seconds=cpu, gpu_seconds=wall if cost.gpu_seconds else 0.0)

@@ -1,7 +1,7 @@
-"""Which versions two sides of a federation may have: one and the same fedloom, and releases of what computes that agree.
+"""Compare the versions of two sides of a federation.
 
-fedloom itself has to be equal, since both sides read each other's messages. Of the libraries that compute, the first
-two numbers have to be equal. This file does not know how the versions travel.
+The version of fedloom must be equal, because both sides read each other's messages. For the libraries that compute, the
+first two numbers must be equal. This file does not know how the versions travel.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from collections.abc import Mapping
 
 from fedloom.common import environment
 
-#: Compared by their first two numbers; fedloom by all of them.
+#: Compared by the first two numbers of their versions; fedloom's whole version is compared.
 COMPARED = ("torch", "transformers", "peft", "safetensors")
 
 
 def own() -> dict[str, str]:
-    """The versions that a greeting carries."""
+    """Return the versions of this side, for its greeting."""
     found = environment.versions()
     return {name: found[name] for name in ("fedloom", *COMPARED) if name in found}
 
 
 def mismatch(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
-    """What differs as the end of a sentence, None where the two may work together.
+    """Say what differs, as the end of a sentence; None if the two sides can work together.
 
     >>> mismatch({"fedloom": "0.1.0"}, {"fedloom": "0.2.0"})
     'fedloom is 0.1.0 here and 0.2.0 there'
@@ -34,5 +34,5 @@ def mismatch(here: Mapping[str, str], there: Mapping[str, str]) -> str | None:
 
 
 def _release(version: str) -> str:
-    """The first two numbers: 2.13.0+cpu → 2.13."""
+    """Return the first two numbers: 2.13.0+cpu → 2.13."""
     return ".".join(version.partition("+")[0].split(".")[:2])

@@ -190,8 +190,8 @@ def test_nothing_listens_beyond_this_machine(faults):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"runtime.ray.actors": 3}, "want 3 CPUs together and Ray has 2"),
-        ({"runtime.ray.gpus": 0.5}, "want 1 GPUs together and Ray has 0"),
+        ({"runtime.ray.actors": 3}, "need 3 CPUs together, but Ray has 2"),
+        ({"runtime.ray.gpus": 0.5}, "need 1 GPUs together, but Ray has 0"),
         ({"algorithm": "fedot"}, "use runtime.name=simulator"),
     ],
 )

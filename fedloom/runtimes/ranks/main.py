@@ -2,9 +2,9 @@
 
 `python -m fedloom.runtimes.ranks.main SOCKET RANK COUNT MEETING` starts it.
 
-Told the resolved recipe of a run, each rank loads the same corpus, makes the same split and holds a base model of its own
-or its part of one; then it does what the simulator asks (pool.py). A site's ranks are `fedloom.runtimes.sites.trainer`'s.
-This file does not know the coordinator.
+Each rank receives the resolved recipe of a run. It loads the same corpus, makes the same split, and loads its own base
+model or its shard of one. Then it does what the simulator requests (pool.py). `fedloom.runtimes.sites.trainer` has the
+ranks of a site. This file does not know the coordinator.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedloom.runtimes.ranks.rank import Place, end_rank, serve
 
 
 class Cluster:
-    """What a rank does with one question after another."""
+    """Answers one request after another in a rank."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -35,7 +35,7 @@ class Cluster:
         self._client: Client | None = None
 
     def answer(self, kind: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
-        """A frame's header and body. An error that nobody foresaw ends this rank."""
+        """Return the answer's header and body. An unexpected error ends this rank."""
         try:
             if kind == "prepare":
                 return self._prepare(json.loads(body))

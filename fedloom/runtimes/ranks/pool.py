@@ -1,8 +1,8 @@
-"""A simulator's clients in a trainer of several ranks: `Client` as the simulator knows it, and the same processes for all.
+"""Train a simulator's clients in a trainer of several ranks. `Ranked` replaces `Client` in the simulator.
 
-The trainer (main.py) is started with the first piece of work, and again after it died; it has the data and a
-base of its own, so this process keeps the server's. A rank that was killed, or ran out of memory, is that client's
-failure; an error of the trainer's own is an error here. This file does not know what a client does.
+The trainer (main.py) starts with the first piece of work, and again after it died. It loads the data and its own base,
+so this process keeps only the server's. If a rank was killed, or ran out of memory, that client failed. An error in the
+trainer's own code is raised here. This file does not know what a client does.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from fedloom.messages.types import Assignment, Failure, Outcome
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.ranks.worker import Worker, WorkerLost
 
-#: Between two processes of one machine, messages of any size that memory has room for.
+#: The largest message in bytes: on one machine, only memory limits it.
 LIMIT = 1 << 40
 
 
-#: What of a trainer's log an error shows.
+#: Lines of the trainer's log that an error shows.
 LAST_LINES = 40
 
 
 class RankFailed(RuntimeError):
-    """A trainer ended by an error of its own; the end of its log is the message."""
+    """A trainer ended with an error in its own code; the message has the end of its log."""
 
 
 class Ranked:
@@ -49,7 +49,7 @@ class Ranked:
         return self._worker.pids if self._worker else ()
 
     def handle(self, assignment: Assignment) -> Outcome:
-        """What the trainer's first rank says came of it. Raises RankFailed for a programming error in the trainer."""
+        """Return the outcome from the trainer's first rank. Raises RankFailed for a programming error in the trainer."""
         try:
             if self._worker is None or not self._worker.alive:
                 self.close()

@@ -1,11 +1,11 @@
-"""The trainer's own end: it hears one question after another, alone or as one of several ranks, until nobody asks any more.
+"""The trainer's end of the connection: it answers requests, alone or as one of several ranks, until the agent is gone.
 
     python -m MODULE SOCKET                            one process
     python -m MODULE SOCKET RANK COUNT MEETING         one of several, which meet by the file MEETING
 
-torch.distributed connects the ranks. They are children of whoever asks (worker.py), not of torchrun: that would be one
-more process, which opens a port for anybody on the machine and whose death would leave the ranks behind. This file does
-not know what is asked.
+torch.distributed connects the ranks. They are children of the agent's process (worker.py), not of torchrun. torchrun
+would be one more process: it opens a port to every user of the machine, and if it died the ranks would stay. This file
+does not know what is requested.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedloom.training.parallel import Ranks
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands, as its command line says."""
+    """The rank of this process, read from its command line."""
 
     path: str
     rank: int = 0
@@ -46,29 +46,29 @@ class Place:
         return self.rank == 0
 
     def joined(self, strategy: str | None, device: str) -> Ranks:
-        """With the other ranks; waits for them."""
+        """Connect to the other ranks; wait for them."""
         return parallel.joined(self.rank, self.count, self.meeting, strategy, device)
 
 
-#: One process, and no socket: whoever made it asks it directly.
+#: One process without a socket, which is called directly.
 BY_ITSELF = Place("")
 
 
 def serve(place: Place, limit: int, answer: Callable[[str, bytes | bytearray], tuple[dict[str, Any], bytes]]) -> None:
-    """Every rank does what is asked, and the first one says what came of it."""
+    """Answer requests: every rank does the work, and the first rank sends the answer."""
     if place.count > 1:
         end_with_parent()
     for connection, header, body in requests(place.path, limit):
         reply = answer(str(header.get("kind")), body)
         if place.first:
-            with contextlib.suppress(ConnectionError):  # the agent is gone: there is no next question either
+            with contextlib.suppress(ConnectionError):  # the agent is gone: there is no next request either
                 send(connection, *reply)
 
 
 def end_rank(error: Exception) -> NoReturn:
-    """End this rank because of an error that nobody foresaw, and with it all, which may be waiting for it in a sum.
+    """End this rank after an unexpected error. All other ranks end too, because they may wait for it in a reduction.
 
-    At once: an orderly end would wait for the others.
+    The process ends at once: a normal exit would wait for the others.
     """
     traceback.print_exception(error)
     sys.stdout.flush()

@@ -1,13 +1,13 @@
-"""The trainer as a process of its own, or several: it holds the model, outlives rounds, and may die without its site.
+"""The trainer as one child process or several: it keeps the model between rounds, and the site survives its death.
 
     site's agent ─┬─ Unix socket ── python -m fedloom.runtimes.sites.trainer SOCKET  (model, data, client)
                   └─ Unix socket ── its other ranks, where a client has some (training/parallel.py)
 
-Both ends speak frames: a short JSON header and bytes, which for work are the messages of messages/wire.py. The agent
-asks, the trainer answers, one thing at a time. Every rank hears each question on a socket of its own and the first
-one answers, so ranks that wait need nothing of each other; where one dies, all are ended, since the others would wait
-for it. The sockets lie in a folder that only this user may enter, as does the file by which ranks find each other;
-when the agent goes, a rank reads the end of its socket and ends as well. This file does not know what the bytes mean.
+Both ends send frames: a short JSON header and bytes. For work, the bytes are the messages of messages/wire.py. The agent
+sends one request at a time, and the trainer answers. Every rank receives each request on its own socket, and the first
+rank answers, so ranks do not wait for each other between requests. If one rank dies, all are ended, because the others
+would wait for it. The sockets and the file by which ranks find each other are in a folder that only this user may enter.
+When the agent ends, a rank reads the end of its socket and ends too. This file does not know what the bytes mean.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from typing import Any
 MAX_HEADER = 1 << 16
 
 
-#: Seconds that a trainer has to import its libraries and connect; on a machine with much else to do that is minutes.
+#: Seconds that a trainer has to import its libraries and connect; on a busy machine this takes minutes.
 START = 300.0
 
 
-#: Exit codes of a trainer: its machine's memory is full, and an error that nobody foresaw.
+#: Exit codes of a trainer: out of memory, and an unexpected error.
 NO_MEMORY, ERROR = 12, 70
 
 
@@ -44,7 +44,7 @@ class WorkerLost(Exception):
     """The trainer ended; `how` names the signal or exit code.
 
     Attributes:
-        error: whether it ended by an error of its own, which its log tells, and not from outside.
+        error: whether an error in its own code ended it. The trainer's log has that error.
     """
 
     def __init__(self, how: str, error: bool = False) -> None:
@@ -58,7 +58,7 @@ class WorkerLate(Exception):
 
 
 class Stopped(Exception):
-    """The work was called off, and the trainer ended with it."""
+    """The work was cancelled, and the trainer was ended."""
 
 
 def send(connection: socket.socket, header: Mapping[str, Any], body: bytes | bytearray | memoryview = b"") -> None:
@@ -66,18 +66,18 @@ def send(connection: socket.socket, header: Mapping[str, Any], body: bytes | byt
     if len(text) > MAX_HEADER:
         raise ValueError(f"the header of a frame has {len(text)} bytes; at most {MAX_HEADER} are sent")
     connection.sendall(struct.pack("<IQ", len(text), len(body)) + text)
-    if body:  # the other end may have what it wanted, and be gone
+    if body:  # an empty send could fail after the other end has closed
         connection.sendall(body)
 
 
 def receive(
     connection: socket.socket, limit: int, step: Callable[[], None] = lambda: None
 ) -> tuple[dict[str, Any], bytearray]:
-    """One frame. `step` is called while nothing comes, and may raise.
+    """Receive one frame. `step` is called while no bytes arrive, and may raise.
 
     Raises:
         EOFError: the other end is gone.
-        ValueError: a frame over its bounds.
+        ValueError: the frame is larger than `limit` or `MAX_HEADER`.
     """
     lengths = _exactly(connection, 12, step)
     header_length, body_length = struct.unpack("<IQ", lengths)
@@ -105,14 +105,14 @@ def _exactly(connection: socket.socket, count: int, step: Callable[[], None]) ->
 
 
 class Worker:
-    """A trainer's processes, as the agent holds them. Raises WorkerLost or OSError where they do not come up.
+    """Starts and controls a trainer's processes. Raises WorkerLost or OSError if they do not start.
 
     Args:
-        command: what starts one; the socket's path is added, and for one of several ranks its number, their count and
-            the file by which they meet.
-        log: the file that their output goes to.
-        limit: bytes that one answer may have.
-        ranks: how many processes.
+        command: starts one process. The socket's path is added; with several ranks also the rank, their count and the
+            file by which they meet.
+        log: the file for their output.
+        limit: the most bytes of one answer.
+        ranks: the number of processes.
     """
 
     def __init__(self, command: Sequence[str], log: Path, limit: int, ranks: int = 1) -> None:
@@ -159,7 +159,7 @@ class Worker:
 
     @property
     def pid(self) -> int:
-        """The first rank's."""
+        """The process id of the first rank."""
         return self._processes[0].pid
 
     @property
@@ -168,7 +168,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        """Whether all of it is."""
+        """Whether all processes run."""
         return all(p.poll() is None for p in self._processes)
 
     def ask(
@@ -178,10 +178,10 @@ class Worker:
         deadline: float | None = None,
         stopped: Callable[[], bool] = lambda: False,
     ) -> tuple[dict[str, Any], bytes | bytearray]:
-        """The trainer's answer. After an exception its processes are gone, and others have to be started.
+        """Send a request and return the answer. After an exception the processes are gone; start a new `Worker`.
 
         Raises:
-            WorkerLost: one of them ended before the answer was there.
+            WorkerLost: a process ended before the answer arrived.
             WorkerLate: `deadline` seconds are over.
             Stopped: `stopped()` became true.
         """
@@ -208,7 +208,7 @@ class Worker:
             raise
 
     def close(self) -> None:
-        """End the processes, whatever they are doing."""
+        """End the processes at once."""
         for connection in self._connections:
             connection.close()
         until = time.monotonic() + 0.3  # they ended already, or end with their sockets
@@ -222,29 +222,27 @@ class Worker:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _lost(self) -> WorkerLost:
-        """End what is left, and say how the first of them ended that did so by itself."""
-        until = time.monotonic() + 1.0  # a rank that sees another one's end may end a moment before that is known
+        """End the remaining processes, and report how the first one ended."""
+        until = time.monotonic() + 1.0  # a rank that notices another's end may be reaped first
         while self.alive and time.monotonic() < until:
             time.sleep(0.02)
         ends = {rank: code for rank, p in enumerate(self._processes) if (code := p.poll()) is not None}
         self.close()
         if not ends:
             return WorkerLost("it did not answer" if self._connections else "it did not connect")
-        rank = min(
-            ends, key=lambda r: (ends[r] >= 0, ends[r] != NO_MEMORY, r)
-        )  # a signal explains what follows from it
+        rank = min(ends, key=lambda r: (ends[r] >= 0, ends[r] != NO_MEMORY, r))  # a signal is the cause of other exits
         code = ends[rank]
         how = signal.Signals(-code).name if code < 0 else "out of memory" if code == NO_MEMORY else f"exit code {code}"
         return WorkerLost(f"rank {rank}: {how}" if len(self._processes) > 1 else how, error=code == ERROR)
 
 
 def command() -> list[str]:
-    """What starts a site's trainer."""
+    """Return the command that starts a site's trainer."""
     return [sys.executable, "-m", "fedloom.runtimes.sites.trainer"]
 
 
 def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, Any], bytearray]]:
-    """The trainer's end: one question after another until the agent is gone."""
+    """Yield the agent's requests, in the trainer's process, until the agent is gone."""
     end_with_agent()
     with contextlib.closing(socket.socket(socket.AF_UNIX)) as connection:
         connection.connect(path)
@@ -258,14 +256,14 @@ def requests(path: str, limit: int) -> Iterator[tuple[socket.socket, dict[str, A
 
 
 def end_with_agent() -> None:
-    """A trainer that is stopped, or deep in its work, does not see that its socket was closed: the kernel ends it."""
+    """Let the kernel end this process with the agent. A busy or stopped trainer does not notice a closed socket."""
     if sys.platform == "linux":
         set_death_signal = 1
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def end_with_parent() -> None:
-    """An engine's job ends when its service is gone: nobody could reach it, and it would hold folders and memory."""
+    """End this process when its parent is gone: nobody could reach it, and it would keep folders and memory."""
     parent = os.getppid()
 
     def look() -> None:

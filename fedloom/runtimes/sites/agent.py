@@ -1,9 +1,9 @@
-"""A site's half of the conversation: it takes work in pieces, has its trainer do it, and hands the outcome out in pieces.
+"""A site's end of the exchange: it receives work in pieces, gives it to its trainer, and sends the outcome in pieces.
 
-The agent lives in the engine's process and holds no model and no data. Work is done one piece after another by a
-trainer in a child process (runtimes/ranks/worker.py); one that dies or is late is started again and told the recipe
-again. What leaves goes through the site's policy in the trainer, and is written into the audit log here. This file
-does not know the engine.
+The agent runs in the engine's process and has no model and no data. A trainer in a child process does one piece of work
+after another (runtimes/ranks/worker.py). A trainer that dies or is late is started again and gets the recipe again.
+The trainer checks what leaves against the site's policy, and the agent writes it into the audit log. This file does not
+know the engine.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fedloom.runtimes.sites.policy import Audit, Policy, Refused
 
 log = logging.getLogger(__name__)
 
-#: So many pieces of work are remembered, those that nobody works on, so that an answer can be repeated.
+#: The number of pieces of work that are kept after they end, so that an answer can be repeated.
 REMEMBERED = 8
 
 
@@ -55,7 +55,7 @@ class Work:
     changed: threading.Event = field(default_factory=threading.Event)
 
     def take(self, offset: int, data: Bytes) -> None:
-        """A piece of it. One that is the whole is kept as it came."""
+        """Store the bytes from `offset` on. A piece that is the whole message is kept without a copy."""
         if len(data) == self.size:
             self.data = data
             return
@@ -65,10 +65,10 @@ class Work:
 
 
 class Agent:
-    """Answers the server's questions.
+    """Answers the server's requests.
 
     Args:
-        start: starts a trainer for a resolved recipe, which says how many processes that is.
+        start: starts a trainer for a resolved recipe, with as many processes as the recipe says.
         policy, audit: the site's.
     """
 
@@ -92,7 +92,7 @@ class Agent:
         self._thread.start()
 
     def answer(self, header: Mapping[str, Any], data: Bytes) -> Answer:
-        """One question's answer. Every one is a line in the audit log."""
+        """Answer one request. Each answer is a line in the audit log."""
         verb = header.get("verb")
         verbs = {"hello": self._hello, "put": self._put, "wait": self._wait, "fetch": self._fetch, "drop": self._drop}
         answer = verbs[verb](header, data) if verb in verbs else Answer({"state": "unknown"})
@@ -174,7 +174,7 @@ class Agent:
         return Answer({"state": "dropped"})
 
     def _forget(self) -> None:
-        """Keep only the newest that nobody works on."""
+        """Delete the oldest work that is not in progress."""
         *before, _ = self._works
         idle = [n for n in before if self._works[n].state in {"done", "failed", "arriving"} or self._works[n].stopped]
         for name in idle[: max(0, len(self._works) - REMEMBERED)]:
@@ -183,7 +183,7 @@ class Agent:
     # ------------------------------------------------------------------ work
 
     def _serve(self) -> None:
-        """One piece of work after another, in a thread of its own."""
+        """Do one piece of work after another, in its own thread."""
         while True:
             with self._ready:
                 self._ready.wait_for(lambda: self._closed or self._next() is not None)
@@ -207,15 +207,15 @@ class Agent:
         return next((w for w in self._works.values() if w.state == "queued"), None)
 
     def _fail(self, work: Work, reason: str, detail: str) -> None:
-        """`detail` comes from here, or from the trainer, which has held it to the policy."""
+        """Mark the work as failed. `detail` comes from here, or from the trainer, which checked it against the policy."""
         work.reason, work.detail = reason, detail
         work.state = "failed"
         log.warning(f"{work.kind} failed ({reason}): {detail}")
 
     def _revive(self) -> None:
-        """Another trainer where one died, so that the next piece of work finds it ready."""
+        """Start a trainer if the last one died, so that it is ready for the next piece of work."""
         if self._worker is not None and not self._worker.alive and not self._closed:
-            with contextlib.suppress(*TROUBLE):  # the next piece of work tries again, and says what is wrong
+            with contextlib.suppress(*TROUBLE):  # the next piece of work tries again, and reports the error
                 self._prepared()
 
     def _done(self, work: Work) -> Bytes:
@@ -244,7 +244,7 @@ class Agent:
             raise Refused("the recipe that came cannot be read") from None
 
     def _prepared(self) -> Bytes:
-        """A trainer that knows the recipe; its account of the site's data."""
+        """Start a trainer and give it the recipe; return its counts of the site's data."""
         assert self._orders is not None
         self._worker = self._start(json.loads(self._orders)["recipe"])
         return self._ask("prepare", self._orders, PREPARE, lambda: self._closed)
@@ -266,7 +266,7 @@ class Agent:
 
 
 class _Erred(Exception):
-    """The trainer said that its work failed."""
+    """The trainer reported that its work failed."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)
@@ -274,12 +274,12 @@ class _Erred(Exception):
         self.detail = detail
 
 
-#: What may become of a trainer and its work. OSError: a disk that is full, a process that cannot be started.
+#: The errors of a trainer and its work. OSError: the disk is full, or a process cannot be started.
 TROUBLE = (Refused, WorkerLost, WorkerLate, Stopped, _Erred, OSError)
 
 
 def _trouble(error: Exception) -> tuple[str, str]:
-    """A code and a sentence, neither with a word that could be the site's data."""
+    """Return a code and a sentence for an error. Neither contains words from the site's data."""
     match error:
         case Refused():
             return "refused", str(error)
@@ -288,20 +288,20 @@ def _trouble(error: Exception) -> tuple[str, str]:
         case WorkerLate():
             return "late", "not done within the deadline"
         case Stopped():
-            return "late", "called off by the server"
+            return "late", "cancelled by the server"
         case OSError():
             return "crashed", f"the trainer could not be started ({os.strerror(error.errno or 0)})"
     return "crashed", str(error)
 
 
 def _piece(work: Work, offset: int, header: Mapping[str, Any]) -> Bytes:
-    """As many bytes of the result as were asked for, at most `PIECE`: a window into it."""
+    """Return a view of the result: the requested bytes, at most `PIECE`."""
     length = min(max(0, _whole(header.get("length"))), PIECE)
     return memoryview(work.result)[offset : offset + length]
 
 
 def _whole(value: object) -> int:
-    """A count as it was sent; -1, which is within no bounds, for anything else."""
+    """Return a count as it was sent, or -1, which no check accepts, for any other value."""
     return value if isinstance(value, int) and value >= 0 else -1
 
 

@@ -1,6 +1,6 @@
-"""`fedloom join --check`: whether this site could take part now, and the mend for each thing that stands in the way.
+"""`fedloom join --check`: check whether this site can take part now, and say how to fix each problem.
 
-Looks and changes nothing; no recipe is needed. What it shows stays on this terminal.
+The checks change nothing and need no recipe. Their results are shown only on this terminal.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from fedloom.runtimes.sites.order import kit_file
 from fedloom.runtimes.sites.policy import Policy
 from fedloom.runtimes.sites.project import SiteConfig
 
-#: A certificate with fewer days left than this is worth a word.
+#: A certificate with fewer days left than this gets a note.
 SOON_DAYS = 30
 
 
-#: Seconds for one answer of the network.
+#: Seconds to wait for one answer over the network.
 PATIENCE = 10.0
 
 
 def checks(kit: Path, site: SiteConfig) -> Iterator[Check]:
-    """All checks, in the order of their table. Raises UserError where `kit` is no site's kit."""
+    """Run all checks, in the order of their table. Raises UserError if `kit` is not a site's kit."""
     about = kit_file(kit, "site")
     yield Check("good", "site", f"{about['site']} of {about['project']}, client {site.client}")
     host, port = about["server"]["host"], int(about["server"]["port"])
@@ -45,7 +45,7 @@ def checks(kit: Path, site: SiteConfig) -> Iterator[Check]:
     if address.level == "good":
         yield _handshake(kit, host, port)
     elif address.level == "note":
-        yield Check("note", "mutual TLS", "not tried", "look again while the server runs")
+        yield Check("note", "mutual TLS", "not checked", "check again while the server runs")
     differs = versions.mismatch(versions.own(), about["versions"])
     yield Check(
         "bad" if differs else "good",
@@ -65,7 +65,7 @@ def _address(host: str, port: int) -> Check:
         socket.create_connection((host, port), PATIENCE).close()
     except ConnectionRefusedError:
         mend = "the server listens while `fedloom serve` runs there: if it does, ask whether a firewall refuses this machine"
-        return Check("note", "address", f"{host}:{port} is there and nobody listens (yet)", mend)
+        return Check("note", "address", f"{host}:{port} can be reached, but nothing listens there (yet)", mend)
     except OSError as error:
         mend = "is the server up, and does the firewall let this machine dial out to that port?"
         return Check("bad", "address", f"{host}:{port} cannot be reached ({error.strerror or error})", mend)
@@ -73,7 +73,7 @@ def _address(host: str, port: int) -> Check:
 
 
 def _certificates(kit: Path) -> Iterator[Check]:
-    """This site's certificate and its authority's: from when to when."""
+    """Check when the certificates of this site and of its authority expire."""
     for what, name in (("certificate", "client.crt"), ("authority", "rootCA.pem")):
         try:
             found = x509.load_pem_x509_certificate((kit / "startup" / name).read_bytes())
@@ -92,7 +92,7 @@ def _certificates(kit: Path) -> Iterator[Check]:
 
 
 def _handshake(kit: Path, host: str, port: int) -> Check:
-    """Whether server and site take each other's certificates."""
+    """Check that server and site accept each other's certificates."""
     startup = kit / "startup"
     try:
         context = ssl.create_default_context(cafile=startup / "rootCA.pem")
@@ -104,9 +104,7 @@ def _handshake(kit: Path, host: str, port: int) -> Check:
         ):
             secured.settimeout(PATIENCE)
             with contextlib.suppress(TimeoutError):
-                secured.recv(
-                    1
-                )  # a server that takes us greets at once; under TLS 1.3 one that does not says so only now
+                secured.recv(1)  # under TLS 1.3 a rejection arrives only now
     except (OSError, ssl.SSLError) as error:
         said = getattr(error, "reason", None) or error.strerror or type(error).__name__
         return Check(
@@ -115,7 +113,7 @@ def _handshake(kit: Path, host: str, port: int) -> Check:
             f"refused ({said})",
             "this kit and that server are not of one project: ask for a new kit",
         )
-    return Check("good", "mutual TLS", "server and site take each other's certificates")
+    return Check("good", "mutual TLS", "server and site accept each other's certificates")
 
 
 def _model(site: SiteConfig) -> Check:
@@ -129,7 +127,7 @@ def _model(site: SiteConfig) -> Check:
 
 
 def _data(site: SiteConfig) -> Check:
-    """Whether the data can be read with its columns; numbers only."""
+    """Check that the data can be read with its columns. The result has numbers only."""
     path = Path(site.data)
     try:
         if is_shard(path):

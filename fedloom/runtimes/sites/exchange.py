@@ -1,12 +1,12 @@
-"""One piece of work to one site and its result back, by short questions of which none waits for the work itself.
+"""Send one piece of work to a site and get its result, by short requests of which none waits for the whole work.
 
-    put     the work, in bounded pieces: none is answered before the site has it
-    wait    is it done? The site takes its time with that answer, and the result's first piece comes with it
-    fetch   the result's other pieces
-    drop    the site may forget it, or has to stop it; after a result nobody waits for that answer
+    put     send the work, in bounded pieces; the site answers once it has the piece
+    wait    is it done? The site waits some seconds before it answers; the answer has the result's first piece
+    fetch   get the result's other pieces
+    drop    let the site forget the work, or stop it; after a result nothing waits for this answer
 
-Each may be asked again: a site that has heard it already gives the same answer. This file does not know what the bytes
-mean, nor what becomes of a site that gave nothing.
+Each request can be repeated: a site that already has it gives the same answer. This file does not know what the bytes
+mean, nor how a site that fails is treated.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from fedloom.runtimes.sites.outbox import Message
 
 @dataclass(frozen=True)
 class Patience:
-    """How long is waited, in seconds.
+    """How long to wait, in seconds.
 
     Attributes:
-        answer: for the answer to one question, the time that the site itself waits not counted.
-        silence: until a site that answers nothing is given up.
-        poll: how long one `wait` stays at the site.
-        start: for a site's process to come up.
-        prepare: for a site to load model and data; and for work to wait there behind other work.
+        answer: for the answer to one request, plus the time that the site itself waits.
+        silence: until a site that does not answer counts as lost.
+        poll: how long the site may wait before it answers `wait`.
+        start: for a site's process to start.
+        prepare: for a site to load model and data, and for work to wait there behind other work.
         deadline: for one piece of work (federation.round_deadline); None waits as long as the site answers.
     """
 
@@ -52,15 +52,15 @@ class GaveUp(Exception):
 
 
 class Unprepared(Exception):
-    """The site takes no work: it was not told a recipe since its process began."""
+    """The site accepts no work: its process has not received a recipe yet."""
 
 
 class Exchange:
-    """Does them, for any number of sites at once.
+    """Sends requests to any number of sites at once.
 
     Args:
         link: the engine.
-        later: runs what nobody waits for.
+        later: runs a call whose result is not needed.
     """
 
     def __init__(self, link: Link, patience: Patience, later: Callable[[Callable[[], object]], object]) -> None:
@@ -71,11 +71,11 @@ class Exchange:
         self._numbers = itertools.count()  # one step of it is atomic
 
     def done(self, site: str, kind: str, data: Message, limit: int) -> Bytes:
-        """Hand `data` over, wait for the work, fetch what came of it: at most `limit` bytes.
+        """Send `data`, wait for the work, and fetch the result: at most `limit` bytes.
 
         Raises:
-            GaveUp: the site did not do it.
-            Unprepared: it has to be told the recipe first.
+            GaveUp: the site did not do the work.
+            Unprepared: the site needs the recipe first.
         """
         work = f"{self._session}-{next(self._numbers)}"
         deadline = self._patience.deadline if kind == "work" else self._patience.prepare
@@ -102,7 +102,7 @@ class Exchange:
         return result
 
     def _fetched(self, site: str, work: str, size: int, first: Bytes) -> Bytes:
-        """The whole result, whose first bytes are there."""
+        """Fetch the rest of the result after its `first` bytes; return the whole result."""
         if len(first) == size:
             return first
         result = bytearray(first)
@@ -118,7 +118,7 @@ class Exchange:
         self._link.ask(site, {"verb": "drop", "work": work}, b"", self._patience.answer)
 
     def _awaited(self, site: str, work: str, deadline: float | None, length: int) -> tuple[int, Bytes]:
-        """Wait until the work is done; the size of its result, and the first bytes of that, at most `length`."""
+        """Wait until the work is done; return the size of its result, and the first bytes, at most `length`."""
         since = time.monotonic()
         begin_by = since + self._patience.prepare
         while True:
@@ -149,7 +149,7 @@ class Exchange:
     def _asked(
         self, site: str, header: Mapping[str, Any], data: bytes = b"", waits: float = 0.0, until: float | None = None
     ) -> Answer:
-        """The answer to a question, asked again until the site's silence is too long or the deadline is over."""
+        """Send a request until an answer comes. Raises GaveUp after too much silence or after the deadline."""
         silent = time.monotonic() + self._patience.silence + waits
         while True:
             patience = self._patience.answer + waits
@@ -175,7 +175,7 @@ def _other_size(site: str) -> GaveUp:
 
 
 def _told(site: str, answer: Answer) -> GaveUp:
-    """What a site says of work that it did not do: a code and a sentence, both bounded."""
+    """Turn a site's report of failed work into an exception. Code and sentence are bounded."""
     reason, detail = answer.header.get("reason"), answer.header.get("detail")
     if not isinstance(reason, str) or not CODE.fullmatch(reason) or not isinstance(detail, str):
         return GaveUp("bad_message", f"{site} gave an answer that cannot be read")

@@ -1,7 +1,7 @@
-"""`fedloom join`: a site's service, kept running, with the site's own data and settings in a file that stays there.
+"""`fedloom join`: keep a site's service running. The site's data path and settings are in a file that stays at the site.
 
-The service dials out to the server and waits for runs. When it is killed it is started again; when the server does not
-answer, or does not take the certificate, one plain sentence says so. This file does not know what a run is.
+The service connects to the server and waits for runs. If it is killed it is started again. If the server does not
+answer, or rejects the certificate, one sentence says so. This file does not know what a run is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SITE_FILE = "local/site.yaml"
 
 
 def settle(kit: Path, settings: Mapping[str, Any]) -> SiteConfig:
-    """The site's file with `settings` written into it; those of earlier times stay. Raises UserError."""
+    """Write `settings` into the site's file, which keeps its earlier settings; return them all. Raises UserError."""
     about = kit_file(kit, "site")
     path = kit / SITE_FILE
     earlier = (load_yaml(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
@@ -36,7 +36,7 @@ def settle(kit: Path, settings: Mapping[str, Any]) -> SiteConfig:
         **{key: value for key, value in settings.items() if value is not None},
     }
     if "data" not in values:
-        raise UserError(f"{kit} has not been told where its data lies: name it with --data")
+        raise UserError(f"{kit} has no path to the site's data yet: name a file or a folder with --data")
     if not Path(values["data"]).expanduser().exists():
         raise UserError(f"--data {values['data']} does not exist on this machine: name a file or a folder")
     values["data"] = str(Path(values["data"]).expanduser().resolve())
@@ -48,7 +48,7 @@ def settle(kit: Path, settings: Mapping[str, Any]) -> SiteConfig:
 
 
 class Joined:
-    """A site's service that is started again when it was killed. Raises UserError where the kit is in use."""
+    """A site's service, which is started again if it is killed. Raises UserError if the kit is in use."""
 
     def __init__(self, kit: Path) -> None:
         self._kit = kit
@@ -72,14 +72,14 @@ class Joined:
         return self._service.pid
 
     def look(self) -> list[str]:
-        """Start the service again where it is gone. Says how it stands with the server, where that has changed."""
+        """Start the service again if it ended. Returns the state of the connection to the server if it changed."""
         news: list[str] = []
         if not self._service.alive:
             wait = min(60.0, 2.0 ** min(self._starts, 6)) if time.monotonic() - self._began < 60.0 else 0.0
             if time.monotonic() < self._began + wait:
                 return news
             found = standing(self._service.log, self.pid)
-            if found != REVOKED:  # its service gives up by itself
+            if found != REVOKED:  # a revoked site's service ends by itself
                 news.append("the site's service ended; it is started again")
             elif found != self._said:
                 news.append(found)

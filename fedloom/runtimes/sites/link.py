@@ -1,7 +1,7 @@
-"""What the two halves of the conversation between server and site share: one question, one answer, and their bounds.
+"""The types that server and site share: one request, one answer, and their bounds.
 
-A question is a JSON header and bytes; who carries it there and back (the engine, or a test in one process) is a `Link`. This
-file does not know which questions there are.
+A request is a JSON header and bytes. A `Link` carries it and its answer: the engine, or a test in one process. This file
+does not know which requests there are.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ PIECE = 16 << 20
 Bytes = bytes | bytearray | memoryview
 
 
-#: A reason as it travels.
+#: The form of a failure's code in a message.
 CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
 
 class Link(Protocol):
-    """Asks one site one question. None where no answer came within `timeout` seconds."""
+    """Sends one request to one site. Returns None if no answer came within `timeout` seconds."""
 
     def ask(self, site: str, header: Mapping[str, Any], data: Bytes, timeout: float) -> Answer | None: ...
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a site said: a small JSON header, and bytes where some were asked for."""
+    """A site's answer: a small JSON header, and bytes if the request asks for them."""
 
     header: Mapping[str, Any]
     data: Bytes = b""

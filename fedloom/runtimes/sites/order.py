@@ -1,4 +1,4 @@
-"""What the command `fedloom serve` and the engine's job tell each other, and whose kit is whose."""
+"""Files between the command `fedloom serve` and the engine's job, and checks of kits."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fedloom.common.files import locked, write_json
 from fedloom.common.yaml import load_yaml
 from fedloom.runtimes.sites.project import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS
 
-#: In a run's folder: what belongs to the federation and not to the run itself.
+#: In a run's folder: the folder of what belongs to the federation and not to the run itself.
 FEDERATION = "federation"
 
 
 @dataclass(frozen=True)
 class Order:
-    """What the command tells the job, as a file: the job is a process that the engine starts.
+    """The command's instructions for the job, as a file, because the engine starts the job's process.
 
     Attributes:
-        folder: where the files lie that the two exchange: `watch.jsonl`, `heard.json` and `outcome.json`.
+        folder: the folder of the files that both exchange: `watch.jsonl`, `heard.json` and `outcome.json`.
     """
 
     recipe: dict[str, Any]
@@ -44,12 +44,12 @@ class Order:
 CLASSES = {"server": {SERVER_CLASS}, "site": {SITE_CLASS, LAUNCHER_CLASS}}
 
 
-#: The outcome of a job after which the next one goes on.
+#: The outcome of a job after which another job continues the run.
 AGAIN = -1
 
 
 class Lines:
-    """What a `Watch` is told, as lines of a file that another process reads."""
+    """Writes what a `Watch` receives as lines of a file, which another process reads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -73,7 +73,7 @@ def kit_file(kit: Path, role: str) -> dict[str, Any]:
     """Read a kit's kit.yaml.
 
     Raises:
-        UserError: the folder is no kit, another party's kit, or a kit that another release of fedloom provisioned.
+        UserError: the folder is not a kit, is another party's kit, or was provisioned by another release of fedloom.
     """
     try:
         values = load_yaml((kit / "kit.yaml").read_text(encoding="utf-8"))
@@ -89,7 +89,7 @@ def _check_classes(kit: Path, role: str) -> None:
     """Reject a kit whose engine would load classes that this release does not have. The engine itself reports no reason."""
     try:
         resources = json.loads((kit / "local" / "resources.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not ours to judge: an admin's kit has none
+    except (OSError, ValueError):  # an admin's kit has no such file
         return
     paths = [component.get("path") for component in resources.get("components", [])]
     named = {
@@ -106,7 +106,7 @@ def _check_classes(kit: Path, role: str) -> None:
 
 
 def hold(kit: Path, command: str) -> TextIO:
-    """The kit for this process alone, until what is returned is closed or the process ends. Raises UserError."""
+    """Lock the kit for this process until the returned file is closed or the process ends. Raises UserError."""
     lock = locked(kit / ".lock")
     if lock is None:
         raise UserError(f"another `fedloom {command}` uses {kit}: end that one first")

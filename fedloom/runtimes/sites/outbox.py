@@ -1,8 +1,8 @@
-"""Messages that wait to be fetched piece by piece: in memory while they are few and small, else in files without a name.
+"""Messages that wait to be sent piece by piece: in memory while they are few and small, else in files without a name.
 
-A message is taken down when work is handed out, since the next round changes the tensors that it is made of. Until a
-site has it, it would stand beside them in memory, once for each site: an emulator of 2 GB twice, and 10 MB for a hundred
-sites a hundred times. This file does not know what a message says.
+A message is encoded when work is dispatched, because the next round changes its tensors. Until a site has it, memory
+would need a copy for each site: a second one of an emulator of 2 GB, and a hundred of 10 MB for a hundred sites. This
+file does not know what a message contains.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from pathlib import Path
 from fedloom.messages.wire import Stream
 from fedloom.runtimes.sites.link import PIECE
 
-#: Bytes of all messages that wait in memory; what comes on top of that waits on disk.
+#: The most bytes of messages that wait in memory; further messages wait on disk.
 IN_MEMORY = 256 << 20
 
 
 class Outgoing:
-    """Takes messages down. `folder` is for those on disk; None is the system's own for temporary files."""
+    """Stores messages. `folder` has those on disk; None uses the system's folder for temporary files."""
 
     def __init__(self, folder: Path | None = None, most: int = IN_MEMORY) -> None:
         self._folder = folder
@@ -30,7 +30,7 @@ class Outgoing:
         self._lock = threading.Lock()
 
     def take(self, stream: Stream) -> Message:
-        """The message as it is now. Raises OSError where the disk is full."""
+        """Store the message as it is now. Raises OSError if the disk is full."""
         with self._lock:
             in_memory = self._held + stream.total <= self._most
             self._held += stream.total if in_memory else 0
@@ -50,7 +50,7 @@ class Outgoing:
 
 
 class Message:
-    """One of them; `len` is its size. Closed once nobody asks for it any more."""
+    """A message that waits; `len` is its size in bytes. Close it once it is sent."""
 
     def __init__(
         self, data: bytes = b"", file: int | None = None, size: int = 0, done: Callable[[int], None] = lambda size: None
@@ -64,7 +64,7 @@ class Message:
         return self._size
 
     def piece(self, offset: int) -> bytes:
-        """The bytes from `offset` on, at most `PIECE` of them."""
+        """Return the bytes from `offset` on, at most `PIECE` of them."""
         assert self._data is not None, "the message is closed"
         if self._file is None:
             return self._data[offset : offset + PIECE]

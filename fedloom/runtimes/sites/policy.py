@@ -1,8 +1,8 @@
-"""What a site allows, whatever a recipe asks: its own file, read by its own processes, never sent anywhere.
+"""A site's policy: what recipes may do there. Only the site's processes read its file, and it is never sent.
 
-A recipe that wants more is refused before any data is touched. What leaves is held to numbers and encoded payloads: a
-failure leaves as a code, and its words stay in the site's log unless the site allows them. Each outgoing message is
-a line in the site's audit log. This file does not know how a message travels.
+A recipe that asks for more is rejected before any data are read. Only numbers and encoded payloads may leave. A failure
+leaves as a code; its text stays in the site's log unless the site allows more. Each outgoing message is a line in the
+site's audit log. This file does not know how a message travels.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from fedloom.recipe.sections import Section
 CODE = re.compile(r"[a-z][a-z_]{0,39}")
 
 
-#: A string in an outgoing payload's metadata: a name, a digest; nothing with a blank in it.
+#: A string in an outgoing payload's metadata: a name or a digest, without blanks.
 WORD = re.compile(r"[\w.:/+#%-]{0,200}", re.ASCII)
 
 
 class Refused(ValueError):
-    """The site does not do this; the sentence names the policy's key and holds nothing of the site's data."""
+    """The site rejects this. The sentence names the policy's key and has nothing of the site's data."""
 
 
 class Policy(Section):
@@ -50,12 +50,12 @@ class Policy(Section):
     largest_epsilon: float | None = Field(
         None, gt=0, description="a recipe has to be private with an epsilon of at most this; null asks for no privacy"
     )
-    error_text: bool = Field(False, description="whether the words of an error may leave, besides its code")
+    error_text: bool = Field(False, description="whether the text of an error may leave, in addition to its code")
     max_message_bytes: int = Field(8 << 30, ge=1 << 20, description="the largest message that is taken")
 
     @classmethod
     def load(cls, path: Path) -> Policy:
-        """A site's policy; the defaults where there is no file. Raises UserError."""
+        """Load a site's policy, or the defaults if there is no file. Raises UserError."""
         try:
             values = load_yaml(path.read_text(encoding="utf-8")) or {}
             return cls.model_validate(values)
@@ -66,7 +66,7 @@ class Policy(Section):
             raise UserError(f"the policy {path} cannot be used: {first}") from None
 
     def check(self, recipe: Mapping[str, Any]) -> None:
-        """Raise Refused where a resolved recipe asks for more than is allowed here."""
+        """Raise Refused if a resolved recipe asks for more than this site allows."""
         self._among("algorithms", self.algorithms, [recipe["algorithm"]["name"]])
         self._among("methods", self.methods, [recipe["adapter"]["method"]])
         chains = recipe.get("operators") or {}
@@ -87,7 +87,7 @@ class Policy(Section):
             raise Refused("the recipe asks for model.trust_remote_code, which no site grants")
 
     def ranks_of(self, recipe: Mapping[str, Any]) -> int:
-        """How many processes a resolved recipe has train together here. Raises Refused where that is too many."""
+        """Return how many processes a resolved recipe uses for training here. Raises Refused if that is too many."""
         wanted = recipe["runtime"].get("ranks", 1)
         if not isinstance(wanted, int) or not 1 <= wanted <= self.ranks:
             raise Refused(f"the recipe asks for {wanted} ranks and this site's policy allows {self.ranks} (ranks)")
@@ -99,25 +99,25 @@ class Policy(Section):
                 raise Refused(f"this site's policy does not allow {name} ({key}: {', '.join(allowed) or 'none'})")
 
     def outgoing(self, outcome: Outcome) -> Outcome:
-        """The outcome as it may leave. Raises Refused for an update that holds anything but numbers and names."""
+        """Return the outcome as it may leave. Raises Refused if an update has anything except numbers and names."""
         if isinstance(outcome, Failure):
             reason = outcome.reason if CODE.fullmatch(outcome.reason) else "error"
             return replace(outcome, reason=reason, detail=self.words(outcome.detail))
         for name, value in outcome.metrics.items():
             if not WORD.fullmatch(name) or isinstance(value, bool) or not isinstance(value, int | float):
-                raise Refused("an update's metrics hold something that is no number")
+                raise Refused("an update's metrics have a value that is not a number")
         _only_words([*outcome.payload.tensors, outcome.payload.meta, outcome.payload.coding])
         return outcome
 
     def words(self, text: str) -> str:
-        """An error's sentence as it may leave."""
+        """Return an error's sentence as it may leave."""
         return text if self.error_text else "the site's log says more"
 
 
 def _only_words(value: Any) -> None:
-    """Names of tensors, metadata, and what operators noted: raise Refused for a string that is no name."""
+    """Raise Refused for a string that is not a name, in tensors' names, metadata and operators' notes."""
     if isinstance(value, str) and not WORD.fullmatch(value):
-        raise Refused("an update holds a text where names and numbers belong")
+        raise Refused("an update has text where only names and numbers are allowed")
     if isinstance(value, Mapping):
         for key, item in value.items():
             _only_words(key)
@@ -128,14 +128,14 @@ def _only_words(value: Any) -> None:
 
 
 class Audit:
-    """audit.jsonl of a site: one line for each message that left, with its size and digest. Holds no content."""
+    """A site's audit.jsonl: one line for each message that left, with its size and digest, without its content."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
 
     def left(self, what: str, *data: bytes | bytearray | memoryview, **about: str | int) -> None:
-        """A message that left; `data` are its parts in their order."""
+        """Write the line of a message that left; `data` are its parts in order."""
         digest = hashlib.sha256()
         for part in data:
             digest.update(part)

@@ -1,7 +1,7 @@
-"""Who takes part in a federation (the project file), and what a site says of itself (its own file, which stays there).
+"""The project file, which lists a federation's parties, and a site's own settings file, which stays at the site.
 
-Data only: runtimes/sites/flare/kits.py makes certificates and folders of a project, trainer.py makes a client of a
-site. Neither file holds a secret.
+This file only describes them. runtimes/sites/flare/kits.py creates certificates and folders from a project; trainer.py
+opens a client from a site's file. Neither file has a secret.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 
-#: In a kit: what the project says of it.
+#: In a kit: the file with its role and its part of the project.
 KIT_FILE = "kit.yaml"
 
 
@@ -35,7 +35,7 @@ LAUNCHER_CLASS = "fedloom.runtimes.sites.flare.launcher.RestartingLauncher"
 
 
 class ServerConfig(Section):
-    host: str = Field("localhost", description="the name by which sites reach the server; it stands in its certificate")
+    host: str = Field("localhost", description="the name by which sites reach the server, as in its certificate")
     port: int = Field(8002, ge=1, le=65535, description="the one port that sites connect to")
     also: list[str] = Field(default_factory=list, description="other names and addresses of the server")
 
@@ -48,7 +48,7 @@ class ServerConfig(Section):
 
 
 class SiteEntry(Section):
-    name: str = Field(description="the site's name, which stands in its certificate")
+    name: str = Field(description="the site's name, as in its certificate")
     client: str = Field("", description="the client that it plays in a recipe's split; its own name by default")
 
     @field_validator("name")
@@ -69,7 +69,7 @@ class Project(Section):
     sites: list[SiteEntry] = Field(min_length=1, description="the sites; a bare string is a name")
     admin: str = Field("admin@fedloom.org", description="whose certificate submits runs")
     valid_days: int = Field(360, ge=1, le=3650, description="days for which the authority is valid")
-    revoked: list[str] = Field(default_factory=list, description="sites that the server no longer lets in")
+    revoked: list[str] = Field(default_factory=list, description="sites that the server no longer accepts")
 
     @field_validator("sites", mode="before")
     @classmethod
@@ -92,20 +92,20 @@ class Project(Section):
 
     @property
     def clients(self) -> dict[str, str]:
-        """Client → site, in the order of the file; without the revoked."""
+        """Client → site, in the order of the file, without revoked sites."""
         return {s.client or s.name: s.name for s in self.sites if s.name not in self.revoked}
 
     @classmethod
     def load(cls, path: Path) -> Project:
-        """A project file. Raises UserError."""
+        """Load a project file. Raises UserError."""
         project: Project = load_section(cls, path, "the project file")
         return project
 
 
 class SiteConfig(Section):
-    """What a site says of itself: where its data lies and what its machine can bear. It never leaves the site."""
+    """A site's own settings: where its data are, and how its machine runs. They never leave the site."""
 
-    client: str = Field(description="the client that it is")
+    client: str = Field(description="the client that this site is")
     home: str = Field(description="the folder of its own state, tokens, results and audit log")
     policy: str = Field(description="the file of its policy")
     data: str = Field(description="a data file, a folder of them, or a shard that was dealt to it")
@@ -115,18 +115,20 @@ class SiteConfig(Section):
         None, ge=1, description="examples in one forward pass; a step keeps as many examples as the recipe says"
     )
     device: str | None = Field(None, description="cpu, cuda, cuda:0 …")
-    threads: int | None = Field(None, ge=1, description="CPU threads, shared out among ranks")
+    threads: int | None = Field(None, ge=1, description="CPU threads, divided among ranks")
     ranks: int | None = Field(
         None, ge=1, le=64, description="processes that train together here, if not as many as the recipe says"
     )
-    parallel: Literal["ddp", "fsdp"] | None = Field(None, description="how they do, if not as the recipe says")
+    parallel: Literal["ddp", "fsdp"] | None = Field(
+        None, description="how they train together, if not as the recipe says"
+    )
     keep_runs: int = Field(
         5, ge=1, description="runs whose state and results stay here, the present one counted; older ones are deleted"
     )
 
 
 def load_section(cls: type[Any], path: Path, what: str) -> Any:
-    """A YAML file as a section. Raises UserError with one sentence."""
+    """Load a YAML file as a section. Raises UserError if it is missing or not valid."""
     try:
         values = load_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

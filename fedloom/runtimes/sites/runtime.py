@@ -1,15 +1,15 @@
-"""Clients at sites that do not trust each other's machines: one client a site, reached by short questions and answers.
+"""Clients at sites that do not trust each other's machines: one client for each site, reached by short requests.
 
-A site works for minutes or hours and lines break, so no call waits for the work (exchange.py). So a site that died is
-noticed within seconds although its work may take hours, and a slow one has until the deadline.
+A site works for minutes or hours and connections break, so no call waits for the whole work (exchange.py). A site that
+died is noticed within seconds, although its work may take hours. A slow site has until the deadline.
 
-    lost     it answers no more, or its process was started again in the middle of the work
+    lost     it no longer answers, or its process was started again during the work
     crashed  its trainer died; the site has started it again
-    late     not done within federation.round_deadline (or never begun); the site stops the work
-    absent   it was lost before and does not answer yet: it is not waited for
+    late     not done within federation.round_deadline (or never started); the site stops the work
+    absent   it was lost earlier and does not answer yet; nothing waits for it
 
-Whatever a site answers is checked before it is believed: sizes before anything is allocated, then the message, then
-whom and which round it speaks of. This file does not know the engine that carries a question (`Link`), nor an algorithm.
+Every answer of a site is checked before it is used: sizes before anything is allocated, then the message, then its client
+and round. This file does not know the engine that carries a request (`Link`), nor any algorithm.
 """
 
 from __future__ import annotations
@@ -37,21 +37,21 @@ from fedloom.runtimes.sites.outbox import Message, Outgoing
 
 log = logging.getLogger(__name__)
 
-#: A client's answer may be this large, and four times what it was sent on top of that.
+#: A client's answer may have this many bytes plus four times its largest assignment.
 SPARE_BYTES = 64 << 20
 
 
-#: Reasons after which a site is not waited for until it answers again.
+#: After these reasons, nothing waits for a site until it answers again.
 LOST = {"lost", "absent"}
 
 
 @dataclass
 class Site:
-    """What is known of one site.
+    """The state of one site, as the server knows it.
 
     Attributes:
-        prepared: it has the recipe.
-        counted: its data are part of this job's run.
+        prepared: whether it has the recipe.
+        counted: whether its data are part of this job's run.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Site:
 
 
 class Distributed(Runtime):
-    """The runtime between organisations. It is made where the link is, in the engine's job, and not opened by name.
+    """The runtime between organisations. The engine's job builds it with its link; it is not opened by name.
 
     Args:
         link: the engine.
         sites: client → the name of its site.
         here: the sites that the engine's job reaches; others are absent until another job begins.
-        leave: told which sites are lost, and since when (seconds since the epoch), before work is sent; true means that
-            one of them is there again and out of this job's reach, so that the run goes on in another job.
+        leave: called before work is sent, with the lost sites and the times of loss (seconds since the epoch). True means
+            that one of them is back but this job cannot reach it, so another job must continue the run.
         scratch: the folder for messages that wait on disk.
     """
 
@@ -106,12 +106,12 @@ class Distributed(Runtime):
     def greet(
         self, recipe: Mapping[str, Any], run: str, files: Mapping[str, bytes] | None = None
     ) -> dict[str, dict[str, int]]:
-        """Give every site the recipe; client → how much data it found (train, validation, test, questions, tokens).
+        """Give every site the recipe; return client → counts of its data (train, validation, test, questions, tokens).
 
-        A site that does not come up, has other versions or refuses the recipe is left out and said.
+        A site that does not start, has other versions or rejects the recipe is left out, and a warning is logged.
 
         Args:
-            files: what sites cannot have themselves: name → bytes.
+            files: files that sites cannot have themselves: name → bytes.
         """
         coded = {name: base64.b64encode(data).decode() for name, data in (files or {}).items()}
         orders = {"recipe": recipe, "run": run, "sites": len(self._sites), "files": coded}
@@ -131,7 +131,7 @@ class Distributed(Runtime):
         return counts
 
     def _prepare_twice(self, site: Site) -> dict[str, int]:
-        """A trainer that died while it loaded is started again, as between rounds."""
+        """Give a site the recipe; try again once if its trainer died while it loaded."""
         try:
             return self._prepare(site)
         except GaveUp as error:
@@ -140,7 +140,7 @@ class Distributed(Runtime):
             return self._prepare(site)
 
     def _await(self, waiting: list[Site]) -> None:
-        """Sites' processes come up one after another."""
+        """Wait until the sites' processes answer, at most `patience.start` seconds."""
         until = time.monotonic() + self._patience.start
         while waiting and time.monotonic() < until:
             asked = {site.name: self._pool.submit(self._ping, site) for site in waiting}
@@ -166,9 +166,9 @@ class Distributed(Runtime):
             counts = json.loads(bytes(reply))
             found = {key: int(counts[key]) for key in ("train", "validation", "test", "questions", "tokens")}
         except (ValueError, KeyError, TypeError):
-            raise GaveUp("bad_message", "its account of its data cannot be read") from None
+            raise GaveUp("bad_message", "its counts of its data cannot be read") from None
         if min(found.values()) < 0 or max(found.values()) > 1 << 40:
-            raise GaveUp("bad_message", "its account of its data is not possible")
+            raise GaveUp("bad_message", "its counts of its data are not possible")
         site.prepared = True
         self._mark(site, dead=False)
         return found
@@ -176,7 +176,7 @@ class Distributed(Runtime):
     # ------------------------------------------------------------------ work
 
     def run(self, assignments: Iterable[Assignment | None]) -> Iterator[Outcome]:
-        """One outcome for each assignment, as they arrive. None: nothing more until the next outcome was taken."""
+        """Yield one outcome for each assignment, as they arrive. After None, the next assignment waits for an outcome."""
         self._look_for_lost()
         source, exhausted = iter(assignments), False
         pending: set[Future[Outcome]] = set()
@@ -192,14 +192,14 @@ class Distributed(Runtime):
                     message = self._outgoing.take(wire.stream_assignment(replace(assignment, recipe=None)))
                     pending.add(self._pool.submit(self._carry, assignment, message))
             if not pending:
-                gc.collect()  # messages hang in cycles of the engine's, which are looked for too rarely for their size
+                gc.collect()  # the engine keeps messages in reference cycles, which are collected too rarely for their size
                 return
             done, pending = wait(pending, return_when=FIRST_COMPLETED)
             for future in done:
                 yield future.result()
 
     def _look_for_lost(self) -> None:
-        """Sites that were lost and answer again are taken back. Raises StartAgain where that needs another job."""
+        """Take back lost sites that answer again. Raises StartAgain if that needs another job."""
         lost = [site for site in self._sites.values() if site.dead_since is not None]
         answers = {site.name: self._pool.submit(self._ping, site) for site in lost}
         for site in lost:
@@ -215,7 +215,7 @@ class Distributed(Runtime):
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _carry(self, assignment: Assignment, message: Message) -> Outcome:
-        """One assignment to its site and its outcome back; a site that fails is a value."""
+        """Send one assignment to its site and return its outcome; a site's failure is a value."""
         try:
             return self._carried(assignment, message)
         finally:
@@ -233,7 +233,7 @@ class Distributed(Runtime):
             if (outcome.client, outcome.round) != (assignment.client, assignment.round):
                 raise GaveUp("bad_message", f"{site.name} answered for another client or round")
             if not isinstance(outcome, Failure) and not _numbers(outcome.metrics):
-                raise GaveUp("bad_message", f"{site.name} sent metrics that are no finite numbers")
+                raise GaveUp("bad_message", f"{site.name} sent metrics that are not finite numbers")
         except wire.WireError as error:
             return Failure(assignment.client, assignment.round, "bad_message", str(error))
         except GaveUp as error:
@@ -255,12 +255,12 @@ class Distributed(Runtime):
     def _mark(self, site: Site, *, dead: bool) -> None:
         if dead == (site.dead_since is not None):
             return
-        log.warning(f"{site.name} is {'lost: it is asked again in the next round' if dead else 'back'}")
+        log.warning(f"{site.name} is {'lost: it gets work again in the next round' if dead else 'back'}")
         site.dead_since = time.time() if dead else None
 
 
 class StartAgain(RunFailed):
-    """Not a failure: the engine's job has to be begun again, the run goes on from its checkpoint."""
+    """Not a failure: the engine's job must start again, and the run resumes from its checkpoint."""
 
 
 _END: Any = object()

@@ -1,8 +1,7 @@
-"""`fedloom serve`: starts the engine's server, begins the run's job, shows what it says, begins it again when it was lost.
+"""`fedloom serve`: start the engine's server and the run's job, show its log, and start it again if it was lost.
 
-A finished round is on disk, so a job that died (or the whole service) is begun again with `resume`. It is not begun
-for ever: when three jobs one after another end without a further round, the run has failed. This file does not know
-what a round is made of.
+A finished round is on disk, so a job or a service that died is started again with `resume`. After three jobs in a row
+without a further finished round, the run has failed. This file does not know what happens in a round.
 """
 
 from __future__ import annotations
@@ -29,17 +28,17 @@ from fedloom.runtimes.sites.project import Project
 
 log = logging.getLogger(__name__)
 
-#: Seconds that a run which goes on waits for all its sites before it goes on without some.
+#: Seconds that a resumed run waits for all its sites before it continues without some.
 AGAIN_SECONDS = 60.0
 
 
-#: Jobs that may end one after another without a further finished round.
+#: The most jobs in a row that may end without a further finished round.
 ATTEMPTS = 3
 
 
 @dataclass
 class Server:
-    """A server's kit, with the admin's beside it."""
+    """A server's kit and the admin's kit."""
 
     kit: Path
     admin: Path
@@ -48,7 +47,7 @@ class Server:
 
     @classmethod
     def open(cls, kit: Path, admin: Path | None) -> Server:
-        """Raises UserError for folders that are no such kits."""
+        """Open both kits. Raises UserError if a folder is not such a kit."""
         about = kit_file(kit, "server")
         admin = admin or kit.parent / "admin"
         user = kit_file(admin, "admin")["admin"]
@@ -79,7 +78,7 @@ class _Supervisor:
         self._looked = 0.0
 
     def run(self, wait: float | None) -> None:
-        """Jobs, one after another, until one has an outcome."""
+        """Run one job after another until one has a final outcome."""
         idle, before = 0, self._finished()
         while True:
             self._begin()
@@ -100,7 +99,7 @@ class _Supervisor:
                     f"see {self._server.kit / 'service.log'}"
                 )
             why = outcome["sentence"] if outcome else "the server's job was lost"
-            log.warning(f"{why}: going on after round {before}")
+            log.warning(f"{why}: continuing after round {before}")
             run = RunFolder(Path(self._order.out))
             if run.holds_a_run:
                 self._order = replace(self._order, recipe=run.stored_recipe().resolved(), resume=True, overwrite=False)
@@ -109,7 +108,7 @@ class _Supervisor:
         return next(iter(Checkpoints(Path(self._order.out) / "checkpoints").rounds()), 0)
 
     def _begin(self) -> None:
-        """A service that runs, and a session with it."""
+        """Start the service and a session with it, unless it runs already."""
         if self._service is None or not self._service.alive:
             if self._service is not None:
                 self._service.close()
@@ -121,12 +120,15 @@ class _Supervisor:
             self._connected = set()
 
     def _clear(self) -> None:
-        """What a service keeps of its jobs: the next one goes on with nothing of it."""
+        """Delete what a service stores of its jobs, so that the next job starts without it."""
         for left in ("jobs", "snapshots"):
             shutil.rmtree(self._server.kit / left, ignore_errors=True)
 
     def _await_sites(self, wait: float | None, below: float) -> None:
-        """Until every site is there; or, after `wait` seconds, as many as a round needs, whom `below` seconds are given."""
+        """Wait for every site. After `wait` seconds, as many as a round needs are enough; after `below` seconds, give up.
+
+        Raises RunFailed if too few sites connected.
+        """
         project, began, said = self._server.project, time.monotonic(), False
         wanted = set(project.clients.values())
         while not wanted <= self._look(0.5):
@@ -145,11 +147,11 @@ class _Supervisor:
             self._pause()
 
     def _look(self, every: float) -> set[str]:
-        """Who is connected; told to the job as well, which knows whom it has lost."""
+        """Return the connected sites, and write them for the job, which knows the sites that it lost."""
         if self._admin is None or time.monotonic() < self._looked + every:
             return self._connected
         self._looked = time.monotonic()
-        with contextlib.suppress(Exception):  # a service that is going down: seen by its process
+        with contextlib.suppress(Exception):  # the service is ending: its process shows that
             heard = self._admin.connected()
             write_json(self._exchange / "heard.json", heard)
             now = set(heard) & set(self._server.project.clients.values())
@@ -159,7 +161,7 @@ class _Supervisor:
         return self._connected
 
     def _job(self) -> dict[str, Any] | None:
-        """One job from its beginning to its end; None where it was lost without an outcome."""
+        """Run one job and return its outcome; None if it was lost without one."""
         assert self._service is not None
         assert self._admin is not None
         path = self._exchange / "outcome.json"
@@ -185,7 +187,7 @@ class _Supervisor:
                         return None
 
     def _settled(self, job: str) -> None:
-        """Wait until the engine too has seen the end of the job, so that the sites are free for another."""
+        """Wait until the engine also sees the end of the job, so that the sites are free for another."""
         assert self._admin is not None
         until = time.monotonic() + 15.0
         while time.monotonic() < until and self._service is not None and self._service.alive:
@@ -200,7 +202,7 @@ class _Supervisor:
         time.sleep(0.25)
 
     def _show(self) -> None:
-        """What the job has said since the last time."""
+        """Show the job's new log lines, events and progress."""
         path = self._exchange / "watch.jsonl"
         if not path.is_file():
             return

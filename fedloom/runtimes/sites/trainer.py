@@ -1,12 +1,12 @@
-"""A site's trainer: the process, or the ranks, that hold the model and the site's data.
+"""A site's trainer: the process, or the ranks, with the model and the site's data.
 
 `python -m fedloom.runtimes.sites.trainer SOCKET` starts it.
 
-    the recipe comes   → its own data, split by itself (or as it was dealt) → tokens, model, client; numbers go back
-    an assignment comes → the client does it → what the site's policy lets out goes back
+    receives the recipe     → loads the site's data, split here (or beforehand) → tokens, model, client; returns counts
+    receives an assignment  → the client does it → returns what the site's policy allows
 
-What is the site's own affair (where data and model lie, batch size, device, columns) is put into the recipe here and
-leaves with nothing. This file does not know who asks; the site's agent does (agent.py).
+The site's own settings (paths of data and model, batch size, device, columns) are put into the recipe here and never
+leave. This file does not know who sends requests; that is the site's agent (agent.py).
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Opened:
 
     Attributes:
         recipe: resolved, with the site's own settings in it.
-        counts: what the server is told of the data: numbers of examples, questions and supervised tokens.
+        counts: what the server learns of the data: numbers of examples, questions and supervised tokens.
     """
 
     client: Client
@@ -69,12 +69,12 @@ class Opened:
 
 
 def localised(recipe: Recipe, site: SiteConfig, ranks: int = 1) -> Recipe:
-    """The recipe as this site runs it. A smaller batch becomes more of them: a step keeps its examples.
+    """Return the recipe as this site runs it. With a smaller batch, a step has more batches and the same examples.
 
     Args:
-        ranks: how many processes the site has started for it.
+        ranks: the number of processes that the site has started for it.
 
-    Raises UserError where a batch size does not divide a step.
+    Raises UserError if a batch size does not divide a step.
     """
     changes: dict[str, Any] = {"data.path": site.data}
     if site.columns is not None:
@@ -98,10 +98,10 @@ def localised(recipe: Recipe, site: SiteConfig, ranks: int = 1) -> Recipe:
 
 
 def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Partition, tuple[int, ...]]:
-    """The site's examples, their split, and which test examples are asked as questions.
+    """Load the site's examples, their split, and the test examples that are asked as questions.
 
-    A shard was split beforehand. Other data is split here, by the recipe's shares; of the questions that the recipe
-    asks for each task the site takes its part.
+    A shard was split beforehand. Other data are split here, by the recipe's shares. The site takes its part of the
+    questions that the recipe asks for each task.
     """
     path = Path(site.data).expanduser()
     if is_shard(path):
@@ -117,7 +117,7 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
 
 
 def run_folder(home: Path, run: str, keep: int) -> Path:
-    """The folder of a run's state and results. Of the others the newest `keep` - 1 stay: those that were opened last."""
+    """Return the folder of a run's state and results. Of the other runs, only the `keep` - 1 opened last are kept."""
     folder = home / "runs" / run
     folder.mkdir(parents=True, exist_ok=True)
     os.utime(folder)
@@ -130,7 +130,7 @@ def run_folder(home: Path, run: str, keep: int) -> Path:
 
 
 def precision_here(wanted: str, ranks: Ranks) -> str:
-    """fp32, bf16 or fp16, by this site's device; each rank tries it, and all have to train in one."""
+    """Choose fp32, bf16 or fp16 for this site's device. Each rank probes it, and all ranks use the same one."""
     chosen = choose_precision(wanted, torch.device(ranks.device))
     return "fp32" if ranks.total(float(chosen == "fp32")) else chosen
 
@@ -143,11 +143,11 @@ def open_site(
     place: Place = BY_ITSELF,
     files: Mapping[str, bytes] | None = None,
 ) -> Opened:
-    """Everything that a site needs before its first assignment. Raises UserError.
+    """Open what a site needs before its first assignment. Raises UserError.
 
     Args:
         place: which of the site's ranks this process is.
-        files: the tokenizer, from a server that does not hand out the model. The site then looks for neither.
+        files: the tokenizer, from a server that does not give the model away. The site then loads neither itself.
     """
     if not RUN.fullmatch(run):
         raise UserError("the run has no proper id")
@@ -181,7 +181,7 @@ def open_site(
 
 
 class Room:
-    """What the trainer's process does with one question after another."""
+    """Answers one request after another in the trainer's process."""
 
     def __init__(self, site: SiteConfig, policy: Policy, place: Place = BY_ITSELF) -> None:
         self._site = site
@@ -190,7 +190,7 @@ class Room:
         self._opened: Opened | None = None
 
     def answer(self, kind: str, body: bytes | bytearray) -> tuple[dict[str, Any], bytes]:
-        """A frame's header and body. Whatever goes wrong is a code, and what more there is to say is in the log."""
+        """Return the answer's header and body. An error becomes a code; the log has the details."""
         try:
             if kind == "prepare":
                 return {"state": "done"}, self._prepare(json.loads(body))
@@ -198,11 +198,11 @@ class Room:
         except Refused as error:
             return {"state": "refused", "detail": str(error)}, b""
         except UserError as error:
-            log.warning(f"this site cannot do what is asked: {error}")
+            log.warning(f"this site cannot do this work: {error}")
             return {"state": "failed", "reason": "misconfigured", "detail": self._policy.words(str(error))}, b""
         except wire.WireError as error:
             return {"state": "failed", "reason": "bad_message", "detail": str(error)}, b""
-        except Exception as error:  # the boundary of the site: words may hold data, a type and a line do not
+        except Exception as error:  # the site's boundary: an error's text may contain data, its type and line do not
             if self._place.count > 1:
                 end_rank(error)
             traceback.print_exc()
@@ -222,10 +222,10 @@ class Room:
 
     def _work(self, body: bytes | bytearray) -> bytes:
         if self._opened is None:
-            raise Refused("this site was given work before a recipe")
+            raise Refused("this site received work before a recipe")
         assignment = wire.decode_assignment(body, self._policy.max_message_bytes)
         if assignment.client != self._site.client:
-            raise Refused("this site was given another client's work")
+            raise Refused("this site received another client's work")
         if self._policy.rounds is not None and assignment.round > self._policy.rounds:
             raise Refused(f"round {assignment.round} is over this site's {self._policy.rounds} (rounds)")
         outcome = self._opened.client.handle(replace(assignment, recipe=self._opened.recipe))

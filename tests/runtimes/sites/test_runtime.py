@@ -175,7 +175,7 @@ def test_a_silent_site_is_lost_then_absent_then_taken_back(tmp_path, caplog):
     assert link.log[before:] == [("a", "hello")], "a site that is known to be dead is asked once and not waited for"
     link.silent.clear()
     assert isinstance(outcomes(runtime, "client-a", round=3)["client-a"], Update)
-    assert caplog.messages == ["a is lost: it is asked again in the next round", "a is back"]
+    assert caplog.messages == ["a is lost: it gets work again in the next round", "a is back"]
     link.close()
 
 

@@ -1,7 +1,7 @@
-"""The server's job: the engine starts it in a process of its own and calls `control_flow`, and there our run happens.
+"""The server's job: the engine starts it in its own process and calls `control_flow`, which does the run.
 
-What a run is, `conduct` says; it stands in a layer above (experiment/sites.py). The engine's own rounds, tasks,
-persistors and filters are not used. This file does not know recipes or algorithms.
+A subclass in a higher layer (experiment/sites.py) defines the run in `conduct`. The engine's rounds, tasks, persistors
+and filters are not used. This file does not know recipes or algorithms.
 """
 
 from __future__ import annotations
@@ -38,4 +38,4 @@ class RunController(Controller):
     def process_result_of_unknown_task(
         self, client: Any, task_name: str, client_task_id: str, result: Any, fl_ctx: FLContext
     ) -> None:
-        """There are no tasks: whatever claims to be a task's result is left alone."""
+        """Ignore the result: there are no tasks."""

@@ -1,6 +1,6 @@
-"""A site's job: the engine starts it in a process of its own; it answers our questions through the site's agent.
+"""A site's job: the engine starts it in its own process; it answers the server's requests through the site's agent.
 
-The site's own file (`FEDLOOM_SITE` names it) says where its data, policy and state lie; nothing of that comes from the
+The site's own file (`FEDLOOM_SITE` names it) has the paths of its data, policy and state; none of them comes from the
 job. This file does not know what the trainer does.
 """
 
@@ -29,7 +29,7 @@ from fedloom.runtimes.sites.project import SiteConfig, load_section
 
 
 class AgentLog(logging.Handler):
-    """What the agent says, as lines of a file of the site's own. A disk that is full stops nothing."""
+    """Writes the agent's log lines to a file of the site. A full disk does not stop the agent."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class SiteExecutor(Executor):
             self._agent.close()
 
     def execute(self, task_name: str, shareable: Shareable, fl_ctx: FLContext, abort_signal: Signal) -> Shareable:
-        """The engine's own tasks are none of ours."""
+        """Reject the engine's own tasks: fedloom has none."""
         return make_reply(ReturnCode.TASK_UNKNOWN)
 
 
@@ -65,7 +65,7 @@ def open_agent(site: SiteConfig) -> Agent:
     home.mkdir(parents=True, exist_ok=True)
 
     def start(recipe: Mapping[str, Any]) -> Worker:
-        ranks = site.ranks or policy.ranks_of(recipe)  # what the site itself says needs nobody's leave
+        ranks = site.ranks or policy.ranks_of(recipe)  # the policy does not limit the site's own setting
         return Worker(command(), home / "trainer.log", policy.max_message_bytes, ranks)
 
     said = logging.getLogger(agent.__name__)

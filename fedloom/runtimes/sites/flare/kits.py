@@ -1,11 +1,11 @@
-"""A project's kits: certificates from an authority of its own, and for each party what its machine may do.
+"""Create a project's kits: certificates from the project's own authority, and each party's permissions.
 
     KITS/server  KITS/<site>  KITS/admin      each goes to its owner, by hand
-    KITS/authority                            stays where it was made: who holds it can let anybody in
+    KITS/authority                            stays where it was created: whoever has it can admit any site
 
-The engine's provisioner makes certificates and startup files. What a site grants is ours and stricter than its
-defaults: our two classes and nothing else may be loaded, no job brings code, nobody reads a site's files or logs from
-outside, and no log leaves. This file does not start anything.
+The engine's provisioner creates certificates and startup files. A site's permissions are written here and are stricter
+than the engine's defaults: only the two classes of fedloom may be loaded, no job brings code, nobody outside can read a
+site's files or logs, and no log leaves. This file does not start anything.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from fedloom.runtimes import versions
 from fedloom.runtimes.sites.policy import Policy
 from fedloom.runtimes.sites.project import KIT_FILE, LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS, Project
 
-#: What the project's administrator may do at a site: begin and end our job, and see that it runs. Nobody else anything.
+#: The project's administrator may start, end and see the job at a site. Nobody else may do anything.
 PERMISSIONS = {
     "submit_job": "any", "manage_job": "any", "view": "any", "clone_job": "none", "download_job": "none",
     "operate": "none", "shell_commands": "none", "byoc": "none", "server-predeployed-flwr": "none",
@@ -44,20 +44,20 @@ POLICY_HEAD = "# What this site allows, whatever a recipe asks. It is read here 
 
 
 def provision(project: Project, kits: Path) -> list[Path]:
-    """Write a kit for the server, each site and the admin; returns their folders.
+    """Write a kit for the server, each site and the admin; return their folders.
 
-    Again for the same project keeps the authority and every certificate, adds the new sites' and leaves each kit's own
-    settings (local/) as they are.
+    A second call for the same project keeps the authority and all certificates, adds kits of new sites, and leaves each
+    kit's own settings (local/) unchanged.
 
     Raises:
-        UserError: `kits` holds something that is no project's kits, or another project's.
+        UserError: `kits` has other files, or the kits of another project.
     """
     authority = kits / "authority"
     if kits.exists() and any(kits.iterdir()) and not authority.is_dir():
-        raise UserError(f"{kits} is not empty and holds no kits: name another folder with --out")
+        raise UserError(f"{kits} is not empty and has no kits: name another folder with --out")
     others = [p.name for p in authority.iterdir() if p.name != project.name] if authority.is_dir() else []
     if others:
-        raise UserError(f"{kits} holds the kits of the project {others[0]}: name another folder with --out")
+        raise UserError(f"{kits} has the kits of the project {others[0]}: name another folder with --out")
     kits.mkdir(parents=True, exist_ok=True)
     authority.mkdir(exist_ok=True)
     authority.chmod(0o700)
@@ -80,7 +80,7 @@ def provision(project: Project, kits: Path) -> list[Path]:
 
 
 def _provisioned(project: Project, workspace: Path) -> Path:
-    """The engine's own folder of kits, newest generation."""
+    """Run the engine's provisioner; return its newest folder of kits."""
     server = project.server
     parties: list[dict[str, Any]] = [
         {"name": server.host, "type": "server", "org": "fedloom", "fed_learn_port": server.port,
@@ -106,7 +106,7 @@ def _provisioned(project: Project, workspace: Path) -> Path:
 
 
 def _place(made: Path, kit: Path) -> None:
-    """A fresh startup folder; what the owner has set in local/ stays."""
+    """Replace the startup folder; keep the owner's settings in local/."""
     shutil.rmtree(kit / "startup", ignore_errors=True)
     shutil.copytree(made / "startup", kit / "startup")
     if not (kit / "local").is_dir():
@@ -120,7 +120,7 @@ def _restrict_server(kit: Path, project: Project) -> None:
     for component in components:
         if component["id"] == "job_manager":
             component["args"]["uri_root"] = str((kit / "jobs").resolve())
-        if component["id"] == "job_scheduler":  # a lost job is begun again at once, not after the default's minutes
+        if component["id"] == "job_scheduler":  # a lost job starts again at once, not after the default's minutes
             component["args"] = {"max_jobs": 1, "min_schedule_interval": 1.0, "max_schedule_interval": 3.0}
     resources["components"] = components
     resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"] = str((kit / "snapshots").resolve())

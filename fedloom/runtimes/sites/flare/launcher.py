@@ -1,7 +1,7 @@
-"""Starts a site's job process, and starts it again when a signal took it: one update is lost then, and not the job.
+"""Start a site's job process, and start it again if a signal killed it: then one update is lost, and not the job.
 
-The launcher belongs to the site (its local/resources.json names it). Two things that it uses are half private to the
-engine, `spawn_process` and `get_credential_env`; they stand in this file alone, and a test names them.
+The launcher belongs to the site (its local/resources.json names it). It uses two functions that are not quite public in
+the engine, `spawn_process` and `get_credential_env`. Only this file uses them, and a test checks that they exist.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ JOB = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 def clear_jobs(kit: Path, but: str = "") -> None:
-    """Remove what the engine leaves of each job: a folder with its configuration. A site runs one job at a time."""
+    """Delete the folder that the engine leaves of each job, except `but`. A site runs one job at a time."""
     for folder in kit.iterdir():
         if folder.is_dir() and JOB.fullmatch(folder.name) and folder.name != but:
             shutil.rmtree(folder, ignore_errors=True)
@@ -49,7 +49,7 @@ class RestartingLauncher(ClientProcessJobLauncher):
 
 
 class _Restarted(JobHandleSpec):
-    """A job's process, and the one after it."""
+    """A job's process, and those that replace it after a signal."""
 
     def __init__(self, handle: Any, argv: list[str], environment: dict[str, str]) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class _Restarted(JobHandleSpec):
         return self._handle.poll()
 
     def wait(self) -> None:
-        """Until the process ends by itself, or was stopped."""
+        """Wait until the process ends without a signal, or is stopped."""
         while True:
             began = time.monotonic()
             self._handle.wait()

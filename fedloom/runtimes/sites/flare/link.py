@@ -1,13 +1,13 @@
-"""Our questions and answers as messages of the engine's cells: the one channel between a server's and a site's job.
+"""Requests and answers as messages of the engine's cells: the only channel between a server's and a site's job.
 
-The engine carries them, with its certificates and tokens, and takes nothing apart: a question is one run of bytes, an
-answer a text and bytes. They do not go by the engine's auxiliary messages, which are made of the same cells: its site's end
-writes whatever came into a line for its log, also where no log wants that line, and 10 MB take a sixth of a second there.
+The engine carries them, with its certificates and tokens, and does not parse them. A request is one run of bytes; an
+answer is a text and bytes. The engine's auxiliary messages use the same cells, but are not used here: their end at the
+site formats the whole message for a log line, even if nothing logs it. For 10 MB that takes a sixth of a second.
 
-    question   header length, uint32 LE | header, JSON | data      a reply's bytes, in contrast, would stay with the engine
-    answer     {"header": JSON, "data": bytes}                     for a minute if they were bytes alone
+    request    header length, uint32 LE | header, JSON | data
+    answer     {"header": JSON, "data": bytes}      the engine would keep a reply of bytes alone for a minute
 
-A site's job answers its own run's server and nobody else. This file does not know what is asked.
+A site's job answers only the server of its own run. This file does not know what is requested.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TOPIC = "ask"
 MAX_HEADER = 1 << 16
 
 
-#: The engine sends the buffers of such a message one after another, without another copy.
+#: With this header, the engine sends a message's buffers one after another, without a copy.
 AS_IT_IS = {StreamHeaderKey.PAYLOAD_ENCODING: Encoding.BYTES}
 
 
@@ -48,8 +48,8 @@ class FlareLink:
     """The server's end, inside its job.
 
     Args:
-        engine: of the server's job.
-        job: the engine's number of it.
+        engine: the engine of the server's job.
+        job: the engine's id of the job.
     """
 
     def __init__(self, engine: Any, job: str, abort: Signal) -> None:
@@ -73,13 +73,13 @@ class FlareLink:
 
 
 def start(header: Mapping[str, Any]) -> bytes:
-    """What a question's data stands behind."""
+    """Encode the part of a request in front of its data."""
     text = json.dumps(header, allow_nan=False).encode()
     return struct.pack("<I", len(text)) + text
 
 
 def _question(payload: object) -> Answer | None:
-    """None for bytes that are no question. Its data is a window into them."""
+    """Decode a request, with a view of its data; None for bytes that are not a request."""
     if not isinstance(payload, bytes | bytearray | memoryview) or len(payload) < 4:
         return None
     (length,) = struct.unpack("<I", payload[:4])
@@ -93,7 +93,7 @@ def _question(payload: object) -> Answer | None:
 
 
 def _answer(text: object, data: object) -> Answer | None:
-    """None for an answer that is none: it counts as silence."""
+    """Decode an answer; None if it is not valid, which counts as no answer."""
     if not isinstance(text, str) or len(text) > MAX_HEADER:
         return None
     if not isinstance(data, bytes | bytearray | memoryview) or len(data) > PIECE:
@@ -106,25 +106,25 @@ def _answer(text: object, data: object) -> Answer | None:
 
 
 def attend(engine: Any, job: str, answer: Callable[[Mapping[str, Any], Bytes], Answer]) -> None:
-    """The site's end, inside its job: from now on its server's questions are answered."""
+    """Begin to answer the server's requests, inside the site's job."""
     engine.get_cell().register_request_cb(
         channel=CHANNEL, topic=TOPIC, cb=handler(answer, FQCN.join([FQCN.ROOT_SERVER, job]))
     )
 
 
 def handler(answer: Callable[[Mapping[str, Any], Bytes], Answer], server: str) -> Callable[[Message], Message]:
-    """What the engine calls with a message. `server`: the engine's name of who may ask."""
+    """Return the function that the engine calls with a message. `server`: the engine's name of the only accepted sender."""
 
     def handle(request: Message) -> Message:
         if request.get_header(MessageHeaderKey.ORIGIN) != server:
-            log.warning("a question that did not come from this run's server")
+            log.warning("rejected a request that did not come from this run's server")
             return make_reply(ReturnCode.AUTHENTICATION_ERROR)
         asked = _question(request.payload)
         if asked is None:
             return make_reply(ReturnCode.INVALID_REQUEST)
         try:
             given = answer(asked.header, asked.data)
-        except Exception:  # the engine would send its words; they stay in the site's log, and the server hears nothing
+        except Exception:  # the engine would send the error's text; it stays in the site's log
             log.exception("no answer")
             return make_reply(ReturnCode.PROCESS_EXCEPTION)
         return make_reply(

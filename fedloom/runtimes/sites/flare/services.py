@@ -1,4 +1,4 @@
-"""The engine's long-lived processes (one at the server, one at each site) and the administrator's line to the server.
+"""The engine's long-lived processes (one at the server, one at each site), and the administrator's session.
 
 Each service is a child of the command that the user started, writes its log into its kit, and ends with it. This file
 does not know what a job does.
@@ -27,10 +27,10 @@ from fedloom.common.files import write_json
 from fedloom.runtimes.sites.flare.launcher import clear_jobs
 from fedloom.runtimes.sites.project import SERVER_CLASS, SITE_CLASS
 
-#: Messages are large and come in any order. Blocks over 4 MB are mapped one by one, so that what is freed goes back to the
-#: system instead of into holes of the heap (without a threshold that is set, glibc raises it to 32 MB by itself); and in
-#: huge pages, since each is new and 10 MB are 2,400 small ones. The engine's frames of 1 MB are taken from the heap, which
-#: keeps up to 8 MB at its end: mapping those too takes a third of a round's CPU time.
+#: Messages are large and come in any order. Blocks over 4 MB are mapped one by one, so freed memory returns to the system
+#: and leaves no holes in the heap. (If the threshold is not set, glibc raises it to 32 MB.) They use huge pages, because
+#: every block is new and 10 MB need 2,400 small pages. The engine's frames of 1 MB come from the heap, which keeps up to
+#: 8 MB at its end: mapping those too would take a third of a round's CPU time.
 ALLOCATOR = {
     "MALLOC_ARENA_MAX": "2",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20),
@@ -44,7 +44,7 @@ OVER = "FINISHED"
 
 
 def _end_with_parent() -> None:
-    """Runs in the child: the kernel ends it when the thread that started it, a command's main one, is gone."""
+    """Let the kernel end this child when the thread that started it, the command's main thread, is gone."""
     set_death_signal = 1
     ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
@@ -79,7 +79,7 @@ class Service:
         return self._process.poll() is None
 
     def close(self) -> None:
-        """End it and every process of its session; nothing of its jobs is left in the kit."""
+        """End it and every process of its session; delete its jobs' folders from the kit."""
         for number, patience in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 5.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
@@ -92,12 +92,12 @@ class Service:
         (self._kit / "service.pid").unlink(missing_ok=True)
 
 
-#: In a server's kit: whom the engine does not let in. It reads this file as it starts, and remembers nobody but by it.
+#: In a server's kit: the clients that the engine rejects. It reads this file at its start, and has no other list.
 REFUSED = "disabled_clients.json"
 
 
 def server_service(kit: Path, environment: Mapping[str, str], revoked: Sequence[str] = ()) -> Service:
-    """The server's. `revoked`: sites that are refused from the first moment; all others are let in, also those of before."""
+    """Start the server's service. `revoked`: sites to reject; all others are accepted, also if they were revoked before."""
     write_json(kit / REFUSED, {"disabled_clients": sorted(revoked)})
     options = ["-m", "nvflare.private.fed.app.server.server_train", "-m", str(kit.resolve()), "-s", "fed_server.json"]
     return Service(kit, [*options, "--set", "secure_train=true", "org=fedloom", "config_folder=config"], environment)
@@ -126,7 +126,7 @@ class Admin:
                 time.sleep(0.5)
 
     def connected(self) -> dict[str, float]:
-        """Site → when it was last heard of, of those that are connected now."""
+        """Return site → time of its last message, for the sites that are connected now."""
         info = self._session.get_system_info()
         return {client.name: float(client.last_connect_time or 0.0) for client in info.client_info}
 
@@ -148,7 +148,7 @@ class Admin:
 
 
 def write_job(folder: Path, name: str, min_sites: int) -> Path:
-    """A job without code: two class names, both in every party's allow list."""
+    """Write a job without code: it has two class names, which are in the allow lists of server and sites."""
     meta = {
         "name": name,
         "resource_spec": {},
@@ -171,7 +171,7 @@ def write_job(folder: Path, name: str, min_sites: int) -> Path:
 
 
 def last_words(path: Path, count: int = 1 << 16) -> str:
-    """The end of a log, however long that is."""
+    """Read the last `count` bytes of a log."""
     with contextlib.suppress(OSError), path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - count))
         return file.read().decode("utf-8", errors="replace")
@@ -194,10 +194,10 @@ REVOKED = "the server does not let this site in: ask there whether it was revoke
 
 
 def standing(log: Path, pid: int) -> str | None:
-    """How a site stands with the server, as one sentence; None where its service's log says nothing yet.
+    """Describe a site's connection to the server in its service's log, as one sentence; None if the log has none yet.
 
     Args:
-        pid: the service's; a job's processes write into the same log.
+        pid: the service's process id; a job's processes write into the same log.
     """
     text = last_words(log)
 
@@ -208,10 +208,12 @@ def standing(log: Path, pid: int) -> str | None:
     if last("CERTIFICATE_VERIFY_FAILED") > let_in:
         return FOREIGN
     silent = last("target_unreachable", f"Not Connected] is closed PID: {pid}")
-    if last("is disabled\n") > let_in or last("error:client_quit") > max(let_in, silent):  # as it registers; or later
+    if last("is disabled\n") > let_in or last("error:client_quit") > max(
+        let_in, silent
+    ):  # while it registers; or later
         return REVOKED
     if let_in > silent:
         return CONNECTED
-    line = text.rfind(f"is created: PID: {pid}")  # one to the server that is not followed by its end
+    line = text.rfind(f"is created: PID: {pid}")  # a connection to the server that has not ended
     again = line > silent and "N/A =>" in text[text.rfind("\n", 0, line) : line]
     return CONNECTED if let_in >= 0 and again else SILENT if silent >= 0 else None

@@ -185,7 +185,7 @@ def test_again_adds_a_site_and_changes_no_certificate(kits, listener):
     assert own.read_text() == "rounds: 7\n"
     assert Server.open(kits / "server", None).project.revoked == ["b"]
     assert (kits / "c" / "startup" / "client.crt").exists()
-    with pytest.raises(UserError, match="holds the kits of the project hospitals"):
+    with pytest.raises(UserError, match="has the kits of the project hospitals"):
         provision(Project.model_validate({"name": "other", "sites": ["a"]}), kits)
 
 
@@ -195,7 +195,7 @@ def test_a_folder_that_is_not_a_kit_is_said(kits, tmp_path):
     with pytest.raises(UserError, match="is the site's kit, and the server's is needed"):
         kit_file(kits / "a", "server")
     (tmp_path / "x").touch()
-    with pytest.raises(UserError, match="is not empty and holds no kits"):
+    with pytest.raises(UserError, match="is not empty and has no kits"):
         provision(project(), tmp_path)
     with pytest.raises(UserError, match="where its data lies"):
         settle(kits / "b", {})
