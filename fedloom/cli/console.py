@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,9 @@ from fedloom.common.logs import heard_by
 from fedloom.data.heterogeneity import difference
 
 if TYPE_CHECKING:
+    from fedloom.data.splitters import SplitTable
     from fedloom.federation.watch import Watch
+    from fedloom.reporting.summary_types import OffsiteSummary, Summary
 
 #: The most clients in a table; the others are one row of sums.
 MANY_CLIENTS = 24
@@ -124,7 +126,7 @@ def _spent(metrics: Mapping[str, Any]) -> str:
     return f"  ε {metrics['epsilon']:.3g} (δ {metrics['delta']:.1g})"
 
 
-def result_table(summary: Mapping[str, Any]) -> Table:
+def result_table(summary: Summary) -> Table:
     """Build the table of a run's main results."""
     table = Table("", "before", "after", box=None, pad_edge=False)
     loss, score, cost = summary["loss"], summary["score"], summary["cost"]
@@ -135,10 +137,9 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     else:
         table.add_row("score", "none", summary["score"]["note"])
     if preference := summary.get("preference"):
-        for key, name in (("accuracy", "preferred answers"), ("loss", "preference loss")):
-            value = preference[key]
-            pairs = f" ({preference['pairs']} pairs)" if key == "accuracy" else ""
-            table.add_row(name + pairs, _number(value["before"], 3), _number(value["after"], 3))
+        won = f"preferred answers ({preference['pairs']} pairs)"
+        for name, value in ((won, preference["accuracy"]), ("preference loss", preference["loss"])):
+            table.add_row(name, _number(value["before"], 3), _number(value["after"], 3))
     table.add_row("held-out loss", _number(loss["before"]), _number(loss["after"]))
     if worst := loss["worst_client"]:
         table.add_row(f"  worst client, {worst['client']}", _number(worst["before"]), _number(worst["after"]))
@@ -154,7 +155,7 @@ def result_table(summary: Mapping[str, Any]) -> Table:
     return table
 
 
-def _offsite_rows(table: Table, offsite: Mapping[str, Any]) -> None:
+def _offsite_rows(table: Table, offsite: OffsiteSummary) -> None:
     """Add three of offsite tuning's five losses (the other two are the run's own, above), and what left the server."""
     emulator = [_number(offsite[name]["loss"]) for name in ("emulator_zero_shot", "emulator_tuned")]
     tuned = offsite["full_tuned"]
@@ -166,10 +167,10 @@ def _offsite_rows(table: Table, offsite: Mapping[str, Any]) -> None:
     )
 
 
-def split_rows(described: Mapping[str, Any]) -> Table:
+def split_rows(described: SplitTable) -> Table:
     """Build the table of clients with their sizes and largest categories."""
     table = Table("client", "train", "validation", "test", "categories", box=None, pad_edge=False)
-    clients: Sequence[Mapping[str, Any]] = described["clients"]
+    clients = described["clients"]
     for row in clients[:MANY_CLIENTS]:
         largest = sorted(row["categories"].items(), key=lambda item: (-item[1], item[0]))
         text = ", ".join(f"{name or '(none)'} {count}" for name, count in largest[:5])

@@ -51,6 +51,7 @@ def serve(
     """Run a recipe among the sites of a federation, as its server."""
     from fedloom.cli.console import Display, result_table
     from fedloom.federation.record.run_folder import RunFolder, recipe_and_folder
+    from fedloom.reporting.summary_types import read_summary
 
     with needing_extras():
         from fedloom.experiment import sites
@@ -60,7 +61,8 @@ def serve(
     chosen, folder = recipe_and_folder(recipe, values, out_, resume)
     with Display(err, quiet=quiet) as display:
         sites.serve(server, chosen, folder, resume=resume, overwrite=overwrite, watch=display.watch(), wait=wait)
-    out.print(result_table(RunFolder(folder).read("summary.json") or {}))
+    if summary := read_summary(RunFolder(folder)):
+        out.print(result_table(summary))
     out.print(f"adapter  {adapter_folder(folder)}", markup=False)
     out.print(f"report   {folder / 'report.html'}", markup=False)
 

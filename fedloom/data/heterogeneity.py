@@ -11,6 +11,7 @@ This file knows counts, and nothing of how they came about.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,14 @@ from numpy.typing import NDArray
 Counts = Sequence[Mapping[str, int]]
 
 
-def heterogeneity(counts: Counts) -> dict[str, float | None]:
+class Heterogeneity(TypedDict):
+    """How different clients are, from 0 to 1; `categories` is None with fewer than two categories."""
+
+    categories: float | None
+    sizes: float
+
+
+def heterogeneity(counts: Counts) -> Heterogeneity:
     """Both numbers from each client's category → number of examples; `categories` is None with fewer than two of them."""
     sizes = np.array([sum(row.values()) for row in counts], dtype=float)
     names = sorted({name for row in counts for name in row})
@@ -61,7 +69,7 @@ def gini(sizes: NDArray[np.float64]) -> float:
     return float((2 * ranks - n - 1) @ ordered / (n * total))
 
 
-def difference(found: Mapping[str, float | None] | None) -> str:
+def difference(found: Heterogeneity | None) -> str:
     """How different clients are, in a sentence; "" where a folder does not say."""
     if not found:
         return ""

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import NotRequired, TypedDict
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from fedloom.common.randomness import numpy_generator
 from fedloom.common.registry import splitters
 from fedloom.data.corpus import Corpus, Example, Partition, Shard
 from fedloom.data.examples import question_of
-from fedloom.data.heterogeneity import heterogeneity
+from fedloom.data.heterogeneity import Heterogeneity, heterogeneity
 from fedloom.recipe.recipe import SplitConfig
 
 #: What a client is called whose category is the empty string.
@@ -192,9 +192,31 @@ def client_names(groups: Iterable[Sequence[str]]) -> list[str]:
     return names
 
 
-def split_table(corpus: Corpus, parts: Partition) -> dict[str, Any]:
-    """Who holds how many examples of which category, as plain JSON values."""
-    rows, held = [], []
+class SplitRow(TypedDict):
+    """One client: its examples in each set, and category → its examples, all sets together."""
+
+    client: str
+    train: int
+    validation: int
+    test: int
+    categories: dict[str, int]
+
+
+class SplitTable(TypedDict):
+    """The content of split.json, as docs/run-folder.md explains it. The last two are known where the data are here."""
+
+    splitter: str
+    seed: int
+    categories: list[str]
+    clients: list[SplitRow]
+    heterogeneity: NotRequired[Heterogeneity]
+    test_questions_trained_on: NotRequired[int]
+
+
+def split_table(corpus: Corpus, parts: Partition) -> SplitTable:
+    """Who holds how many examples of which category."""
+    rows: list[SplitRow] = []
+    held: list[Mapping[str, int]] = []
     for client, shard in parts.shards.items():
         counts = Counter(corpus.examples[i].category for i in shard.indices)
         held.append(counts)

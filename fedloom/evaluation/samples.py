@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from fedloom.data.corpus import Example
 from fedloom.data.federated import FederatedData
@@ -43,6 +43,26 @@ def pick_samples(data: FederatedData, count: int) -> list[Sample]:
     return picked[:count]
 
 
+class Answer(TypedDict):
+    """One question with the answers before and after training. None where it was not asked, or nothing marks it."""
+
+    client: str
+    category: str
+    prompt: str
+    expected: str
+    before: str
+    after: str | None
+    right_before: bool | None
+    right_after: bool | None
+
+
+class Answers(TypedDict):
+    """The content of answers.json."""
+
+    suite: str | None
+    answers: list[Answer]
+
+
 @dataclass(frozen=True)
 class AnswerRecorder:
     """Record the model's answers to the samples, with the limits of the paired evaluation."""
@@ -53,7 +73,7 @@ class AnswerRecorder:
     max_length: int
     max_new_tokens: int | None
 
-    def record_before(self, samples: list[Sample], model: AdaptedModel) -> dict[str, Any]:
+    def record_before(self, samples: list[Sample], model: AdaptedModel) -> Answers:
         """Return the content of answers.json with the answers before training."""
         texts = self._generate(samples, model)
         return {
@@ -74,10 +94,10 @@ class AnswerRecorder:
         }
 
     def record_after(
-        self, stored: dict[str, Any], samples: list[Sample], model: AdaptedModel, load: Callable[[str], None]
-    ) -> dict[str, Any]:
+        self, stored: Answers, samples: list[Sample], model: AdaptedModel, load: Callable[[str], None]
+    ) -> Answers:
         """Return `stored` with the answers after training. `load` puts a client's result into the live model."""
-        answers = []
+        answers: list[Answer] = []
         for sample, answer in zip(samples, stored["answers"], strict=False):
             load(sample.client)
             text = self._generate([sample], model)[0]

@@ -28,6 +28,7 @@ from fedloom.common import environment, registry
 from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
+from fedloom.data.splitters import SplitTable
 from fedloom.evaluation.suites import Suite
 from fedloom.federation.checks import check_data, check_model, check_recipe
 from fedloom.federation.checks.facts import ModelFacts
@@ -110,7 +111,7 @@ class Setting:
     suite: Suite | None
     score_note: str
     schedule: Schedule
-    split: dict[str, Any]
+    split: SplitTable
     pace: Pace | None = None
     runtime: Runtime | None = None
 

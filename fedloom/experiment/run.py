@@ -12,14 +12,14 @@ import gc
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError
 
 from fedloom.common import registry
 from fedloom.common.errors import RunFailed, disk_trouble
 from fedloom.common.logs import reworded
-from fedloom.evaluation.samples import AnswerRecorder, pick_samples
+from fedloom.evaluation.samples import AnswerRecorder, Answers, pick_samples
 from fedloom.experiment.assemble import assemble
 from fedloom.experiment.prepare import Setting, Source, prepare
 from fedloom.federation.coordinator import Coordinator
@@ -32,6 +32,7 @@ from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.card import write_cards
 from fedloom.reporting.html import write_report
 from fedloom.reporting.summary import cost, summarise
+from fedloom.reporting.summary_types import Summary
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Result:
         tokenizer: the model's tokenizer.
     """
 
-    summary: dict[str, Any]
+    summary: Summary
     folder: Path
     report: Path
     model: Any
@@ -125,7 +126,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
         setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
     )  # fmt: skip
     samples = pick_samples(setting.data, settings.answers)
-    answers = folder.read("answers.json")
+    answers = cast(Answers | None, folder.read("answers.json"))
     if answers is None:
         if samples:
             log.info(f"asking {len(samples)} test questions before training")
@@ -166,7 +167,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     return Result(summary, folder.path, write_report(folder.path), release(model), model.tokenizer)
 
 
-def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> dict[str, Any] | None:
+def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> Summary | None:
     """Run the reference that the algorithm is compared with, in `reference/`; return its summary. None: no reference.
 
     The reference uses the base model that is already loaded. It is resumed if it was killed, or has more rounds now.

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fedloom.algorithms.base import Algorithm
 from fedloom.common import registry
@@ -25,6 +24,7 @@ from fedloom.common.files import write_json
 from fedloom.data.corpus import SITES, Corpus, Partition, Shard
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
+from fedloom.data.splitters import SplitRow, SplitTable
 from fedloom.data.tokenization import tokenise
 from fedloom.evaluation.pick_suite import pick_suite
 from fedloom.experiment.prepare import Setting, settle
@@ -134,9 +134,9 @@ def _shard(counts: Mapping[str, int]) -> Shard:
     return Shard(*(tuple(range(counts[part])) for part in ("train", "validation", "test")))
 
 
-def _split(clients: Partition) -> dict[str, Any]:
+def _split(clients: Partition) -> SplitTable:
     """Build split.json with sizes only: a site's categories stay at the site."""
-    rows = [
+    rows: list[SplitRow] = [
         {"client": c, "train": len(s.train), "validation": len(s.validation), "test": len(s.test), "categories": {}}
         for c, s in clients.shards.items()
     ]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 from fedloom.common.logs import heard_by
+from fedloom.federation.record.events import Event
 
 #: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
 Tick = Callable[[str, int, int, int], None]
@@ -23,7 +23,7 @@ class Watch:
     """
 
     say: Callable[[str], None] | None = None
-    event: Callable[[dict[str, Any]], None] | None = None
+    event: Callable[[Event], None] | None = None
     tick: Tick = lambda what, round, done, total: None
 
     def hearing(self) -> AbstractContextManager[None]:

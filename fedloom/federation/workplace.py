@@ -25,7 +25,7 @@ from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData, federated_data
 from fedloom.data.loading import load_data
 from fedloom.data.prompts import Template
-from fedloom.data.splitters import partition, split_table
+from fedloom.data.splitters import SplitTable, partition, split_table
 from fedloom.evaluation.pick_suite import pick_suite
 from fedloom.evaluation.suites import Suite
 from fedloom.federation.client import Client
@@ -55,7 +55,7 @@ class Found:
     clients: Partition
     suite: Suite | None
     score_note: str
-    split: dict[str, Any]
+    split: SplitTable
     values: dict[str, Any] = field(default_factory=dict)
 
 

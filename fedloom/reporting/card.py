@@ -24,6 +24,7 @@ from fedloom.federation.record.run_folder import RunFolder
 from fedloom.models.loading import BUILTIN, RANDOM
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting import formats
+from fedloom.reporting.summary_types import Pair, Summary
 from fedloom.reporting.usage import usage
 
 FILE = "README.md"
@@ -36,7 +37,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> None:
+def write_card(folder: Path, recipe: Recipe, summary: Summary | None, client: str | None = None) -> None:
     """Write the card of the result in `folder`; replaces an older card.
 
     Args:
@@ -46,7 +47,7 @@ def write_card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, 
     write_bytes(folder / FILE, card(folder, recipe, summary, client).encode())
 
 
-def write_cards(run: RunFolder, recipe: Recipe, summary: Mapping[str, Any], clients: Iterable[str]) -> None:
+def write_cards(run: RunFolder, recipe: Recipe, summary: Summary, clients: Iterable[str]) -> None:
     """Write the cards of the results in a run's folder: the one for all clients, or each client's."""
     if (run / "adapter").is_dir():
         write_card(run / "adapter", recipe, summary)
@@ -56,7 +57,7 @@ def write_cards(run: RunFolder, recipe: Recipe, summary: Mapping[str, Any], clie
             write_card(own, recipe, summary, client)
 
 
-def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client: str | None = None) -> str:
+def card(folder: Path, recipe: Recipe, summary: Summary | None, client: str | None = None) -> str:
     """Return the text of the card. The files in `folder` decide the result's format: peft, merged or gguf."""
     base, corpus = _Base.of(recipe), None if _data_at_sites(summary) else _corpus(recipe)
     adapter = (folder / "adapter_config.json").is_file()
@@ -75,7 +76,7 @@ def card(folder: Path, recipe: Recipe, summary: Mapping[str, Any] | None, client
         "## Data\n\n" + _data(corpus, recipe, summary),
         "## Training\n\n" + "".join(f"- {line}\n" for line in _training(recipe, summary)).rstrip(),
         "## Numbers\n\n" + _numbers(summary, client),
-        "## Privacy\n\n" + _privacy((summary or {}).get("privacy")),
+        "## Privacy\n\n" + _privacy(summary.get("privacy") if summary else None),
         "## Use\n\n" + usage(folder, form, base.hub, recipe),
         "## Licence\n\n"
         f"Of the base model: {base.license or 'unknown to fedloom, see its own card'}. Of the data: "
@@ -108,7 +109,7 @@ class _Base:
         return cls(name, name)
 
 
-def _data_at_sites(summary: Mapping[str, Any] | None) -> bool:
+def _data_at_sites(summary: Summary | None) -> bool:
     """Return whether the data were the sites' own, whatever corpus the recipe names."""
     return summary is not None and summary["corpus_source"] == SITES
 
@@ -145,13 +146,13 @@ def _front_matter(base: _Base, corpus: Source | None, recipe: Recipe, form: str)
     return f"---\n{text}---"
 
 
-def _license(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] | None) -> str:
+def _license(corpus: Source | None, recipe: Recipe, summary: Summary | None) -> str:
     if summary is not None:
         return str(summary["corpus_license"])
     return recipe.data.license or (corpus.license if corpus else "unknown")
 
 
-def _data(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] | None) -> str:
+def _data(corpus: Source | None, recipe: Recipe, summary: Summary | None) -> str:
     if _data_at_sites(summary):
         text = "The sites' own, which nobody else has seen."
     elif corpus is not None:
@@ -170,7 +171,7 @@ def _data(corpus: Source | None, recipe: Recipe, summary: Mapping[str, Any] | No
     return text
 
 
-def _training(recipe: Recipe, summary: Mapping[str, Any] | None) -> Iterator[str]:
+def _training(recipe: Recipe, summary: Summary | None) -> Iterator[str]:
     adapter, train = recipe.adapter, recipe.train
     where = "between sites" if _data_at_sites(summary) else "simulated on one machine that has all the data"
     yield f"algorithm: {recipe.algorithm.name}, {where}"
@@ -188,7 +189,7 @@ def _training(recipe: Recipe, summary: Mapping[str, Any] | None) -> Iterator[str
             yield f"{summary['failures']:,} failures of clients; their rounds continued without them"
 
 
-def _numbers(summary: Mapping[str, Any] | None, client: str | None) -> str:
+def _numbers(summary: Summary | None, client: str | None) -> str:
     if summary is None:
         return "None: the run had no summary when this was written."
     rows = list(_evaluation_rows(summary, client))
@@ -205,7 +206,7 @@ def _numbers(summary: Mapping[str, Any] | None, client: str | None) -> str:
     )
 
 
-def _evaluation_rows(summary: Mapping[str, Any], client: str | None) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+def _evaluation_rows(summary: Summary, client: str | None) -> Iterator[tuple[str, str, Pair]]:
     score, loss = summary["score"], summary["loss"]
     own = summary["per_client"].get(client) if client else None
     right = f"right answers, {score['suite']}"
@@ -237,13 +238,13 @@ def _privacy(spent: Mapping[str, Any] | None) -> str:
     )
 
 
-def _limits(base: _Base, recipe: Recipe, summary: Mapping[str, Any] | None) -> Iterator[str]:
+def _limits(base: _Base, recipe: Recipe, summary: Summary | None) -> Iterator[str]:
     yield "Evaluated only on data like the training data, by the numbers above. Not tested for bias or harm."
     if base.note:
         yield base.note
     if recipe.model.quantization:
         yield f"Trained on the base in {recipe.model.quantization}; with another precision the numbers differ."
-    cut = (summary or {}).get("data", {}).get("truncated")
+    cut = summary["data"].get("truncated") if summary and "data" in summary else 0
     if cut:
         yield f"{cut:,} examples were truncated at {recipe.data.max_length} tokens."
 

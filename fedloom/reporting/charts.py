@@ -15,7 +15,9 @@ from typing import Any
 from markupsafe import Markup
 
 from fedloom.common.errors import UserError
+from fedloom.data.splitters import SplitTable
 from fedloom.federation.record.client_table import quantile
+from fedloom.federation.record.events import Event
 from fedloom.reporting import formats, matrix
 from fedloom.reporting.svg import Band, BarChart, Line, LineChart, Points
 
@@ -33,9 +35,6 @@ TIMES = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0), ("milliseconds"
 
 #: The bands' names: "lower edge to upper edge".
 OUTER, INNER = "lowest client to highest client", "lower quartile to upper quartile"
-
-
-Event = Mapping[str, Any]
 
 
 _BARE_PAGE = """<!doctype html>
@@ -202,7 +201,7 @@ def _bands(clients: Mapping[str, Sequence[tuple[int, float]]]) -> list[Band]:
     ]
 
 
-def split_picture(split: dict[str, Any], path: Path) -> Path:
+def split_picture(split: SplitTable, path: Path) -> Path:
     """Draw clients × categories of a split.json to `path`, in the format of its suffix; returns `path`.
 
     .png and .pdf need matplotlib.

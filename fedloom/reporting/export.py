@@ -16,6 +16,7 @@ from fedloom.common.files import folder_name
 from fedloom.federation.record.run_folder import RunFolder
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.card import write_card
+from fedloom.reporting.summary_types import read_summary
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def export_run(run: Path, format: str, out: Path, client: str | None, dtype: str
             export_merged(recipe.model, source, scratch)
         else:
             _write_gguf(recipe, source, scratch, dtype or DTYPE)
-        write_card(scratch, recipe, RunFolder(run).read("summary.json"), client)
+        write_card(scratch, recipe, read_summary(RunFolder(run)), client)
         os.replace(scratch, out)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

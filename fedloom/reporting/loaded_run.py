@@ -7,16 +7,18 @@ not know how a page shows them.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import yaml
 
 from fedloom.common.errors import UserError
 from fedloom.common.yaml import load_yaml
-from fedloom.federation.record.events import read_events
+from fedloom.federation.record.events import Event, read_events
+from fedloom.reporting.summary_types import LossSummary, Pair, WorstClient
 
 #: Files of a run folder → the parts of a report that need them.
 FILES = {
@@ -26,6 +28,12 @@ FILES = {
     "split.json": "the split",
     "answers.json": "answers before and after",
 }
+
+
+class Measured(LossSummary):
+    """Loss or score of a run so far; `questions` once there is an evaluation."""
+
+    questions: NotRequired[int]
 
 
 @dataclass(frozen=True)
@@ -40,15 +48,15 @@ class LoadedRun:
     """
 
     path: Path
-    recipe: dict[str, Any]
+    recipe: Mapping[str, Any]
     recipe_text: str
-    events: list[dict[str, Any]]
-    summary: dict[str, Any]
-    split: dict[str, Any]
-    answers: dict[str, Any]
+    events: list[Event]
+    summary: Mapping[str, Any]
+    split: Mapping[str, Any]
+    answers: Mapping[str, Any]
     missing: dict[str, str]
 
-    def events_of(self, event: str) -> list[dict[str, Any]]:
+    def events_of(self, event: str) -> list[Event]:
         """Return the events of one kind, in order."""
         return [e for e in self.events if e["event"] == event]
 
@@ -61,12 +69,12 @@ class LoadedRun:
         return max((e["round"] for e in self.events_of("round_finished")), default=0)
 
     @cached_property
-    def headline(self) -> dict[str, Any]:
+    def headline(self) -> Mapping[str, Any]:
         """summary.json; of an unfinished run, the same keys computed from its events and recipe."""
         return self.summary or self._partial_summary()
 
     @property
-    def privacy(self) -> dict[str, Any]:
+    def privacy(self) -> Mapping[str, Any]:
         """The privacy guarantee; of an unfinished run, its settings and the last round's ε. Empty without privacy."""
         settings = self.recipe.get("privacy") or {}
         rounds = self.events_of("round_finished")
@@ -90,7 +98,7 @@ class LoadedRun:
         named = (self.headline.get(key) or {}).get("worst_client") or {}
         return named.get("client")
 
-    def _partial_summary(self) -> dict[str, Any]:
+    def _partial_summary(self) -> Mapping[str, Any]:
         started = (self.events_of("run_started") or [{}])[0]
         updates = self.events_of("client_update")
         evaluations = self.events_of("evaluation")
@@ -154,7 +162,7 @@ def _read(path: Path, name: str, missing: dict[str, str]) -> str:
     return text
 
 
-def _parsed(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
+def _parsed(text: str, name: str, missing: dict[str, str]) -> Mapping[str, Any]:
     """Parse the mapping in `text`. Where that fails, return an empty one and note the file in `missing`."""
     if not text.strip():
         return {}
@@ -168,13 +176,13 @@ def _parsed(text: str, name: str, missing: dict[str, str]) -> dict[str, Any]:
     return {}
 
 
-def _before_after(evaluations: list[dict[str, Any]], key: str) -> dict[str, Any]:
+def _before_after(evaluations: list[Event], key: str) -> Measured:
     """Return the first and the last value of `key`, over all clients and for the worst one (highest loss, lowest score)."""
     if not evaluations:
         return {"before": None, "after": None, "worst_client": None}
     first, last = evaluations[0], evaluations[-1]
     ends = {c: v[key] for c, v in last["clients"].items() if v.get(key) is not None}
-    worst = None
+    worst: WorstClient | None = None
     if ends and last is not first:
         client = (max if key == "loss" else min)(ends, key=lambda c: ends[c])
         worst = {"client": client, "before": first["clients"].get(client, {}).get(key), "after": ends[client]}
@@ -182,12 +190,12 @@ def _before_after(evaluations: list[dict[str, Any]], key: str) -> dict[str, Any]
     return {"before": first[key], "after": after, "worst_client": worst, "questions": last["questions"]}
 
 
-def _per_client(evaluations: list[dict[str, Any]]) -> dict[str, Any]:
+def _per_client(evaluations: list[Event]) -> dict[str, dict[str, Pair]]:
     if not evaluations:
         return {}
     first, last = evaluations[0]["clients"], evaluations[-1]["clients"]
 
-    def pair(client: str, key: str) -> dict[str, Any]:
+    def pair(client: str, key: str) -> Pair:
         after = last.get(client, {}).get(key) if len(evaluations) > 1 else None
         return {"before": first.get(client, {}).get(key), "after": after}
 

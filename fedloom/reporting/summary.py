@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 from fedloom.common import environment
@@ -14,6 +13,18 @@ from fedloom.federation.record.checkpoints import Progress
 from fedloom.federation.record.client_table import MANY, Clients, ClientTable
 from fedloom.models.layout import Adapter
 from fedloom.recipe.recipe import Recipe
+from fedloom.reporting.summary_types import (
+    ClientSummary,
+    CostSummary,
+    DataSummary,
+    OffsiteSummary,
+    Pair,
+    PreferenceSummary,
+    Scored,
+    Summary,
+    VirtualSummary,
+    WorstClient,
+)
 
 
 def summarise(
@@ -29,9 +40,9 @@ def summarise(
     score_note: str,
     privacy: Mapping[str, Any] | None,
     left_server: Mapping[str, int] | None,
-    reference: Mapping[str, Any] | None,
-    spent: Mapping[str, Any],
-) -> dict[str, Any]:
+    reference: Summary | None,
+    spent: CostSummary,
+) -> Summary:
     """The summary as JSON values; docs/run-folder.md explains each key.
 
     Args:
@@ -61,7 +72,7 @@ def summarise(
         "score": {
             "before": first["score"],
             "after": last["score"],
-            "worst_client": _worst(clients, "score", worst=min),
+            "worst_client": _worst({name: c["score"] for name, c in clients.items()}, worst=min),
             "suite": suite,
             "questions": last["questions"],
             "note": score_note,
@@ -69,13 +80,13 @@ def summarise(
         "loss": {
             "before": first["loss"],
             "after": last["loss"],
-            "worst_client": _worst(clients, "loss", worst=max),
+            "worst_client": _worst({name: c["loss"] for name, c in clients.items()}, worst=max),
         },
         "preference": _preference(first["preference"], last["preference"]),
         "privacy": None if privacy is None else dict(privacy),
         "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
         "virtual": _virtual(progress),
-        "cost": dict(spent),
+        "cost": spent,
         "clients": len(partition.clients),
         "rounds": progress.finished,
         "stopped": progress.stopped,
@@ -92,7 +103,7 @@ def summarise(
     }
 
 
-def _data(data: FederatedData, partition: Partition, max_length: int) -> dict[str, Any]:
+def _data(data: FederatedData, partition: Partition, max_length: int) -> DataSummary:
     """What the run had of the corpus, and what was left out or cut."""
     shards, sequences = partition.shards.values(), data.sequences
     return {
@@ -108,10 +119,10 @@ def _data(data: FederatedData, partition: Partition, max_length: int) -> dict[st
 
 
 def _offsite(
-    first: Mapping[str, Any], last: Mapping[str, Any], left: Mapping[str, int], reference: Mapping[str, Any] | None
-) -> dict[str, Any]:
+    first: Mapping[str, Any], last: Mapping[str, Any], left: Mapping[str, int], reference: Summary | None
+) -> OffsiteSummary:
     """The five numbers of offsite tuning, each with loss and score, and what left the server."""
-    tuned = None
+    tuned: Scored | None = None
     if reference is not None:
         tuned = {"loss": reference["loss"]["after"], "score": reference["score"]["after"]}
     return {
@@ -122,52 +133,64 @@ def _offsite(
         "full_tuned": tuned,
         "note": "" if tuned else "the full model was not tuned: algorithm.reference=false, or the data are at sites",
         "left_server": {
-            **left,
+            "parameters": left["parameters"],
+            "parameters_of_model": left["parameters_of_model"],
+            "bytes": left["bytes"],
+            "bytes_of_model": left["bytes_of_model"],
             "share_of_parameters": left["parameters"] / left["parameters_of_model"],
             "share_of_bytes": left["bytes"] / left["bytes_of_model"],
         },
     }
 
 
-def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> PreferenceSummary | None:
     """Of preference tuning: how often the preferred answer won, and the mean loss and margin of a pair."""
     if first is None or last is None:
         return None
-    both = {key: {"before": first[key], "after": last[key]} for key in ("accuracy", "loss", "margin")}
-    return {**both, "pairs": last["pairs"]}
+    accuracy, loss, margin = (_change(first, last, key) for key in ("accuracy", "loss", "margin"))
+    return {"accuracy": accuracy, "loss": loss, "margin": margin, "pairs": last["pairs"]}
 
 
-def _pair(measured: Mapping[str, Any]) -> dict[str, Any]:
+def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> Pair:
+    return {"before": before.get(key), "after": after.get(key)}
+
+
+def _pair(measured: Mapping[str, Any]) -> Scored:
     return {"loss": measured["loss"], "score": measured["score"]}
 
 
-def _virtual(progress: Progress) -> dict[str, Any] | None:
+def _virtual(progress: Progress) -> VirtualSummary | None:
     """Where time is made up: how long it took, and the loss over it."""
     curve = [[e["virtual_seconds"], e["loss"]] for _, e in sorted(progress.evaluations.items())]
     seconds = curve[-1][0]
     return None if seconds is None else {"seconds": seconds, "loss": curve}
 
 
-def cost(progress: Progress) -> dict[str, Any]:
+def cost(progress: Progress) -> CostSummary:
     """All messages and work of the run until now; the part that evaluation took stands beside it."""
-    total, evaluation = asdict(progress.cost), progress.evaluation_cost
+    total, evaluation = progress.cost, progress.evaluation_cost
     wall, cpu = progress.elapsed()
     return {
-        **total,
+        "upload_bytes": total.upload_bytes,
+        "download_bytes": total.download_bytes,
+        "broadcast_bytes": total.broadcast_bytes,
+        "train_tokens": total.train_tokens,
+        "train_flops": total.train_flops,
+        "steps": total.steps,
+        "wall_seconds": round(wall, 3),
+        "cpu_seconds": round(cpu, 3),
+        "gpu_seconds": round(total.gpu_seconds, 3),
         "evaluation_upload_bytes": evaluation.upload_bytes,
         "evaluation_download_bytes": evaluation.download_bytes,
         "evaluation_broadcast_bytes": evaluation.broadcast_bytes,
         "evaluation_seconds": round(evaluation.wall_seconds, 3),
-        "wall_seconds": round(wall, 3),
-        "cpu_seconds": round(cpu, 3),
-        "client_cpu_seconds": round(progress.cost.cpu_seconds, 3),
-        "gpu_seconds": round(progress.cost.gpu_seconds, 3),
+        "client_cpu_seconds": round(total.cpu_seconds, 3),
         "peak_memory_bytes": environment.peak_memory_bytes(),
         "gpu_utilisation": environment.gpu_utilisation(),
     }
 
 
-def _named(clients: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _named(clients: dict[str, ClientSummary]) -> dict[str, ClientSummary]:
     """All clients; of more than a summary names, those that end with the highest loss, in the partition's order."""
     if len(clients) <= MANY:
         return clients
@@ -176,20 +199,20 @@ def _named(clients: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: c for name, c in clients.items() if name in kept}
 
 
-def _client(name: str, partition: Partition, first: Clients, last: Clients) -> dict[str, Any]:
+def _client(name: str, partition: Partition, first: Clients, last: Clients) -> ClientSummary:
     shard = partition.shards[name]
     before, after = first.get(name, {}), last.get(name, {})
     return {
         "train": len(shard.train),
         "test": len(shard.test),
-        "loss": {"before": before.get("loss"), "after": after.get("loss")},
-        "score": {"before": before.get("score"), "after": after.get("score")},
+        "loss": _change(before, after, "loss"),
+        "score": _change(before, after, "score"),
     }
 
 
-def _worst(clients: Mapping[str, Mapping[str, Any]], what: str, *, worst: Any) -> dict[str, Any] | None:
-    """The client that the result serves least, by its value after training."""
-    known = {name: c[what] for name, c in clients.items() if c[what]["after"] is not None}
+def _worst(pairs: Mapping[str, Pair], *, worst: Any) -> WorstClient | None:
+    """The client that the result serves least, by its value after training. `worst` is min or max."""
+    known = {name: pair for name, pair in pairs.items() if pair["after"] is not None}
     if not known:
         return None
     name = worst(known, key=lambda n: known[n]["after"])

@@ -16,6 +16,7 @@ from typing import Any
 from fedloom.federation.record.client_table import ClientTable
 from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import RunFolder
+from fedloom.reporting.summary_types import read_summary
 
 #: summary.json, with `messages` and `own` added (`measured`).
 Numbers = Mapping[str, Any]
@@ -40,14 +41,14 @@ class Column:
     better: str = ""
 
 
-def measured(folder: Path) -> dict[str, Any] | None:
+def measured(folder: Path) -> Numbers | None:
     """Read the numbers of the run in `folder`; None where it is not finished.
 
     `messages` has the mean bytes of a client's update and of its assignment. The first messages to a client also have
     the recipe and what is broadcast once, so they count only where there are no others. `own` has every client's loss
     and score on its own test data; summary.json lists those one by one only for a few clients.
     """
-    summary = RunFolder(folder).read("summary.json")
+    summary = read_summary(RunFolder(folder))
     if summary is None:
         return None
     events = read_events(folder / "events.jsonl") if (folder / "events.jsonl").is_file() else []

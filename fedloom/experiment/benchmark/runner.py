@@ -17,13 +17,12 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fedloom.common import environment
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import unfinished, write_json
 from fedloom.common.logs import reworded
-from fedloom.experiment.benchmark.columns import measured
+from fedloom.experiment.benchmark.columns import Numbers, measured
 from fedloom.experiment.benchmark.declaration import Benchmark, Cell, Values
 from fedloom.experiment.run import run
 from fedloom.federation.checks import check_algorithm
@@ -31,6 +30,7 @@ from fedloom.federation.record.events import read_events
 from fedloom.federation.record.run_folder import RunFolder
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting import differences as settings
+from fedloom.reporting.summary_types import Summary, read_summary
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Outcome:
 
     cell: Cell
     chosen: Values = field(default_factory=dict)
-    measured: dict[int, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[int, Numbers] = field(default_factory=dict)
     trouble: str = ""
 
 
@@ -136,7 +136,7 @@ def _run_cell(benchmark: Benchmark, cell: Cell, out: Path) -> Iterator[str]:
     troubles = []
     for seed in benchmark.seeds:
         folder = out / "cells" / cell.name / str(seed)
-        if RunFolder(folder).read("summary.json") is not None:
+        if read_summary(RunFolder(folder)) is not None:
             continue
         try:
             loss = _finish(cell.recipe(seed, chosen), folder)["loss"]
@@ -174,9 +174,9 @@ def _diverged(folder: Path) -> bool:
     return any(e["event"] == "client_failed" and e["reason"] == "non_finite" for e in events)
 
 
-def _finish(recipe: Recipe, folder: Path) -> dict[str, Any]:
+def _finish(recipe: Recipe, folder: Path) -> Summary:
     """Run or resume the run in `folder` unless it is finished; return its summary."""
-    there = RunFolder(folder).read("summary.json")
+    there = read_summary(RunFolder(folder))
     if there is not None:
         return there
     environment.forget_peak_memory()

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import folder_name, link, write_bytes, write_json
+from fedloom.federation.record.events import Stopped
 from fedloom.messages.at_rest import VERSION, Damaged, from_bytes, packed, to_bytes, unpacked
 from fedloom.messages.types import Cost, Payload
 
@@ -58,7 +59,7 @@ class Progress:
     evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
     failures: int = 0
     skipped_steps: int = 0
-    stopped: dict[str, Any] | None = None
+    stopped: Stopped | None = None
     earlier: tuple[float, float] = (0.0, 0.0)
     _started: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
 

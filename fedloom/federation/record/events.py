@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from fedloom.common.errors import UserError, suggest
 
@@ -38,6 +38,18 @@ SCHEMA: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+#: One line of events.jsonl: `event`, `time` and the fields that `SCHEMA` names for it, as JSON values.
+Event = dict[str, Any]
+
+
+class Stopped(TypedDict):
+    """The fields of `run_stopped`: the last round of a run that a hook ended, the hook and its explanation."""
+
+    round: int
+    hook: str
+    reason: str
+
+
 class Tracker(Protocol):
     """Anything that wants the numbers as they come."""
 
@@ -52,7 +64,7 @@ class Events:
     def __init__(
         self,
         path: Path,
-        listener: Callable[[dict[str, Any]], None] | None = None,
+        listener: Callable[[Event], None] | None = None,
         trackers: Iterable[Tracker] = (),
     ) -> None:
         self.path = path
@@ -86,9 +98,9 @@ class Events:
             tracker.log(values, step=record["round"])
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
+def read_events(path: Path) -> list[Event]:
     """All events of a run in order, each round and evaluation once: what was done again replaces what it replaced."""
-    events: list[dict[str, Any]] = []
+    events: list[Event] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             event = json.loads(line)

@@ -11,6 +11,7 @@ from typing import Any, TextIO
 from fedloom.common.errors import UserError
 from fedloom.common.files import locked, write_json
 from fedloom.common.yaml import load_yaml
+from fedloom.federation.record.events import Event
 from fedloom.runtimes.sites.project import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS
 
 #: In a run's folder: the folder of what belongs to the federation and not to the run itself.
@@ -62,7 +63,7 @@ class Lines:
     def say(self, text: str) -> None:
         self._write("say", text)
 
-    def event(self, event: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         self._write("event", event)
 
     def tick(self, what: str, round: int, done: int, total: int) -> None:

@@ -202,7 +202,7 @@ def test_a_site_that_keeps_one_run_ends_with_its_last(tiny_recipe, dealt, tmp_pa
     files = dealt(recipe)
     first = SiteConfig.model_fields["keep_runs"].default
     assert first == 5
-    monkeypatch.setattr("sites.SiteConfig", lambda **values: SiteConfig(**values, keep_runs=1))
+    monkeypatch.setattr("tests.helpers.sites.SiteConfig", lambda **values: SiteConfig(**values, keep_runs=1))
     kept = []
     for overwrite in ("one", "two"):
         between_sites(recipe, files, tmp_path / "sites")
@@ -301,7 +301,7 @@ def test_a_programming_errors_words_stay_in_the_sites_log(tiny_recipe, tmp_path,
     for allowed in (False, True):
         header, _ = Room(site(tmp_path), Policy.model_validate({"error_text": allowed})).answer("prepare", orders)
         assert header["reason"] == "error"
-        assert header["detail"].startswith("KeyError in test_site, line ")
+        assert header["detail"].startswith("KeyError in test_trainer, line ")
         assert ("The patient was seen" in header["detail"]) is allowed
     assert "The patient was seen" in capsys.readouterr().err
 
