@@ -170,3 +170,28 @@ def test_the_distance_moved_is_how_far_the_server_s_model_went(name):
         distance = float(torch.linalg.vector_norm(algorithm.shared.flat.double() - before))
         assert metrics["distance_moved"] == pytest.approx(distance, rel=1e-5)
         assert distance > 1e-3
+
+
+#: Flag of `Properties` that is not what most have → who has it. Rules, runtimes and other contracts go by these.
+FLAGS = {
+    "asynchronous": "fedbuff",
+    "cohorts": "decomfl fedbiot fedkseed fedmezo fedot slora",
+    "exact": "fed_sb fedex_lora fedsvd ffa_lora flora rolora",
+    "mixed_ranks": "flexlora flora hetlora",
+    "offsite": "fedbiot fedot",
+    "order_independent": "fedbuff",
+    "personal": "ditto feddpa fedper fedrep fedsa_lora local pfedme",
+    "pooled": "global",
+    "streams": "fedex_lora fedit flexlora flora geometric_median krum lora_fair median trimmed_mean",
+    "weights": "fedbiot fedex_lora fedot flora slora",
+}
+
+
+def test_the_flags_of_algorithms():
+    """`linear_sum` has its list in tests/algorithms/privacy/test_private.py."""
+    from fedloom.algorithms.base import Properties
+
+    usual = Properties()
+    kinds = {f: {n for n in registry.algorithms.names() if getattr(registry.algorithms.get(n).properties, f) is not getattr(usual, f)}
+             for f, value in vars(usual).items() if isinstance(value, bool) and f != "linear_sum"}  # fmt: skip
+    assert kinds == {flag: set(names.split()) for flag, names in FLAGS.items()}

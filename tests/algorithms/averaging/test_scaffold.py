@@ -238,3 +238,19 @@ def test_personal_state_is_on_the_cpu_and_apart_from_the_live_model():
     federation.round(2, ["y"])
     assert all(torch.equal(state.tensors[n], before[n]) for n in before)
     assert isinstance(state, Payload)
+
+
+def test_a_server_that_starts_again_has_its_model_and_its_controls_back():
+    """After a round from another start than the one that it is built with."""
+    federation = Federation("scaffold", DATA, SGD, EXAMPLES)
+    federation.round(1)
+    kept = saved(federation.server)
+    again = Federation("scaffold", DATA, SGD, EXAMPLES).server
+    assert not torch.equal(again.shared.flat, federation.server.shared.flat)
+    again.load_server_state(kept)
+    assert torch.equal(again.shared.flat, federation.server.shared.flat)
+    for client in DATA:
+        mine, its = again.round_payload(client), federation.server.round_payload(client)
+        assert mine.meta == its.meta == {"counted": 1}
+        assert all(torch.equal(mine.tensors[n], t) for n, t in its.tensors.items())
+    assert again.round_payload("nobody").meta == {"counted": 0}
