@@ -172,19 +172,19 @@ def timed(seconds: dict[str, float], deadline: float | None = None) -> Any:
 
 def test_a_round_ends_with_the_last_update_and_the_next_begins_there(tmp_path, clock):
     sender = Sender({"a": [None], "b": [None], "c": [None]})
-    at_once = rounds(tmp_path, sender, "abc", timed=timed({"a": 1.0, "b": 4.00049, "c": 2.0}))
+    at_once = rounds(tmp_path, sender, "abc", timed=timed({"a": 1.0, "b": 4.12349, "c": 2.0}))
     assert at_once.now == 0.0
     gathered(at_once)
-    assert at_once.now == 4.00049
+    assert at_once.now == 4.12349
     arrived = [at_once.about(Update(c, 1, Payload()))["arrived"] for c in "abc"]
-    assert arrived == [1.0, 4.0, 2.0]
+    assert arrived == [1.0, 4.123, 2.0]
     gathered(at_once, 2)
-    assert at_once.now == pytest.approx(8.00098)
-    assert at_once.about(Update("a", 2, Payload())) == {"staleness": 0, "arrived": 5.0}
+    assert at_once.now == pytest.approx(8.24698)
+    assert at_once.about(Update("a", 2, Payload())) == {"staleness": 0, "arrived": 5.123}
     again = rounds(tmp_path, sender, "abc", timed=timed({"a": 1.0, "b": 2.0, "c": 3.0}))
     again.load(at_once.notes(), {})
     gathered(again, 3)
-    assert again.now == pytest.approx(11.00098)
+    assert again.now == pytest.approx(11.24698)
     plain = rounds(tmp_path, sender, "abc")
     plain.load({"now": 3.0}, {})
     assert plain.now is None
@@ -215,3 +215,12 @@ def test_devices_that_vanished_are_asked_again_at_once_and_not_for_ever(tmp_path
     at_once = rounds(tmp_path, never, "ab", fewest=2, timed=timed({"a": 0.0, "b": 1.0}))
     assert gathered(at_once) == [("a", "vanished"), ("b", None)]
     assert len(never.asked) == ATTEMPTS == 1000
+
+
+@pytest.mark.parametrize("fewest", [1, 2])
+def test_exactly_as_many_usable_updates_as_are_needed_are_enough(tmp_path, clock, fewest):
+    """Three came, of which the server takes two."""
+    source = rounds(tmp_path, Sender({"a": [None], "b": [None], "c": [None]}), "abc", fewest=fewest)
+    source.begin(1)
+    taken = source.updates(lambda outcome: None if outcome.client == "b" else outcome)
+    assert [update.client for update in taken] == ["a", "c"]

@@ -150,6 +150,12 @@ def test_a_question_is_asked_again_with_a_pause_until_there_is_an_answer(clock):
     assert clock.now == pytest.approx(1000.0 + 3 * 1.0 + 2 * 0.2)
 
 
+def test_a_lost_answer_long_before_the_deadline_is_asked_for_again(clock):
+    link = Script(clock, None, TAKEN, takes=1.0)
+    assert exchange(link)[0]._asked("a", {"verb": "wait"}, until=clock.now + 100.0) is TAKEN
+    assert len(link.asked) == 2
+
+
 def test_near_the_deadline_no_answer_is_waited_for_longer_than_that(clock):
     link = Script(clock, None)
     with pytest.raises(GaveUp, match="a gives no answer and the deadline is over") as caught:
