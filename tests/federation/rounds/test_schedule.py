@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from fedloom.common import registry
 from fedloom.common.errors import RunFailed
-from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule
-from fedloom.recipe.recipe import FederationConfig
+from fedloom.data.corpus import Partition, Shard
+from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule, make_schedule
+from fedloom.recipe.recipe import FederationConfig, Recipe
 
 CLIENTS = tuple("abcdefgh")
 
@@ -92,3 +95,45 @@ def test_those_that_are_measured():
     assert schedule(measured=("b",)).measuring == ("b",)
     assert schedule(measured=()).measuring == ()
     assert (schedule(0.5).sampled(), schedule(None).sampled(), schedule(5).sampled()) == (4, 8, 5)
+
+
+# ------------------------------------------------------------------ a recipe's schedule
+
+
+def made(algorithm: str = "fedavg", clients: int | None = 3, **values: Any) -> Schedule:
+    """Of eight clients; the last one has no training data and the first no test data."""
+    shards = {c: Shard((i,) if c != "h" else (), (), (10 + i,) if c != "a" else ()) for i, c in enumerate(CLIENTS)}
+    federation = {"federation.clients_per_round": clients, "federation.min_clients": 1, "train.steps": 5}
+    recipe = Recipe.parse({"seed": 9, **values, "algorithm": algorithm}, federation)
+    return make_schedule(
+        recipe, SimpleNamespace(properties=registry.algorithms.get(algorithm).properties), Partition(shards, "meta", 9)
+    )
+
+
+def test_a_plain_schedule():
+    plan = made(evaluation={"every": 4})
+    assert (plan.training, plan.testing, plan.measuring) == (CLIENTS[:-1], CLIENTS[1:], CLIENTS[1:])
+    assert (plan.steps, plan.every, plan.seed, plan.sampled()) == (5, 4, 9, 3)
+    assert (plan.independent, plan.secret, plan.there) == (False, False, None)
+    assert len(made(evaluation={"clients": 2}).measuring) == 2
+
+
+def test_under_a_pooled_baseline_one_client_takes_everybodys_steps():
+    plan = made("global")
+    assert (plan.training, plan.sampled(), plan.steps, plan.federation.min_clients) == (("all-clients",), 1, 15, 1)
+    assert made("global", clients=None).steps == 35
+
+
+PRIVACY = {"noise": 1.0, "delta": 1e-5}
+
+
+def test_a_private_schedule_samples_as_the_accountant_counts():
+    """Independently and secretly at a trusted server; nobody has to come. With everybody in each round there is no sample."""
+    plan = made(privacy=PRIVACY)
+    assert (plan.independent, plan.secret, plan.federation.min_clients, plan.sampled()) == (True, True, 0, 3)
+    seeded = made(privacy={**PRIVACY, "seeded": True})
+    assert (seeded.independent, seeded.secret) == (True, False)
+    for everybody in (made(clients=None, privacy=PRIVACY), made(clients=7, privacy=PRIVACY)):
+        assert (everybody.independent, everybody.secret, everybody.federation.min_clients) == (False, True, 1)
+    at_clients = made(privacy={**PRIVACY, "where": "client"})
+    assert (at_clients.independent, at_clients.secret, at_clients.federation.min_clients) == (False, True, 1)
