@@ -58,15 +58,15 @@ class Client:
     """Serves any number of clients, one at a time, from one model.
 
     Args:
-        models: what can be made of the base model in this process.
-        data: this site's data, or in a simulation everybody's.
-        template: how prompts are written.
-        store: where a client's own state rests.
+        models: builds models from the base model in this process.
+        data: this site's data, or all clients' data in a simulation.
+        template: the prompt template.
+        store: stores a client's own state.
         results: the folder that `save` writes personal adapters under.
         suite: the paired evaluation, or None.
-        ranks: this process's place among those that train each client together. All are asked the same; the first one's
-            outcome is the client's, and it alone writes files.
-        cache: the folder for what can be computed again; None is fedloom's own.
+        ranks: this process's rank among those that train each client together. All do the same work; only the first
+            returns the client's outcome and writes files.
+        cache: the folder for what can be computed again; None uses fedloom's own.
     """
 
     def __init__(

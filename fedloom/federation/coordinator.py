@@ -36,7 +36,7 @@ HOOKS = f"{SECTION}/"
 
 @dataclass(frozen=True)
 class Record:
-    """What a run writes as it goes on: the state after each round, and what happened."""
+    """What a run writes: the state after each round, and its events."""
 
     checkpoints: Checkpoints
     events: Events
@@ -75,7 +75,7 @@ class Coordinator:
         self.dispatcher.runtime.close()
 
     def resume(self, state: RoundState, lost: int = 0) -> None:
-        """Go on from a checkpoint. Clients are sent the recipe and the initial payload again.
+        """Resume from a checkpoint. Clients get the recipe and the initial payload again.
 
         Args:
             lost: rounds that were finished after this checkpoint and are done again.

@@ -1,4 +1,4 @@
-"""Who is told what while a run goes on."""
+"""Callbacks that receive a run's log lines, events and progress."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from fedloom.common.logs import heard_by
 from fedloom.federation.record.events import Event
 
-#: Told how far a round or an evaluation has come: ("train" | "evaluate", round, clients done, clients in all).
+#: Called with the progress of a round or an evaluation: ("train" | "evaluate", round, clients done, clients in all).
 Tick = Callable[[str, int, int, int], None]
 
 
 @dataclass
 class Watch:
-    """Who is told what while a run goes on; the CLI draws its progress from it.
+    """Receives a run's log lines, events and progress; the CLI draws its progress bar from it.
 
     Attributes:
-        say: called with each sentence that fedloom logs (common/logs.py) while the run goes on. None: those who configure
-            `logging` hear them, and nobody else.
+        say: called with each line that fedloom logs (common/logs.py) during the run. None: only handlers of `logging`
+            receive them.
+        event: called with each event of events.jsonl.
+        tick: called with the progress of a round or an evaluation.
     """
 
     say: Callable[[str], None] | None = None
@@ -27,5 +29,5 @@ class Watch:
     tick: Tick = lambda what, round, done, total: None
 
     def hearing(self) -> AbstractContextManager[None]:
-        """While it lasts, `say` is called with what is logged in this thread."""
+        """In this context, `say` is called with each line that this thread logs."""
         return nullcontext() if self.say is None else heard_by(self.say)

@@ -4,10 +4,10 @@
              fit_end
     server   round_start (clients train) aggregated (validation is measured, where a hook asks for it) round_end
 
-A hook overrides the points that it is for and nothing else; one at which no hook acts costs nothing. What it has to
-remember lies in `kept`: the server half's in the server's checkpoint, a client half's with the client, whom it never
-leaves. Numbers in `numbers` are all that a client half tells. A hook with points on both sides has two halves, like an
-algorithm: one object on the server, another that plays the clients in turn.
+A hook overrides only the points that it uses; a point without a hook costs nothing. Its state is in `kept`. The server
+half's state is stored in the server's checkpoint; a client half's state is stored with the client and never leaves it. A
+client half reports only the numbers in `numbers`. A hook with points on both sides has two halves, like an algorithm: one
+object on the server, and another that serves the clients one after another.
 
 This file does not know which hooks a recipe names (calls.py), nor who calls them.
 """
@@ -42,14 +42,14 @@ SERVER_POINTS = ("round_start", "aggregated", "round_end")
 
 
 class HookOptions(BaseModel):
-    """A hook's own options, which stand beside its name in a recipe. Unknown ones are refused."""
+    """A hook's own options, next to its name in a recipe. Unknown options are rejected."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 @dataclass
 class Fit:
-    """A client's training in one round. `result` is there at `fit_end`."""
+    """A client's training in one round. `result` is set at `fit_end`."""
 
     model: AdaptedModel
     config: TrainConfig
@@ -80,7 +80,7 @@ class Step:
 
 @dataclass
 class Pass:
-    """One forward and backward pass. `loss` is there from `after_forward` on, where a hook may put another in its place.
+    """One forward and backward pass. `loss` is set from `after_forward` on, where a hook may replace it.
 
     From `after_backward` on `step.model.grad` holds the gradient of the step's passes so far.
     """
@@ -131,11 +131,11 @@ class Hook:
 
     @classmethod
     def points(cls, among: Sequence[str]) -> tuple[str, ...]:
-        """Those of `among` that this hook acts at."""
+        """Return the points of `among` that this hook overrides."""
         return tuple(p for p in among if getattr(cls, p) is not getattr(Hook, p))
 
     def check(self, recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
-        """Refuse a recipe that this hook cannot serve, before any work: raises UserError. By default all are served."""
+        """Raise UserError for a recipe that this hook cannot be used with. By default it can be used with all."""
 
     # ------------------------------------------------------------------ a client's points
 
@@ -175,19 +175,19 @@ class Hook:
         """The updates are in the server's state, and the server's own step is done."""
 
     def round_end(self, at: ServerRound) -> None:
-        """All is measured, nothing is written yet. Setting `at.stop` makes this round the last."""
+        """The round is evaluated, and nothing is written yet. Setting `at.stop` makes this round the last."""
 
     def validates(self, round: int) -> bool:
-        """Whether the clients' validation data is to be measured after this round."""
+        """Whether to evaluate the clients' validation data after this round."""
         return False
 
     def deploys(self, algorithm: Algorithm) -> torch.Tensor | None:
-        """[numel] of `algorithm.shared`: what is measured and saved in its place; None leaves it as it is."""
+        """Return what to evaluate and save in place of `algorithm.shared`: [numel]; None changes nothing."""
         return None
 
 
 def check_validation(name: str, recipe: Recipe, clients: Partition) -> None:
-    """For hooks that measure it: raise UserError where no client has validation data."""
+    """Raise UserError if no client has validation data, for hooks that need it."""
     if not any(shard.validation for shard in clients.shards.values()):
         raise UserError(
             f"the hook {name} goes by validation data, and split.validation={recipe.split.validation:g} gives no client "

@@ -30,13 +30,13 @@ SECTION = "hooks"
 
 
 def parse_hook(config: HookConfig) -> Hook:
-    """Raises UserError for an unknown name or option."""
+    """Build a recipe's hooks. Raises UserError for an unknown name or option."""
     cls: type[Hook] = registry.hooks.get(config.name)
     return cls(parse_options(cls.Options, config.options, f"the hook {config.name}"))
 
 
 def check_hooks(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
-    """Let every hook refuse a recipe that it cannot serve. Raises UserError.
+    """Let every hook check the recipe. Raises UserError if a hook cannot be used with it.
 
     Args:
         algorithm: the server's half, with its model.
@@ -47,7 +47,7 @@ def check_hooks(recipe: Recipe, algorithm: Algorithm, clients: Partition) -> Non
 
 
 def for_clients(recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe as clients are sent it: a hook of the server's alone is none of their affair."""
+    """Return the resolved recipe for clients, without hooks that act only on the server."""
     own = [h for h in recipe.hooks if registry.hooks.get(h.name).points(CLIENT_POINTS)]
     return {**recipe.resolved(), "hooks": [h.model_dump(mode="json") for h in own]}
 
@@ -134,14 +134,14 @@ class Hooks:
         return any(hook.validates(round) for hook in self._hooks.values())
 
     def deploy(self, algorithm: Algorithm) -> None:
-        """Put what a hook deploys into the server's state, for good: the run is over."""
+        """Put what a hook deploys into the server's state permanently, at the end of the run."""
         stand_in = self._stand_in(algorithm)
         if stand_in is not None:
             algorithm.shared.copy_(stand_in)
 
     @contextmanager
     def deploying(self, algorithm: Algorithm) -> Iterator[None]:
-        """In this block what clients are sent and what is deployed is what a hook deploys; put back bit for bit."""
+        """In this context, clients receive what a hook deploys. Afterwards the server's state is restored bit for bit."""
         stand_in = self._stand_in(algorithm)
         if stand_in is None:
             yield
@@ -181,7 +181,7 @@ class FitHooks:
         self._call("batch_start", self._pass)
 
     def forward(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to run backward from."""
+        """Call `after_forward`; return the loss for the backward pass."""
         self._pass.loss = loss
         self._call("after_forward", self._pass)
         return self._pass.loss

@@ -1,4 +1,4 @@
-"""An exponential moving average of the server's adapter, over rounds; where asked for it is what is measured and saved.
+"""Keep an exponential moving average of the server's adapter over rounds; optionally evaluate and save the average.
 
 With θ_t the server's adapter after round t and d the decay,
 
@@ -6,9 +6,9 @@ With θ_t the server's adapter after round t and d the decay,
     θ̄_t = m_t / (1 − d^t)
 
 The division is the bias correction of Kingma and Ba, "Adam", arXiv 1412.6980, section 3: θ̄_t is a weighted mean of the
-rounds' results, whose weights add up to one, and holds nothing of the untrained start. Clients train from θ as before:
-the average changes what is deployed and not the training. Of LoRA it averages the two factors, whose product is not the
-mean of the products; averaged over rounds of one run these lie close. m rests in fp64 in the server's checkpoint.
+rounds' results. Its weights add up to one, and it has nothing of the untrained start. Clients still train from θ: the
+average changes what is deployed and not the training. With LoRA it averages the two factors. Their product is not the
+mean of the products, but over rounds of one run both are close. m is stored in fp64 in the server's checkpoint.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 
 class Ema(Hook):
-    """Kept: `mean` is m, [numel] float64; `rounds` is t."""
+    """The hook. Its state: `mean` is m, [numel] float64; `rounds` is t."""
 
     class Options(HookOptions):
         decay: float = Field(0.8, ge=0, lt=1, description="d: the weight of the past; 1/(1−d) rounds count")
         deploy: bool = Field(True, description="measure and save the average; false only logs how far it lies away")
 
     options: Options
-    tells_of_data: ClassVar = False  # made of what is released anyway
+    tells_of_data: ClassVar = False  # computed from what is released anyway
 
     def check(self, recipe: Recipe, algorithm: Algorithm, clients: Partition) -> None:
         if not self._can_stand_in(algorithm):
@@ -46,7 +46,7 @@ class Ema(Hook):
 
     @staticmethod
     def _can_stand_in(algorithm: Algorithm) -> bool:
-        """Whether the server's state is its adapter, and what is deployed is that and nothing more."""
+        """Whether the server's state is its adapter, and only that is deployed."""
         shared = {f"shared/{n}" for n in algorithm.shared.layout.names}
         deployed = algorithm.deployed()
         return (

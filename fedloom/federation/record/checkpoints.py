@@ -201,7 +201,7 @@ def _json_digest(values: Mapping[str, Any]) -> str:
 
 
 class Store(Protocol):
-    """Where a client's own state rests, as the client sees it."""
+    """Stores clients' own state."""
 
     def save(self, client: str, round: int, state: Mapping[str, Payload]) -> None: ...
 
@@ -209,11 +209,11 @@ class Store(Protocol):
 
 
 class ClientStore:
-    """What clients keep between rounds, on their own disk: `clients/<client>/round-0003.safetensors`.
+    """Stores clients' state between rounds on disk: `clients/<client>/round-0003.safetensors`.
 
-    What is kept is what a server that falls back to any of its checkpoints finds again: with `keep` - 1 of those, at most
-    `keep` states of a client that trains in every round, and two of one that comes rarely.
-    A client without state has no file: ten thousand clients of a stateless algorithm cost nothing.
+    A server may fall back to any of its checkpoints, so the states of those rounds are kept. With `keep` - 1 checkpoints,
+    a client that trains in every round has at most `keep` states, and one that trains rarely has two.
+    A client without state has no file, so ten thousand clients of a stateless algorithm cost nothing.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -228,27 +228,27 @@ class ClientStore:
         return sorted((int(m.group(1)) for m in found if m), reverse=True)
 
     def save(self, client: str, round: int, state: Mapping[str, Payload]) -> None:
-        """Keep `state` (section → payload) as of the end of `round`; nothing is written where all are empty."""
+        """Store `state` (section → payload) of the end of `round`; write nothing if all payloads are empty."""
         data = packed(state)
         if data is not None:
             self.put(client, round, data)
 
     def put(self, client: str, round: int, data: bytes) -> None:
-        """`save` of what `packed` made."""
+        """Store a state that `packed` has encoded."""
         write_bytes(self._folder(client) / f"round-{round:04d}.safetensors", data)
-        boundary = round - self.keep + 1  # nobody goes back further than to the state that held after this round
+        boundary = round - self.keep + 1  # a fallback never needs a state older than the one after this round
         settled = [r for r in self._rounds(client) if r <= boundary]
         for old in settled[1:]:
             (self._folder(client) / f"round-{old:04d}.safetensors").unlink(missing_ok=True)
 
     def load(self, client: str, up_to: int) -> dict[str, Payload]:
-        """Section → payload of the newest state of round `up_to` or older; empty where there is none.
+        """Load section → payload of the newest state of round `up_to` or older; empty if there is none.
 
-        Raises Damaged for a state that is there and cannot be read: starting afresh would be silently another run.
+        Raises Damaged if the state exists and cannot be read: without it, the run would silently be another one.
         """
         return unpacked(self.get(client, up_to))
 
     def get(self, client: str, up_to: int) -> bytes | None:
-        """What `load` reads, as it lies on the disk."""
+        """Return the bytes that `load` decodes; None if there are none."""
         rounds = [r for r in self._rounds(client) if r <= up_to]
         return (self._folder(client) / f"round-{rounds[0]:04d}.safetensors").read_bytes() if rounds else None

@@ -1,4 +1,4 @@
-"""What happened, as it happens: events.jsonl, one JSON object a line, and bridges to other trackers.
+"""Write a run's events: events.jsonl, one JSON object for each line, and bridges to other trackers.
 
 Every event has `event`, `time` (seconds since the epoch) and the fields named in `SCHEMA`. A line is written whole and
 flushed before the next begins, so a killed run leaves at most one broken line, the last, which `read_events` drops.
@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypedDict
 
 from fedloom.common.errors import UserError, suggest
 
-#: Event → its fields besides `event` and `time`. docs/run-folder.md explains each; a test holds both to what is written.
+#: Event → its fields in addition to `event` and `time`. docs/run-folder.md explains each; a test checks both.
 SCHEMA: dict[str, tuple[str, ...]] = {
     "run_started": ("name", "algorithm", "model", "corpus", "clients", "rounds", "parameters"),
     "run_resumed": ("round", "rounds", "note"),
@@ -51,7 +51,7 @@ class Stopped(TypedDict):
 
 
 class Tracker(Protocol):
-    """Anything that wants the numbers as they come."""
+    """Receives the numbers of a run as they are logged."""
 
     def log(self, values: Mapping[str, float], step: int) -> None: ...
 

@@ -177,7 +177,7 @@ def continued(stored: Recipe, given: Recipe) -> Recipe:
 
 
 def resumed(folder: RunFolder, given: Recipe) -> Recipe:
-    """The recipe with which the run in `folder` goes on. Raises UserError for what cannot change, or for fewer rounds."""
+    """Return the recipe of the resumed run in `folder`. Raises UserError for a change that is not possible."""
     recipe = continued(folder.stored_recipe(), given)
     finished = max(Checkpoints(folder / "checkpoints").rounds(), default=0)
     if finished > recipe.federation.rounds:

@@ -14,7 +14,7 @@ in flight and nobody may be asked, the round has what it has.
 
 In virtual time (virtual_time.py) work is done as soon as it is sent, and its outcome waits on disk until its virtual
 time of arrival; what waits is part of the checkpoint. In real time outcomes are taken as the runtime hands them over,
-and what was in flight when the server died is asked anew. This file knows no algorithm and no message.
+and work that was in flight when the server died is sent again. This file knows no algorithm and no message.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Buffer:
 class AsynchronousRounds:
     """Who works on what, and which outcomes have arrived.
 
-    The runtime's `run` is called once, and goes on from round to round.
+    The runtime's `run` is called once, and continues from round to round.
 
     Args:
         buffer: how many usable updates make a round.
@@ -162,7 +162,7 @@ class AsynchronousRounds:
         return self._working.keys() | self._waiting.keys()
 
     def _free(self) -> str | None:
-        """Who is asked next; None where every slot is taken or nobody idle is left."""
+        """Return the next client to get work; None if every slot is taken or no client is idle."""
         busy = self._busy()
         if len(busy) >= self._schedule.sampled():
             return None
@@ -180,7 +180,7 @@ class AsynchronousRounds:
             yield self._dispatcher.assignment(client, "train", self._round)
 
     def _arrivals(self) -> Generator[Outcome]:
-        """Outcomes as they arrive, for as long as any can. Below quorum, those whose devices vanished are asked again."""
+        """Outcomes as they arrive, for as long as any can. Below quorum, clients that vanished get work again."""
         fewest, usable = self._schedule.federation.min_clients, 0
         gone: list[Failure] = []
         for attempt in range(ATTEMPTS):
@@ -191,7 +191,7 @@ class AsynchronousRounds:
                     gone.append(outcome)
                     continue
                 usable += isinstance(outcome, Update)
-                if usable >= fewest:  # nobody is asked again
+                if usable >= fewest:  # no retry is needed
                     yield from gone
                     gone = []
                 yield outcome
@@ -251,7 +251,7 @@ class AsynchronousRounds:
         return {w.file: self._folder / w.file for w in self._waiting.values() if w.file}
 
     def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """Go on from `notes` and `files` of a checkpoint. Where time is real, who was in flight is asked anew."""
+        """Resume from `notes` and `files` of a checkpoint. In real time, work that was in flight is sent again."""
         if self._virtual is None:
             return
         self.now = notes["now"]

@@ -46,7 +46,7 @@ class UpdateSource(Protocol):
         ...
 
     def load(self, notes: Mapping[str, Any], files: Mapping[str, Path]) -> None:
-        """Go on from the notes and files of a checkpoint."""
+        """Resume from the notes and files of a checkpoint."""
         ...
 
     def close(self) -> None:

@@ -1,14 +1,13 @@
-"""Clients on devices of their own: how fast, how well connected, how much memory, and when they are there. Virtual time.
+"""Simulate clients' devices in virtual time: speed, connection, memory and availability.
 
     seconds = bytes down / download  +  operations / speed  +  bytes up / upload
 
-Operations are the closed form of training/flops.py, bytes those of the tensors as operators encoded them. Nothing
-here was measured with a watch: the same recipe gives the same times on every machine, and a resumed run hears them
-again. (Headers are left out: a resumed run sends the recipe anew.) Evaluation takes no time: what a curve over time
-shows is training.
+Operations are the closed form of training/flops.py; bytes are those of the tensors after the operators. Nothing here is
+a measured time, so the same recipe gives the same times on every machine, and a resumed run repeats them. (Headers do not
+count, because a resumed run sends the recipe a second time.) Evaluation takes no time: a curve over time shows training.
 
-What decides is drawn once for a client (its device), or once for a round (who is there, who vanishes). No number that is
-trained comes from here; whose update counts does. This file knows no algorithm and no message.
+A client's device is drawn once. For each round it is drawn which clients are available and which vanish. This decides
+whose update counts, and changes no trained number. This file knows no algorithm and no message.
 """
 
 from __future__ import annotations
@@ -114,16 +113,16 @@ class Fleet:
         self._available = np.array([self.devices[c].available for c in self.clients])
 
     def seconds(self, client: str, cost: Cost, down: int, up: int) -> float:
-        """Of a piece of work, from when it is sent to when its update arrives."""
+        """Return the seconds from when work is sent to when its update arrives."""
         return self.devices[client].seconds(cost.train_flops, down, up)
 
     def there(self, round: int, attempt: int = 0) -> frozenset[str]:
-        """Who can be reached as a round begins; where those are too few, at the server's next attempt to begin it."""
+        """Return the clients available at a round's start, or at the server's next attempt if they were too few."""
         numbers = numpy_generator(self._seed, "available", round, _numbered("", attempt)).random(len(self.clients))
         return frozenset(c for c, u, p in zip(self.clients, numbers, self._available, strict=True) if u < p)
 
     def vanishes(self, client: str, round: int, attempt: int = 0) -> bool:
-        """Whether this client is lost in the middle of this round's work, the first time or when it is asked again."""
+        """Whether this client is lost during this round's work, at the first or a later attempt."""
         chance, key = self.devices[client].dropout, _numbered(client, attempt)
         return chance > 0 and float(numpy_generator(self._seed, "vanishing", round, key).random()) < chance
 
@@ -132,13 +131,13 @@ class Fleet:
         return self.devices[client].available > 0 and self.devices[client].dropout < 1
 
     def without_room(self, needed: int) -> tuple[str, ...]:
-        """The clients whose memory does not hold so many bytes."""
+        """Return the clients that have less memory than `needed` bytes."""
         return tuple(c for c in self.clients if self.devices[c].memory < needed)
 
     def ranks(self, highest: int) -> dict[str, int]:
-        """Each client's rank by its device's class: `highest` at the largest memory, halved as often as the memory is.
+        """Return each client's rank by its memory: `highest` at the largest memory, and half of it at half the memory.
 
-        Where memory is not limited the class is the speed's. Clients without room get a rank too, and are not asked.
+        If memory is not limited, speed takes its place. Clients without room get a rank too, but are never sampled.
         """
         limited = all(math.isfinite(d.memory) for d in self.devices.values())
         size = {c: d.memory if limited else d.speed for c, d in self.devices.items()}
@@ -160,7 +159,7 @@ def _drawn(config: DevicesConfig, client: str, seed: int, said: Mapping[str, flo
 
 
 def read_trace(path: Path, clients: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Client → what the file says of its device. Raises UserError for what cannot be meant."""
+    """Read client → its device's values in the file. Raises UserError if the file is not valid."""
     known, found = frozenset(clients), {}
     try:
         with path.open(encoding="utf-8", newline="") as file:
@@ -178,7 +177,7 @@ def read_trace(path: Path, clients: Sequence[str]) -> dict[str, dict[str, float]
         client = row["client"]
         if client not in known or client in found:
             what = "twice" if client in found else "which is no client of this split"
-            raise UserError(f"devices.trace={path} names {client!r}, {what}: mend that line")
+            raise UserError(f"devices.trace={path} names {client!r}, {what}: fix that line")
         found[client] = {k: _value(path, client, k, v) for k, v in row.items() if k != "client" and v}
     return found
 

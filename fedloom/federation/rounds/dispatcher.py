@@ -9,7 +9,7 @@ An update passes four generators between the runtime's reply and the algorithm's
 before it asks for the next, so that memory holds one update at a time:
 
     Runtime.run  →  Dispatcher.received  →  the round's outcomes  →  UpdateSource.updates  →  Algorithm.aggregate
-    a reply         its cost, decoded       late, lost, asked again    refused ones out, in client order
+    a reply         its cost, decoded       late, lost, retried        refused ones out, in client order
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Terms:
         recipe: the resolved recipe as clients get it, sent with the first assignment of each client.
         rounds: how many rounds the run has.
         steps: optimiser steps of one training, None where clients count epochs.
-        score: whether clients answer questions besides the loss.
+        score: whether clients also answer questions, in addition to the loss.
     """
 
     recipe: Mapping[str, Any]
@@ -133,7 +133,7 @@ class Dispatcher:
     def _taken(self, outcome: Outcome, kind: str) -> Outcome:
         """The runtime's outcome with the cost of a first message told apart, whatever a site says of it, and decoded.
 
-        A client that starts anew, or that no message reached, is sent everything with its next message.
+        A client that lost its state, or that no message reached, gets everything with its next message.
         """
         first = outcome.cost.download_bytes if outcome.client in self._fresh else 0
         self._fresh.discard(outcome.client)

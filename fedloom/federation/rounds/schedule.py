@@ -52,17 +52,17 @@ def _private_schedule(schedule: Schedule, privacy: PrivacyConfig) -> Schedule:
     return replace(schedule, independent=True, federation=federation.model_copy(update={"min_clients": 0}))
 
 
-#: How often a simulated server looks whether clients are there, or asks those again that vanished, before it gives up.
+#: The most attempts of a simulated server to find available clients, or to repeat work of clients that vanished.
 ATTEMPTS = 1000
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """When and with whom.
+    """Which clients train and which are evaluated, and when.
 
     Attributes:
         training: clients that can be sampled, in order.
-        testing: clients that hold test data, in order.
+        testing: clients that have test data, in order.
         steps: optimiser steps of an assignment, None where clients count epochs.
         every: evaluate after every k rounds; 0 only before and after.
         independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson

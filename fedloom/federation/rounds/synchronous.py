@@ -97,7 +97,7 @@ class SynchronousRounds:
         self._dispatcher, self._schedule, self._folder = dispatcher, schedule, folder
         self._virtual = dispatcher.virtual_time
         self.now = None if self._virtual is None else 0.0
-        #: Real seconds from the round's start in which lost clients are asked again, where it is below quorum.
+        #: Real seconds from the round's start in which lost clients get the work again, if it is below quorum.
         self._waits = 0.0
         if not dispatcher.runtime.capabilities.virtual:
             self._waits = schedule.federation.round_deadline or 0.0
@@ -157,9 +157,9 @@ class SynchronousRounds:
         return outcome
 
     def _outcomes(self) -> Iterator[Outcome]:
-        """Outcomes of the round. Below quorum, clients that were lost are asked again until the round's real deadline.
+        """Outcomes of the round. Below quorum, clients that were lost get the work again until the round's real deadline.
 
-        Those whose simulated devices vanished are asked again too, which takes no time; what comes of it is said then.
+        Clients whose simulated devices vanished get it again too, which takes no time; failures are reported after that.
         """
         virtual, fewest = self._virtual, self._schedule.federation.min_clients
         again = STARTED_ANEW if virtual is None else VANISHED
@@ -172,7 +172,7 @@ class SynchronousRounds:
                     lost.append(outcome)
                     continue
                 usable += isinstance(outcome, Update)
-                if usable >= fewest:  # nobody is asked again, and nobody behind them has to wait for it
+                if usable >= fewest:  # no retry is needed, and no later client has to wait for it
                     yield from lost
                     lost = []
                 yield outcome
@@ -183,7 +183,7 @@ class SynchronousRounds:
                 yield from lost
                 return
             if virtual is None:
-                for failure in lost if asked is self._clients else ():  # said once, and again where it stays lost
+                for failure in lost if asked is self._clients else ():  # reported once, and again if it stays lost
                     self._dispatcher.failed(failure, "train")
                 time.sleep(PAUSE)
             asked = [f.client for f in lost]
