@@ -45,9 +45,12 @@ def numpy_generator(seed: int, purpose: Purpose, round: int = 0, client: str = "
 @contextmanager
 def forked_torch(seed: int, purpose: Purpose, round: int = 0, client: str = "") -> Iterator[None]:
     """Seed torch's global generators for this block and put them back afterwards."""
+    number = derived_seed(seed, purpose, round, client)
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(derived_seed(seed, purpose, round, client))
+        torch.default_generator.manual_seed(number)  # torch.manual_seed keeps a stack trace of each call without a GPU
+        if devices:
+            torch.cuda.manual_seed_all(number)
         yield
 
 

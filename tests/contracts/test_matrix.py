@@ -98,7 +98,7 @@ def test_a_pair_is_refused_before_anything_is_loaded(method, name, tiny_recipe, 
         raise AssertionError("something was loaded")
 
     monkeypatch.setattr(choices, "load_corpus", loaded)
-    monkeypatch.setattr("fedloom.models.adapters.load_base", loaded)
+    monkeypatch.setattr("fedloom.models.attach.load_base", loaded)
     with pytest.raises(UserError, match=rf"adapter\.method={method}\b.*: ") as refused:
         fedloom.run(recipe_of(tiny_recipe, method, name), out=tmp_path / "run")
     assert str(refused.value).count(": ") == 1  # what is wrong, then the mend
@@ -137,7 +137,7 @@ def test_settings_that_cannot_end_well_are_refused_before_anything_is_loaded(
 def test_a_rank_for_a_client_that_there_is_not_is_refused_before_the_model_is_loaded(
     tiny_recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("fedloom.models.adapters.load_base", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("fedloom.models.attach.load_base", lambda *a, **k: pytest.fail("the model was loaded"))
     recipe = tiny_recipe({"algorithm": "flexlora", "adapter.ranks": {"coppy": 1}})
     with pytest.raises(UserError, match=r"adapter\.ranks names coppy, which is no client: did you mean copy\?"):
         fedloom.run(recipe, out=tmp_path / "run")

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fedloom.models import adapters
+from fedloom.models import attach
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import ModelConfig
 
@@ -32,7 +32,7 @@ def no_reports(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loading_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    load: Callable[..., Base] = adapters.load_base
+    load: Callable[..., Base] = attach.load_base
 
     def copied(config: ModelConfig, device: str = "cpu", on: str | None = None) -> Base:
         key = config.model_dump_json(), device
@@ -41,4 +41,4 @@ def loading_once(monkeypatch: pytest.MonkeyPatch) -> None:
         kept = LOADED[key]
         return Base(copy.deepcopy(kept.model), kept.tokenizer, kept.source)
 
-    monkeypatch.setattr(adapters, "load_base", copied)
+    monkeypatch.setattr(attach, "load_base", copied)

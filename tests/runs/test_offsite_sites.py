@@ -32,9 +32,7 @@ def test_sites_without_the_model_make_the_simulators_plug_in(tiny_recipe, dealt,
 
     monkeypatch.setattr("fedloom.runtimes.sites.trainer.load_tokenizer", nowhere)
     loads: list[str] = []
-    monkeypatch.setattr(
-        "fedloom.models.adapters.load_base", lambda config, *a: loads.append("") or load_base(config, *a)
-    )
+    monkeypatch.setattr("fedloom.models.attach.load_base", lambda config, *a: loads.append("") or load_base(config, *a))
     found = between_sites(recipe, dealt(recipe), tmp_path / "sites", alter).summary
     assert len(loads) == 1, "the server's"
     assert found["adapter_sha256"] == simulated["adapter_sha256"]

@@ -210,7 +210,7 @@ def test_a_client_without_the_model_works_from_its_message_alone(federation, six
     monkeypatch.setenv("FEDLOOM_HOME", str(tmp_path / "empty"))
     nowhere = Models(ModelConfig(name=str(tmp_path / "no-such-model")), f.recipe.adapter, f.recipe.seed)
     alone = f.process(nowhere)
-    monkeypatch.setattr("fedloom.models.adapters.load_base", None)  # whoever loads a base fails
+    monkeypatch.setattr("fedloom.models.attach.load_base", None)  # whoever loads a base fails
     first, second = f.clients
     update = f.send(f.assignment("train", first, 1), alone)
     assert not isinstance(update, Failure)
