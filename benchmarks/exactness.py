@@ -123,7 +123,7 @@ def measure(name: str, recipe: Recipe, rounds: int) -> dict[str, float]:
         earlier = delta_of(algorithm)
         each = [factors(algorithm, u.payload.tensors) for u in listed]
         learned = {
-            w: LowRank.total((p, e[w].b, e[w].a) for p, e in zip(shares, each, strict=True)) for w in each[0]
+            w: LowRank.stack((p, e[w].b, e[w].a) for p, e in zip(shares, each, strict=True)) for w in each[0]
         }  # the definition
         exact = plus(earlier, learned)
         found[f"{name}.float64"] = relative_gap(plus(earlier, rule(name, algorithm, listed, shares)), exact)

@@ -83,7 +83,7 @@ from fedloom.models.forward import token_losses
 from fedloom.models.loading import Base, load_base
 from fedloom.models.prefix_cache import PrefixCache
 from fedloom.models.quantised import dequantise_model, quantise_model
-from fedloom.models.recompute import sparing
+from fedloom.models.recompute import save_memory
 from fedloom.training.compiling import compiled, trouble
 from fedloom.training.optimizer import FlatOptimizer
 from fedloom.training.precision import autocast, slowdown
@@ -134,7 +134,7 @@ def once(
     )  # the former leaves other processes out
     started = clock()
     with ExitStack() as block:
-        block.enter_context(sparing(model, recompute, chunk))
+        block.enter_context(save_memory(model, recompute, chunk))
         with autocast(model.device, precision), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             loss = token_losses(model, batch).mean()
         loss.backward()

@@ -71,7 +71,7 @@ PACKAGES = ("flwr[simulation]==1.41.0", "torch", "transformers", "peft", "safete
 
 
 def flower_home() -> Path:
-    return cache_folder.home() / "benchmarks" / "flwr-1.41.0"
+    return cache_folder.cache_home() / "benchmarks" / "flwr-1.41.0"
 
 
 def install(folder: Path) -> None:

@@ -44,7 +44,7 @@ from fedloom.federation.coordinator import Coordinator
 from fedloom.federation.record.run_folder import opened
 from fedloom.federation.watch import Watch
 from fedloom.messages.types import Assignment, Outcome
-from fedloom.models.random_model import made
+from fedloom.models.random_model import build_model
 
 FILES, GENERATORS = 25, 4
 
@@ -79,7 +79,7 @@ def recipe_for(scratch: Path) -> Recipe:
     rows = worded_rows(scratch / "rows.jsonl", 60, (3, 9))
     return Recipe.parse(
         {
-            "model": str(made(scratch / "model")),
+            "model": str(build_model(scratch / "model")),
             "data": {"path": str(rows), "max_length": 96},
             "split": {"splitter": "uniform", "num_clients": 3},
             "algorithm": "fedavg",

@@ -119,7 +119,11 @@ def _tables() -> str:
     for family in dict.fromkeys(e.family for e in found):
         members = [e for e in found if e.family == family]
         page = PAGES.get(members[0].about.family) if members[0].about else None
-        text += f"### [{family[:1].upper() + family[1:]}]({page})\n\n" if page else f"### {family[:1].upper() + family[1:]}\n\n"
+        text += (
+            f"### [{family[:1].upper() + family[1:]}]({page})\n\n"
+            if page
+            else f"### {family[:1].upper() + family[1:]}\n\n"
+        )
         head = ("name", "what travels", "up", "down", "server keeps", "client keeps", "exact", "plain sum", "folds",
                 "mixed ranks", "own models", "any order", "PEFT methods", "paper")  # fmt: skip
         text += _table(head, [_row(e) for e in members])
@@ -210,7 +214,11 @@ def _default(info: Any) -> str:
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(c.replace("|", "\\|") for c in r) for r in rows)]
+    lines = [
+        " | ".join(head),
+        " | ".join("---" for _ in head),
+        *(" | ".join(c.replace("|", "\\|") for c in r) for r in rows),
+    ]
     return "".join(f"| {line} |\n" for line in lines) + "\n"
 
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fedloom.models.emulator.cut import thinned_middle
+from fedloom.models.emulator.cut import thin_middle
 from fedloom.models.layout import Layout
-from fedloom.models.lowrank import A_END, B_END, pairs
+from fedloom.models.lowrank import A_END, B_END, find_lora_pairs
 from fedloom.recipe.adapter import AdapterConfig
 
 #: Family → its heading in tables, in the order of the tables.
@@ -74,12 +74,12 @@ class Sizes:
     @property
     def modules(self) -> int:
         """Number of layers that have a pair of factors."""
-        return len(pairs(self.layout.names))
+        return len(find_lora_pairs(self.layout.names))
 
     def delta(self, rank: int) -> int:
         """Bytes of a change of this rank to every adapted weight: as factors, or dense where that is smaller."""
         total = 0
-        for pair in pairs(self.layout.names):
+        for pair in find_lora_pairs(self.layout.names):
             rows, columns = self.layout.shapes[pair.b][0], self.layout.shapes[pair.a][1]
             total += NUMBER * min(rank * (rows + columns), rows * columns)
         return total
@@ -94,9 +94,9 @@ class Sizes:
     def emulator(self) -> int:
         """Bytes (float32) of the middle's own weights that `dropped` leaves, for a Llama with two norms per layer."""
         bottom, top, total = self.options.bottom, self.options.top, self._layers()
-        kept = thinned_middle(range(bottom, total - top), self.options.dropped)
+        kept = thin_middle(range(bottom, total - top), self.options.dropped)
         count = 0
-        for pair in pairs(self.layout.names):
+        for pair in find_lora_pairs(self.layout.names):
             rows, columns = self.layout.shapes[pair.b][0], self.layout.shapes[pair.a][1]
             if _layer(pair.a) in kept:
                 count += rows * columns + (2 * columns if pair.a.endswith("q_proj" + A_END) else 0)

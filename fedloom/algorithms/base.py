@@ -31,7 +31,7 @@ from fedloom.messages.kept import check_kept
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
-from fedloom.models.layout import Adapter, Layout, all_finite, check_names, one_window
+from fedloom.models.layout import Adapter, Layout, all_finite, check_names, joint_window
 from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.objectives import unit_losses
 from fedloom.training.trainer import FitResult, LocalRun
@@ -213,7 +213,7 @@ class Algorithm(ABC):
         if layout is not None:
             check_names(layout, update.payload.tensors)
         floats = {n: t for n, t in update.payload.tensors.items() if t.is_floating_point()}
-        whole = one_window(list(floats.values()))
+        whole = joint_window(list(floats.values()))
         if whole is not None and all_finite(whole):
             return
         for name, tensor in floats.items():

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedloom.common.errors import RunFailed, UserError, disk_trouble
+from fedloom.common.errors import RunFailed, UserError, describe_disk_error
 
 if TYPE_CHECKING:
     from fedloom.runtimes.doctor import Check
@@ -61,7 +61,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             err.print("fedloom: interrupted; finished rounds are kept, continue with --resume", markup=False)
             raise typer.Exit(130) from None
         except Exception as error:
-            trouble = disk_trouble(error)
+            trouble = describe_disk_error(error)
             if trouble is None:
                 raise
             err.print(f"fedloom: {trouble}: free some space, or name another folder", markup=False)

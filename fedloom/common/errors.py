@@ -1,8 +1,8 @@
-"""The two ways in which a run can end badly, told apart by their exit code.
+"""The errors that end a run, with their exit codes.
 
-A `UserError` is a mistake in what was asked for: one sentence that names the value seen and the mend, exit code 2.
-A `RunFailed` is work that could not be done though it was asked for correctly (quorum not met, disk full): one
-sentence that says what was kept, exit code 1. Everything else is a programming error and keeps its traceback.
+A `UserError` is a mistake in a request: one sentence with the wrong value and how to fix it, exit code 2.
+A `RunFailed` is correct work that failed (quorum not met, disk full): one sentence with what was kept, exit code 1.
+Every other exception is a programming error and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake of the user's: one sentence with the value and the mend. The CLI exits with 2."""
+    """A mistake of the user: one sentence with the wrong value and how to fix it. The CLI exits with 2."""
 
 
 class RunFailed(RuntimeError):
@@ -23,11 +23,11 @@ class RunFailed(RuntimeError):
 
 
 class ClientFailed(Exception):
-    """Raised inside a client when its piece of work cannot be finished; becomes a `Failure`.
+    """A client cannot finish its piece of work; becomes a `Failure`.
 
     Args:
         reason: a short code that may leave a site, such as ``non_finite``.
-        detail: a sentence without any of the client's data in it.
+        detail: a sentence without any of the client's data.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -36,7 +36,7 @@ class ClientFailed(Exception):
         self.detail = detail
 
 
-#: What a disk says when it is full, read-only, broken, or not where the user means it to be.
+#: Error numbers of a disk that is full, read-only, broken, or missing.
 DISK = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -49,16 +49,17 @@ DISK = {
 }
 
 
-def disk_trouble(error: BaseException, where: object = None) -> str | None:
-    """The first half of a sentence about a disk that refused; None for any other error, which is a programming error.
+def describe_disk_error(error: BaseException, where: object = None) -> str | None:
+    """Return the first half of an error sentence if a disk caused the error; None for every other error.
 
     Args:
-        where: what was to be written, where the error does not name a file itself.
+        error: what was raised.
+        where: what was to be written, if the error does not name a file.
     """
     number, name = None, where or "a file"
     if isinstance(error, OSError):
         number, name = error.errno, error.filename or name
-    elif type(error).__name__ == "SafetensorError":  # it writes files itself, and says so in words
+    elif type(error).__name__ == "SafetensorError":  # it writes files itself, and has the number only in its text
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else None
     if number not in DISK:
@@ -68,7 +69,7 @@ def disk_trouble(error: BaseException, where: object = None) -> str | None:
 
 
 def suggest(value: str, valid: Iterable[str]) -> str:
-    """The end of an error sentence about a wrong name: the nearest valid name, or all of them.
+    """Return the end of an error sentence about a wrong name: the nearest valid name, or all of them.
 
     >>> suggest("fedagv", ["fedavg", "local"])
     'did you mean fedavg?'

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and locks that end with their process."""
+"""Write files completely or not at all, and lock files until their process ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all. Raises OSError, and then leaves nothing behind."""
+    """Write a file completely or not at all. Raises OSError, and then leaves no file behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".tmp")
     try:
@@ -28,17 +28,17 @@ def write_bytes(path: Path, data: bytes) -> None:
     except BaseException as error:
         Path(scratch).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # which a failed write does not say
+            error.filename = str(path)  # a failed write does not set it
         raise
 
 
-def unfinished(path: Path) -> bool:
-    """Whether this is what a killed process had begun to write and not yet renamed."""
+def is_unfinished(path: Path) -> bool:
+    """Return whether this is a file that a killed process began to write and did not rename."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
-def link(path: Path, to: Path) -> None:
-    """Have the file `path` under `to` as well, where files can have two names; else a copy of it."""
+def link_file(path: Path, to: Path) -> None:
+    """Link `to` to the file `path`; copy it where the file system has no hard links."""
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(path, to)
@@ -47,7 +47,10 @@ def link(path: Path, to: Path) -> None:
 
 
 def write_json(path: Path, values: Mapping[str, Any], rows: str | None = None) -> None:
-    """`write_bytes` of readable JSON; refuses numbers that are not finite. A list under `rows` has one line an item."""
+    """Write readable JSON completely or not at all; refuses non-finite numbers.
+
+    A list under `rows` has one line per item.
+    """
     text = json.dumps({**values, rows: []} if rows else values, indent=2, allow_nan=False, ensure_ascii=False)
     if rows and values[rows]:
         lines = ",\n    ".join(json.dumps(row, allow_nan=False, ensure_ascii=False) for row in values[rows])
@@ -56,15 +59,15 @@ def write_json(path: Path, values: Mapping[str, Any], rows: str | None = None) -
 
 
 def folder_name(client: str) -> str:
-    """A client's name as a folder's: readable, without separators, never hidden and never too long."""
+    """Return a client's name as a folder's name: readable, without separators, never hidden, never too long."""
     name = quote(client, safe=" +#")
     if name.startswith("."):
         name = f"%2E{name[1:]}"
     return name if len(name) <= 100 else f"{name[:80]}-{hashlib.sha256(client.encode()).hexdigest()[:16]}"
 
 
-def locked(path: Path) -> TextIO | None:
-    """The file, locked for this process until it is closed or the process ends; None where another one has it."""
+def lock_file(path: Path) -> TextIO | None:
+    """Lock the file until it is closed or the process ends; return None if another process has the lock."""
     lock = path.open("w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

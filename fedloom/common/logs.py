@@ -4,8 +4,8 @@ Every module logs its sentences with Python's `logging`, to a logger of its own 
 user should know as WARNING. The package adds no handler that shows anything, so nobody hears them unless they ask. Users
 configure `logging` as for any library. The terminal, a run's `Watch` and a process with a log file use this module:
 
-    with heard_by(print):     →  the sentences said in this thread, while the block lasts
-    print_sentences()         →  all sentences of this process, for as long as it lives
+    with heard_by(print):     →  the messages of this thread, in this block
+    print_sentences()         →  all messages of this process, as long as it lives
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ Say = Callable[[str], None]
 
 ROOT = logging.getLogger("fedloom")
 
-#: Who hears what is said in this thread. Another thread, with another run, has hearers of its own.
+#: Functions that get this thread's messages. Another thread, with another run, has its own.
 _HEARERS: ContextVar[tuple[Say, ...]] = ContextVar("hearers", default=())
 
 
 class _ToHearers(logging.Handler):
     """The handler of the logger "fedloom" while anybody hears.
 
-    To hear INFO, that logger has to let it through, which would show it to a user's own handlers too, who may have asked
-    for warnings only. So what is said ends here, and they are given what they would have been given without us.
+    To receive INFO, this logger needs the level INFO. Then the user's own handlers would show INFO too, even if the
+    user wants
+    only warnings. So this handler stops propagation and passes on what those handlers would have received without it.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class _ToHearers(logging.Handler):
         self._level, self._propagate, self._least = logging.NOTSET, True, logging.WARNING
 
     def createLock(self) -> None:
-        """No lock: runs in several threads say what they have to say at the same time."""
+        """Create no lock: runs in several threads may log at the same time."""
         self.lock = None
 
     def open(self) -> None:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from fedloom.common.cache_folder import home
+from fedloom.common.cache_folder import cache_home
 from fedloom.common.errors import UserError, suggest
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,7 @@ def named(name: str) -> Carrier:
 
 def cached_wheel(name: str) -> Path:
     """Where the carrier's wheel lies once it is fetched."""
-    return home() / "carriers" / named(name).wheel
+    return cache_home() / "carriers" / named(name).wheel
 
 
 def locate(name: str) -> Path | None:

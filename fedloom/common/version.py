@@ -1,4 +1,4 @@
-"""The version."""
+"""fedloom's version."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""YAML as recipes, kits and sites write and read it."""
+"""Read and write the YAML of recipes, kits and sites."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people expect it: 1e-3 is a number, which YAML 1.1 reads as text."""
+    """A loader that reads 1e-3 as a number, which YAML 1.1 reads as text."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that `_Loader` would read as a number."""
+    """A dumper that quotes text which `_Loader` would read as a number."""
 
 
 def load_yaml(text: str) -> Any:
-    """Raises yaml.YAMLError."""
+    """Parse YAML. Raises yaml.YAMLError."""
     loader = _Loader(text)  # a SafeLoader: plain values only
     try:
         return loader.get_single_data()
@@ -25,5 +25,5 @@ def load_yaml(text: str) -> Any:
 
 
 def dump_yaml(values: Any) -> str:
-    """Text that `load_yaml` reads back as the same values."""
+    """Write values as text that `load_yaml` reads back as the same values."""
     return str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110))

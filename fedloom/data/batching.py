@@ -1,8 +1,8 @@
-"""Which examples make up a client's next steps, and how a few sequences become one batch.
+"""Choose the examples of a client's next steps, and collate a few sequences into one batch.
 
-A client reads an endless stream: its examples in a random order, then in another, and so on (one order for each pass,
-seeded by the pass and the client). Round r takes the stretch of the stream that belongs to it, so nothing has to be
-remembered between rounds, and a resumed run reads on where it stopped. This file does not know the model.
+A client reads an endless stream: its examples in a random order, then in another, and so on. Each pass has one order,
+seeded by the pass and the client. Round r reads its own stretch of the stream. So nothing has to be stored between
+rounds, and a resumed run continues where it stopped. This file does not know the model.
 """
 
 from __future__ import annotations
@@ -20,10 +20,16 @@ from fedloom.data.tokenization import TokenSequence
 
 @dataclass(frozen=True)
 class Plan:
-    """How many examples go into a forward pass, how many of those into a step, and for how long in a round.
+    """The number of examples per forward pass and per step, and the length of a round.
 
     Exactly one of `steps` and `epochs` is set. With steps, batches run across the ends of passes; with epochs, the last
     batch and the last step of a pass are smaller.
+
+    Attributes:
+        batch_size: examples per forward pass.
+        accumulation: forward passes per optimiser step.
+        steps: optimiser steps per round.
+        epochs: passes over the client's examples per round.
     """
 
     batch_size: int
@@ -39,31 +45,31 @@ class Plan:
 
 
 def round_indices(examples: Sequence[int], plan: Plan, round: int, seed: int, client: str) -> Iterator[list[list[int]]]:
-    """For each optimiser step of this round (1-based), its forward passes as lists of example indices."""
+    """Yield, for each optimiser step of this round (1-based), its forward passes as lists of example indices."""
     count = plan.batch_size * plan.accumulation
     if plan.steps is not None:
         start = (round - 1) * plan.steps * count
-        stream = _stretch(examples, start, plan.steps * count, seed, client)
+        stream = _read_stream(examples, start, plan.steps * count, seed, client)
         for step in range(plan.steps):
             yield _chunks(stream[step * count : (step + 1) * count], plan.batch_size)
         return
     assert plan.epochs is not None
     for epoch in range((round - 1) * plan.epochs, round * plan.epochs):
-        order = _order(examples, epoch, seed, client)
+        order = _shuffle(examples, epoch, seed, client)
         for start in range(0, len(order), count):
             yield _chunks(order[start : start + count], plan.batch_size)
 
 
-def _order(examples: Sequence[int], epoch: int, seed: int, client: str) -> list[int]:
+def _shuffle(examples: Sequence[int], epoch: int, seed: int, client: str) -> list[int]:
     permutation = numpy_generator(seed, "batches", epoch, client).permutation(len(examples))
     return [examples[i] for i in permutation]
 
 
-def _stretch(examples: Sequence[int], start: int, length: int, seed: int, client: str) -> list[int]:
+def _read_stream(examples: Sequence[int], start: int, length: int, seed: int, client: str) -> list[int]:
     epoch, offset = divmod(start, len(examples))
     out: list[int] = []
     while len(out) < offset + length:
-        out += _order(examples, epoch, seed, client)
+        out += _shuffle(examples, epoch, seed, client)
         epoch += 1
     return out[offset : offset + length]
 
@@ -74,18 +80,18 @@ def _chunks(items: list[int], size: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A few sequences, ready for one forward pass, either packed into one row or padded into several.
+    """A few sequences for one forward pass, either packed into one row or padded into several rows.
 
     Legend: T tokens in all, N sequences, L the longest, S supervised positions.
 
     Attributes:
         ids: [1, T] packed, [N, L] padded.
-        positions: [1, T] position ids when packed, restarted at every sequence; None under padding, where `mask` says it.
+        positions: [1, T] position ids if packed, restarted at every sequence; None if padded: `mask` has them.
         lengths: the N sequence lengths.
-        mask: [N, L] of 0 and 1 under padding, None when packed.
-        where: [S], index into the flattened ids of the position *before* each supervised token: where its logits are.
+        mask: [N, L] of 0 and 1 if padded, None if packed.
+        where: [S], index into the flattened ids of the position *before* each supervised token, which has its logits.
         labels: [S], the supervised tokens.
-        owners: [S], which of the N sequences each belongs to.
+        owners: [S], the index of each label's sequence, 0 to N − 1.
         examples: indices of the N examples, for error messages.
     """
 
@@ -104,12 +110,12 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Real tokens, padding not counted."""
+        """The number of real tokens, without padding."""
         return sum(self.lengths)
 
     @property
     def units(self) -> int:
-        """What a step's loss is the mean over: supervised tokens."""
+        """The number of units that a step's loss is the mean over: supervised tokens."""
         return len(self.labels)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -119,12 +125,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Pairs(Batch):
-    """A batch of preference pairs: sequences 2i and 2i + 1 have one prompt, and the first answer is preferred.
+    """A batch of preference pairs: sequences 2i and 2i + 1 have the same prompt, and the first answer is preferred.
 
     Attributes:
         reference: [N] float32, each sequence's log-probability under the reference model.
         beta: β of the loss.
-        smoothing: the share of pairs that are taken to be labelled the wrong way round.
+        smoothing: the share of pairs that are assumed to be labelled the wrong way round.
     """
 
     reference: torch.Tensor
@@ -133,12 +139,18 @@ class Pairs(Batch):
 
     @property
     def units(self) -> int:
-        """What a step's loss is the mean over: pairs."""
+        """The number of units that a step's loss is the mean over: pairs."""
         return len(self.lengths) // 2
 
 
 def collate(sequences: Sequence[TokenSequence], *, packed: bool, pad: int, examples: Sequence[int] = ()) -> Batch:
-    """Sequences → batch. The first token of a sequence is never a label: nothing precedes it."""
+    """Collate sequences into a batch. A sequence's first token is never a label: nothing precedes it.
+
+    Args:
+        packed: one row of segments; otherwise padded rows.
+        pad: id of the padding token.
+        examples: indices of the sequences' examples, for error messages.
+    """
     lengths = tuple(len(s) for s in sequences)
     stride = 0 if packed else max(lengths)
     where, labels, owners = [], [], []

@@ -1,9 +1,9 @@
-"""Conversations in a cell: lists of {role, content} or {from, value}, as preference data and chats are often stored.
+"""Read conversations in a cell: lists of {role, content} or {from, value}, the usual form of preference data and chats.
 
-    prompt, conversations   all turns before the answer: one turn is its text; of several each is named in front
+    prompt, conversations   all turns before the answer: the text of a single turn; several turns with their speakers
     chosen, rejected        an answer: the last turn's text, whether the cell is that turn, a list of it, or all turns
 
-Other cells are passed through. This file does not know which column plays which role.
+Other cells pass unchanged. This file does not know which column has which role.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ from typing import Any
 
 from fedloom.data.files import Row
 
-#: The keys of a turn: who speaks, and what is said.
+#: The keys of a turn: the speaker and the text.
 KEYS = (("role", "content"), ("from", "value"))
 
 
 NAMES = {"human": "User", "user": "User", "gpt": "Assistant", "assistant": "Assistant"}
 
 
-#: Columns that hold what comes before an answer.
+#: Columns with the text before an answer.
 PROMPTS = ("instruction", "question", "prompt", "query", "conversations")
 
 
-def turns(value: Any) -> list[tuple[str, str]] | None:
-    """(who, text) of each turn; None where a cell is no conversation."""
+def read_turns(value: Any) -> list[tuple[str, str]] | None:
+    """Return (speaker, text) of each turn; None for a cell that is no conversation."""
     listed = [value] if isinstance(value, dict) else value
     if not isinstance(listed, list) or not listed:
         return None
@@ -38,12 +38,12 @@ def turns(value: Any) -> list[tuple[str, str]] | None:
 
 
 def prompt_text(value: Any) -> Any:
-    """What comes before an answer, as one text.
+    """Return the text before an answer.
 
     >>> prompt_text([{"role": "user", "content": "How many?"}])
     'How many?'
     """
-    said = turns(value)
+    said = read_turns(value)
     if said is None:
         return value
     if len(said) == 1:
@@ -52,18 +52,18 @@ def prompt_text(value: Any) -> Any:
 
 
 def answer_text(value: Any) -> Any:
-    """An answer's text.
+    """Return an answer's text.
 
     >>> answer_text([{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Two."}])
     'Two.'
     """
-    said = turns(value)
+    said = read_turns(value)
     return value if said is None else said[-1][1]
 
 
-def with_prompt(row: Row) -> Row:
-    """`row` with a prompt of its own, where only the answer's conversation holds it."""
-    said = turns(row.get("chosen"))
+def add_prompt(row: Row) -> Row:
+    """Return `row` with its prompt; reads the prompt from the answer's conversation if no other column has it."""
+    said = read_turns(row.get("chosen"))
     if said is None or len(said) < 2 or any(name in row for name in PROMPTS):
         return row
     return {**row, "prompt": row["chosen"][:-1]}

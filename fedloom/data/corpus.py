@@ -1,4 +1,4 @@
-"""The nouns of data: Example, Corpus, Shard, Partition."""
+"""The data types of a corpus: Example, Corpus, Shard, Partition."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class Example:
     """One training or test example.
 
     Attributes:
-        instruction: what is asked.
+        instruction: the task.
         input: further context, or the empty string.
-        output: the answer that is trained on.
+        output: the answer to learn.
         rejected: under preference tuning, the answer that `output` is preferred to; empty elsewhere.
-        category: what the `meta` and `dirichlet` splitters go by (a skill, a language, a specialty).
+        category: the value that the `meta` and `dirichlet` splitters use (a skill, a language, a specialty).
         choices: the options of a multiple-choice question, in order; empty otherwise.
-        task: which task the answer is verified by; the category unless the corpus says otherwise.
-        reference: whatever the paired evaluation needs to verify an answer (JSON), such as a verifier's own entry.
+        task: the task whose verifier checks the answer; the category unless the corpus sets another.
+        reference: JSON that the paired evaluation needs to verify an answer, such as a verifier's own entry.
     """
 
     instruction: str
@@ -34,21 +34,21 @@ class Example:
     rejected: str = ""
 
 
-#: `Corpus.source` of data that stay where they are.
+#: `Corpus.source` of data that stay at the sites.
 SITES = "the sites"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A named list of examples, with its licence and where it was found.
+    """A named list of examples, with its licence and source.
 
     Attributes:
         name: the name in a recipe, such as ``fed-skills``.
-        examples: what is split among the clients.
+        examples: those that are split among the clients.
         license: SPDX id or a sentence.
         source: where these rows came from (a path, a hub id with revision, a generator with version).
-        suite: the name of the paired evaluation suite, or None where it has none that runs here.
-        test: the corpus's own test set, scored by the paired evaluation; empty where the clients' test data is used.
+        suite: the name of the paired evaluation suite, or None if it has none that runs here.
+        test: the corpus's own test set, scored by the paired evaluation; empty if the clients' test data are used.
         dropped: rows left out, by reason, such as ``{"empty_answer": 3}``.
     """
 
@@ -61,7 +61,7 @@ class Corpus:
     dropped: Mapping[str, int] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """sha256 (hex) over all examples and the test set, in order; the key of the tokenised cache."""
+        """Return the sha256 (hex) of all examples and the test set, in order; the key of the tokenised cache."""
         digest = hashlib.sha256()
         for group in (self.examples, self.test):
             digest.update(f"{len(group)}\n".encode())
@@ -72,7 +72,7 @@ class Corpus:
         return digest.hexdigest()
 
     def categories(self) -> dict[str, int]:
-        """Category → number of examples, in alphabetical order."""
+        """Return category → number of examples, in alphabetical order."""
         counts: dict[str, int] = {}
         for e in self.examples:
             counts[e.category] = counts.get(e.category, 0) + 1
@@ -81,7 +81,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's part of a corpus: indices into `Corpus.examples`, disjoint."""
+    """One client's part of a corpus: disjoint indices into `Corpus.examples`."""
 
     train: tuple[int, ...] = ()
     validation: tuple[int, ...] = ()
@@ -94,7 +94,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Partition:
-    """Client → example indices, reproducible from the seed. `clients` is in the order that tables show."""
+    """Client → example indices, reproducible from the seed. `clients` is in the order of tables."""
 
     shards: Mapping[str, Shard]
     splitter: str
@@ -106,7 +106,7 @@ class Partition:
 
     @property
     def training_clients(self) -> tuple[str, ...]:
-        """Those that hold training data (under the `global` baseline: the pool alone)."""
+        """The clients with training data; under the `global` baseline only the pool."""
         return tuple(name for name, shard in self.shards.items() if shard.train)
 
     @property
@@ -114,7 +114,8 @@ class Partition:
         return tuple(name for name, shard in self.shards.items() if shard.test)
 
     def pooled(self, name: str = "all-clients") -> Partition:
-        """The `global` baseline's view: one extra client holds everybody's training data, each keeps its tests.
+        """Return the `global` baseline's partition: an extra client has all training data; the others keep only their
+        tests.
 
         The pool is in the corpus's order, so that it does not depend on the order of the clients.
         """

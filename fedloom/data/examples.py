@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from fedloom.common.errors import UserError
 from fedloom.common.randomness import numpy_generator
-from fedloom.data.conversations import answer_text, prompt_text, with_prompt
+from fedloom.data.conversations import add_prompt, answer_text, prompt_text
 from fedloom.data.corpus import Example
 from fedloom.data.files import Row
 from fedloom.data.source import Grouping, Source
@@ -44,7 +44,7 @@ def read_examples(
     rows: Iterable[Row], source: Source, data: DataConfig, by: str, where: str, *, may_be_empty: bool = False
 ) -> Reading:
     """Rows → examples, one at a time. Raises UserError for a missing column, no rows, or no answers."""
-    iterator = map(with_prompt, rows)
+    iterator = map(add_prompt, rows)
     first = list(itertools.islice(iterator, PEEK))
     columns, guessed = _columns(source, data, {column for row in first for column in row})
     if guessed and not may_be_empty:  # a test set has the training set's columns

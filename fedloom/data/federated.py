@@ -18,7 +18,7 @@ from fedloom.data.prompts import Template
 from fedloom.data.splitters import select_questions, select_test_set
 from fedloom.data.tokenization import TokenisedCorpus, tokenise
 from fedloom.recipe.recipe import Recipe
-from fedloom.recipe.sections import part_of
+from fedloom.recipe.sections import count_of
 
 if TYPE_CHECKING:
     from fedloom.evaluation.suites import Suite
@@ -30,7 +30,7 @@ def measured_clients(recipe: Recipe, clients: Partition) -> tuple[str, ...]:
     """Those that hold test data, or as many of them as evaluation.clients says, in order: the same ones every time."""
     testing = clients.testing_clients
     wanted = recipe.evaluation.clients
-    count = part_of(wanted, len(testing))
+    count = count_of(wanted, len(testing))
     if count > len(testing):
         raise UserError(
             f"evaluation.clients={wanted} but only {len(testing)} clients hold test data: ask for fewer, or null for all"

@@ -1,11 +1,11 @@
-"""How different clients are, as two numbers between 0 (all alike) and 1.
+"""Measure how different clients are, as two numbers between 0 (all equal) and 1.
 
-    categories  the mean Jensen-Shannon distance between a client's distribution over categories and everybody's, clients
-                weighted by what they hold (Lin 1991, IEEE Transactions on Information Theory 37(1); logarithms to base
-                2, the square root, so that it is a distance)
-    sizes       the Gini coefficient of the number of examples: 0 where all hold the same, near 1 where one holds all
+    categories  the mean Jensen-Shannon distance between a client's distribution over categories and that of all data,
+                weighted by the clients' sizes (Lin 1991, IEEE Transactions on Information Theory 37(1); logarithms to
+                base 2, the square root, so that it is a distance)
+    sizes       the Gini coefficient of the number of examples: 0 if all clients are equal, near 1 if one has all
 
-This file knows counts, and nothing of how they came about.
+This file knows counts, not where they come from.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ class Heterogeneity(TypedDict):
 
 
 def heterogeneity(counts: Counts) -> Heterogeneity:
-    """Both numbers from each client's category → number of examples; `categories` is None with fewer than two of them."""
+    """Compute both numbers from each client's category → number of examples.
+
+    `categories` is None with fewer than two categories.
+    """
     sizes = np.array([sum(row.values()) for row in counts], dtype=float)
     names = sorted({name for row in counts for name in row})
     distance = None
@@ -53,14 +56,14 @@ def _distance(row: Mapping[str, int], place: Mapping[str, int], pooled: NDArray[
 
 
 def jensen_shannon(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
-    """The distance between two distributions [n]: √(½ KL(p‖m) + ½ KL(q‖m)) with m = (p + q)/2, to base 2."""
+    """Return the distance between two distributions [n]: √(½ KL(p‖m) + ½ KL(q‖m)) with m = (p + q)/2, to base 2."""
     m = (p + q) / 2
     halves = [float(np.sum(a[a > 0] * np.log2(a[a > 0] / m[a > 0]))) / 2 for a in (p, q)]
     return float(np.sqrt(max(0.0, sum(halves))))
 
 
 def gini(sizes: NDArray[np.float64]) -> float:
-    """Σ_i Σ_j |s_i − s_j| / (2 n Σ s), by sorting."""
+    """Return Σ_i Σ_j |s_i − s_j| / (2 n Σ s), by sorting."""
     ordered = np.sort(sizes)
     n, total = len(ordered), float(ordered.sum())
     if n == 0 or total == 0:
@@ -69,10 +72,10 @@ def gini(sizes: NDArray[np.float64]) -> float:
     return float((2 * ranks - n - 1) @ ordered / (n * total))
 
 
-def difference(found: Heterogeneity | None) -> str:
-    """How different clients are, in a sentence; "" where a folder does not say."""
+def describe_difference(found: Heterogeneity | None) -> str:
+    """Describe in words how different clients are; "" if a run folder does not have the numbers."""
     if not found:
         return ""
     categories = found["categories"]
     of_categories = "" if categories is None else f"{categories:.2f} in categories, "
-    return f"how different clients are, 0 alike to 1: {of_categories}{found['sizes']:.2f} in size"
+    return f"how different clients are, 0 equal to 1: {of_categories}{found['sizes']:.2f} in size"

@@ -1,6 +1,7 @@
-"""Rows from the Hugging Face hub, at a pinned revision, without ever hanging: no connection is found out in seconds.
+"""Load rows from the Hugging Face hub at a pinned revision. A missing connection is detected in seconds; nothing hangs.
 
-`datasets` does the work and owns the cache. This file does not know roles or corpora; it yields rows or says why not.
+`datasets` does the work and has the cache. This file does not know roles or corpora; it yields rows or says why it
+cannot.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ from typing import Any
 
 from fedloom.data.files import Row
 
-#: Seconds after which a hub that has not answered counts as out of reach.
+#: Seconds to wait for an answer of the hub.
 PATIENCE = 4.0
 
 
-def switched_off() -> bool:
-    """Whether the environment forbids the hub."""
+def hub_disabled() -> bool:
+    """Return whether the environment forbids the hub."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
     return any(os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"} for name in names)
 
 
 def hub_reachable(patience: float = PATIENCE) -> bool:
-    """Whether the hub answers within `patience` seconds. Proxies of the environment are used.
+    """Return whether the hub answers within `patience` seconds. Uses the environment's proxies.
 
-    The question is asked on a thread because looking a name up has no timeout of its own.
+    Asks on a thread, because a name lookup has no timeout of its own.
     """
-    if switched_off():
+    if hub_disabled():
         return False
     answers: list[bool] = []
 
@@ -41,7 +42,7 @@ def hub_reachable(patience: float = PATIENCE) -> bool:
         try:
             with urllib.request.urlopen(request, timeout=patience):
                 answers.append(True)
-        except urllib.error.HTTPError:  # an answer all the same
+        except urllib.error.HTTPError:  # an error is an answer too
             answers.append(True)
         except (OSError, ValueError):
             answers.append(False)
@@ -56,12 +57,12 @@ _REFERENCE = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?::(?P<config>[\w.-
 
 
 class HubUnavailable(Exception):
-    """These rows cannot be had from the hub; the message says why, in a few words."""
+    """The hub cannot give these rows; the message says why, in a few words."""
 
 
 @dataclass(frozen=True)
 class HubRef:
-    """What to load: repository id, configuration, split names, and the commit that it is pinned to."""
+    """A data set on the hub: repository id, configuration, split names, and the pinned commit."""
 
     id: str
     config: str | None = None
@@ -71,7 +72,7 @@ class HubRef:
 
     @classmethod
     def parse(cls, text: str) -> HubRef | None:
-        """``owner/name``, ``owner/name:config`` or either with ``@revision``; None where `text` is none of these."""
+        """Parse ``owner/name``, ``owner/name:config`` or either with ``@revision``; returns None for other text."""
         match = _REFERENCE.fullmatch(text)
         return cls(match["id"], match["config"], revision=match["revision"]) if match else None
 
@@ -80,18 +81,18 @@ class HubRef:
         return f"{self.id}{config}" + (f"@{self.revision[:12]}" if self.revision else "")
 
 
-def load(ref: HubRef) -> tuple[Iterator[Row], Iterator[Row], str]:
-    """The rows of the split and of the test split (none where there is no such), and ``hub`` or ``hub cache``.
+def load_hub(ref: HubRef) -> tuple[Iterator[Row], Iterator[Row], str]:
+    """Load the rows of the split and of the test split (empty if there is none), and return ``hub`` or ``hub cache``.
 
-    With no connection, or under ``HF_HUB_OFFLINE=1``, what `datasets` has cached is used; the cache does not tell
-    revisions apart, so the caller compares row counts.
+    Without a connection, or under ``HF_HUB_OFFLINE=1``, the cache of `datasets` is used. The cache does not distinguish
+    revisions, so the caller compares row counts.
 
     Raises:
-        HubUnavailable: not cached and not to be had.
+        HubUnavailable: neither the cache nor the hub has the rows.
     """
     reachable = hub_reachable()
     datasets = import_module("datasets")
-    with _quiet(datasets, offline=not reachable):
+    with _silence(datasets, offline=not reachable):
         try:
             loaded = [
                 iter(datasets.load_dataset(ref.id, ref.config, split=split, revision=ref.revision))
@@ -99,7 +100,7 @@ def load(ref: HubRef) -> tuple[Iterator[Row], Iterator[Row], str]:
                 else iter(())
                 for split in (ref.split, ref.test_split)
             ]
-        except Exception as error:  # whatever the hub's client raises is a reason to try the next source
+        except Exception as error:  # after any error of the hub's client the caller tries the next source
             if not reachable:
                 raise HubUnavailable("not cached, and the hub is out of reach or switched off") from error
             raise HubUnavailable(" ".join(str(error).split())[:200] or type(error).__name__) from error
@@ -107,10 +108,10 @@ def load(ref: HubRef) -> tuple[Iterator[Row], Iterator[Row], str]:
 
 
 @contextmanager
-def _quiet(datasets: Any, *, offline: bool) -> Iterator[None]:
-    """Silence the library's warnings and, if `offline`, keep it from trying the network, for the length of the block.
+def _silence(datasets: Any, *, offline: bool) -> Iterator[None]:
+    """Silence the library's warnings in this block and, if `offline`, keep it from using the network.
 
-    Both libraries read the environment only when they are imported, hence the attributes.
+    Both libraries read the environment only at import, so this sets their attributes.
     """
     constants: Any = import_module("huggingface_hub.constants")
     before = (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE, datasets.logging.get_verbosity())

@@ -169,7 +169,7 @@ def _from_files(train: list[Path], test: list[Path], label: str, *, name_files: 
 
 def _from_hub(ref: hub.HubRef) -> Rows:
     log.info(f"looking for {ref} on the Hugging Face hub")
-    train, test, where = hub.load(ref)
+    train, test, where = hub.load_hub(ref)
     return Rows(train, f"{where}: {ref}", test)
 
 

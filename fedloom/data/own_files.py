@@ -1,7 +1,8 @@
-"""The user's own data: a file, a folder or a hub id given as `data.path` with no corpus beside it.
+"""The source of the user's own data: `data.path` is a file, a folder or a hub id, without `data.corpus`.
 
-Usual column names are recognised and announced; `data.columns` overrides them. Data with a category column is split by
-it, one client a value; other data among three clients at random.
+Usual column names are recognised and logged; `data.columns` overrides them. Data with a category column are split by
+it,
+one client per value; other data are split among three clients at random.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from fedloom.data.hub import HubRef
 from fedloom.data.source import Source
 from fedloom.recipe.recipe import DataConfig
 
-#: Role → usual names, the first that exists is taken.
+#: Role → usual names; the first that exists is used.
 USUAL_COLUMNS: dict[str, str | tuple[str, ...]] = {
     "instruction": ("instruction", "question", "prompt", "query", "conversations"),
     "input": ("input", "context"),
@@ -30,7 +31,7 @@ UNKNOWN_LICENSE = "unknown: set data.license"
 
 
 def own_source(data: DataConfig) -> Source:
-    """The source of `data.path`. Looks at a file's first rows for a category column; asks the hub nothing.
+    """Return the source of `data.path`. Reads a file's first rows to find a category column; does not contact the hub.
 
     Raises:
         UserError: `data.path` is neither a data file, nor a folder of them, nor formed like a hub id.
@@ -39,7 +40,7 @@ def own_source(data: DataConfig) -> Source:
     place = Path(path).expanduser()
     files, _ = data_files(place)
     if not files and (place.exists() or HubRef.parse(path) is None):
-        what = "holds no data file" if place.exists() else "does not exist"
+        what = "has no data file" if place.exists() else "does not exist"
         raise UserError(
             f"data.path={path} {what}: give a .json, .jsonl, .csv or .parquet file, a folder of them, or a hub id"
         )

@@ -1,7 +1,7 @@
-"""How an example becomes a prompt: one place, used by training and by every evaluation.
+"""Turn an example into a prompt: one place for training and for every evaluation.
 
-A prompt ends where the answer begins, and is tokenised by itself, so what the model is asked in a test is, token for
-token, what it was trained to answer. This file does not know how long a sequence may be or what is done with it.
+A prompt ends where the answer begins, and is tokenised by itself. So in a test the model gets, token for token, what it
+was trained to answer. This file does not know how long a sequence may be or what is done with it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALPACA = (
 
 @dataclass(frozen=True)
 class Template:
-    """Writes prompts and answers as token ids.
+    """A template that writes prompts and answers as token ids.
 
     Attributes:
         tokenizer: the base model's own.
@@ -47,7 +47,7 @@ class Template:
 
     @classmethod
     def choose(cls, tokenizer: PreTrainedTokenizerBase, wanted: str, system: str | None = None) -> Template:
-        """`wanted` from the recipe; auto takes chat where the tokenizer has a template and alpaca elsewhere."""
+        """Build the recipe's template `wanted`; auto uses chat if the tokenizer has a chat template, else alpaca."""
         if wanted == "auto":
             wanted = "chat" if tokenizer.chat_template else "alpaca"
         if wanted == "chat" and not tokenizer.chat_template:
@@ -58,15 +58,16 @@ class Template:
 
     @property
     def name(self) -> str:
-        """Identifies the template in the tokenised cache's key."""
+        """The template's id in the key of the tokenised cache."""
         text = self.tokenizer.chat_template if self.style == "chat" else ""
         return f"{self.style}/{self.system!r}/{text}"
 
     def prompt_text(self, example: Example, shots: Sequence[Example] = ()) -> str:
-        """The text that the model reads before its answer.
+        """Return the text that the model reads before its answer.
 
         Args:
-            shots: answered examples that stand in front of it: earlier turns under chat, one after another elsewhere.
+            example: the question.
+            shots: answered examples before it: earlier turns under chat, one after another elsewhere.
         """
         if self.style == "chat":
             messages = [{"role": "system", "content": self.system}] if self.system is not None else []
@@ -82,15 +83,18 @@ class Template:
         return f"{before}{_question(example)}\n"
 
     def prompt_ids(self, example: Example) -> list[int]:
-        """The prompt as token ids; a chat template writes its own special tokens, the others get the model's own."""
+        """Return the prompt's token ids.
+
+        A chat template writes its own special tokens; other styles get the tokenizer's.
+        """
         ids = self.tokenizer(self.prompt_text(example), add_special_tokens=self.style != "chat")["input_ids"]
         eos = self.tokenizer.eos_token_id
         if self.style != "chat" and len(ids) > 1 and ids[-1] == eos and eos != self.tokenizer.bos_token_id:
-            ids = ids[:-1]  # tokenizers that close every text: the answer is still to come
+            ids = ids[:-1]  # some tokenizers end every text with eos, but the answer is still to come
         return list(ids)
 
     def answer_ids(self, text: str) -> list[int]:
-        """An answer as token ids, closed by the end-of-sequence token."""
+        """Return an answer's token ids, with the end-of-sequence token."""
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id]
 

@@ -1,8 +1,8 @@
-"""Who holds what: categories → clients → train, validation and test, all reproducible from the seed.
+"""Split a corpus: categories → clients → train, validation and test, all reproducible from the seed.
 
-A splitter deals example indices out to clients and does nothing else; each client's own share is then divided into train,
-validation and test with every category in proportion, so a client keeps the same distribution in all three. No example is
-lost or held twice. This file does not know where a corpus comes from, nor what is trained on it.
+A splitter only assigns example indices to clients. Each client's own share is then divided into train, validation and
+test with every category in proportion, so all three have the client's distribution. No example is lost or used twice.
+This file does not know where a corpus comes from, or what is trained on it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedloom.data.examples import question_of
 from fedloom.data.heterogeneity import Heterogeneity, heterogeneity
 from fedloom.recipe.recipe import SplitConfig
 
-#: What a client is called whose category is the empty string.
+#: The name of a client whose category is the empty string.
 UNSPECIFIED = "unspecified"
 
 
@@ -39,13 +39,13 @@ def partition(corpus: Corpus, split: SplitConfig, seed: int) -> Partition:
         Client → train, validation and test indices into `corpus.examples`, each index exactly once.
 
     Raises:
-        UserError: more clients than examples, a client that would train on fewer than `split.min_size` examples, or what
-            the splitter itself refuses.
+        UserError: more clients than examples, a client that would train on fewer than `split.min_size` examples, or
+            settings that the splitter refuses.
     """
     categories = [e.category for e in corpus.examples]
     name = split.splitter or "uniform"
     parts: dict[str, list[int]] = splitters.get(name)(categories, split, numpy_generator(seed, "split"))
-    shards = {client: divided(indices, categories, split, client, seed) for client, indices in parts.items()}
+    shards = {client: divide(indices, categories, split, client, seed) for client, indices in parts.items()}
     for client, shard in shards.items():
         if len(shard.train) < split.min_size:
             raise UserError(
@@ -56,31 +56,35 @@ def partition(corpus: Corpus, split: SplitConfig, seed: int) -> Partition:
 
 
 def uniform(categories: Sequence[str], split: SplitConfig, rng: np.random.Generator) -> dict[str, list[int]]:
-    """Examples dealt out at random; sizes differ by at most one. Raises UserError with fewer examples than clients."""
-    names = numbered_clients(split, len(categories))
+    """Assign examples at random; sizes differ by at most one. Raises UserError with fewer examples than clients."""
+    names = number_clients(split, len(categories))
     order = rng.permutation(len(categories))
     return {name: part.tolist() for name, part in zip(names, np.array_split(order, len(names)), strict=True)}
 
 
 def dirichlet(categories: Sequence[str], split: SplitConfig, rng: np.random.Generator) -> dict[str, list[int]]:
-    """Each category is shared out in proportions drawn from Dir(α, …, α); small α gives skewed clients.
+    """Split each category in proportions drawn from Dir(α, …, α); small α gives skewed clients.
 
-    Proportions become whole numbers by largest remainder, so nothing is lost, and the draw is made once, so it always
-    ends: a client left with too little for `split.min_size` is topped up from the largest clients.
+    Largest remainders turn proportions into integers, so nothing is lost. The draw is made once, so it always ends: a
+    client
+    with too little for `split.min_size` gets examples from the largest clients.
 
-    Source: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", arXiv 1905.12022, section 4.
+    Source: Yurochkin et al., "Bayesian Nonparametric Federated Learning of Neural Networks", arXiv 1905.12022, section
+        4.
 
     Raises:
         UserError: no alpha, or too few examples for `min_size` at every client.
     """
-    names = numbered_clients(split, len(categories))
+    names = number_clients(split, len(categories))
     if split.alpha is None:
         raise UserError("the splitter dirichlet needs split.alpha: small is skewed, large is even, try split.alpha=0.5")
     parts: list[list[int]] = [[] for _ in names]
     for category in sorted(set(categories)):
         members = rng.permutation([i for i, c in enumerate(categories) if c == category]).tolist()
         start = 0
-        for part, count in zip(parts, shares(len(members), proportions(split.alpha, len(names), rng)), strict=True):
+        for part, count in zip(
+            parts, apportion(len(members), draw_proportions(split.alpha, len(names), rng)), strict=True
+        ):
             part += members[start : start + count]
             start += count
     top_up(parts, split, len(categories))
@@ -88,10 +92,10 @@ def dirichlet(categories: Sequence[str], split: SplitConfig, rng: np.random.Gene
 
 
 def meta(categories: Sequence[str], split: SplitConfig, rng: np.random.Generator) -> dict[str, list[int]]:
-    """One client for each value, named by it; with fewer clients, values are put together in clients of balanced size.
+    """Make one client per value, named by it; with fewer clients, put values together in clients of balanced size.
 
     Raises:
-        UserError: no values to go by, or more clients than values.
+        UserError: no values in the column, or more clients than values.
     """
     members: dict[str, list[int]] = {}
     for i, category in enumerate(categories):
@@ -113,25 +117,27 @@ def meta(categories: Sequence[str], split: SplitConfig, rng: np.random.Generator
         size, k, values = heapq.heappop(clients)
         heapq.heappush(clients, (size + len(members[value]), k, [*values, value]))
     groups = sorted(sorted(values) for _, _, values in clients)
-    names = client_names(groups)
+    names = name_clients(groups)
     return {name: [i for v in values for i in members[v]] for name, values in zip(names, groups, strict=True)}
 
 
-def divided(indices: Sequence[int], categories: Sequence[str], split: SplitConfig, client: str, seed: int) -> Shard:
-    """One client's indices as train, validation and test, every category in proportion, each part in random order.
+def divide(indices: Sequence[int], categories: Sequence[str], split: SplitConfig, client: str, seed: int) -> Shard:
+    """Divide one client's indices into train, validation and test: every category in proportion, each part in random
+    order.
 
-    The draw depends on the seed and the client alone. At least one example stays for training; with a test share and
-    two examples or more, at least one is for the test.
+    The draw depends only on the seed and the client. At least one example is for training; with a test share and two
+    examples
+    or more, at least one is for the test.
     """
     rng = numpy_generator(seed, "split", 0, client)
-    num_validation, num_test = held_out(len(indices), split)
+    num_validation, num_test = count_held_out(len(indices), split)
     left: dict[str, list[int]] = {}
     for i in sorted(indices):
         left.setdefault(categories[i], []).append(i)
     left = {c: rng.permutation(left[c]).tolist() for c in sorted(left)}
     taken: list[list[int]] = []
     for wanted in (num_test, num_validation):
-        counts = shares(wanted, [len(members) for members in left.values()])
+        counts = apportion(wanted, [len(members) for members in left.values()])
         taken.append([i for members, k in zip(left.values(), counts, strict=True) for i in members[:k]])
         left = {c: members[k:] for (c, members), k in zip(left.items(), counts, strict=True)}
     train = [i for members in left.values() for i in members]
@@ -139,8 +145,8 @@ def divided(indices: Sequence[int], categories: Sequence[str], split: SplitConfi
     return Shard(train=in_order[0], validation=in_order[1], test=in_order[2])
 
 
-def held_out(size: int, split: SplitConfig) -> tuple[int, int]:
-    """How many of a client's `size` examples are for validation and for the test."""
+def count_held_out(size: int, split: SplitConfig) -> tuple[int, int]:
+    """Return how many of a client's `size` examples are for validation and for the test."""
     num_test = round(size * split.test)
     if split.test > 0 and size >= 2:
         num_test = max(num_test, 1)
@@ -148,10 +154,10 @@ def held_out(size: int, split: SplitConfig) -> tuple[int, int]:
     return min(round(size * split.validation), max(size - num_test - 1, 0)), num_test
 
 
-def shares(total: int, weights: Sequence[float]) -> list[int]:
-    """`total` as whole numbers in proportion to `weights`, by largest remainder; ties go to the first.
+def apportion(total: int, weights: Sequence[float]) -> list[int]:
+    """Split `total` into integers in proportion to `weights`, by largest remainder; ties go to the first.
 
-    With weights that are counts and a total not above their sum, no share exceeds its count.
+    If the weights are counts and `total` is at most their sum, no share exceeds its count.
     """
     whole = sum(weights)
     if total == 0 or whole <= 0:
@@ -164,19 +170,22 @@ def shares(total: int, weights: Sequence[float]) -> list[int]:
     return floors
 
 
-def numbered_clients(split: SplitConfig, examples: int) -> list[str]:
-    """client-1 … client-n, with leading zeros so that they sort. Raises UserError with fewer examples than clients."""
+def number_clients(split: SplitConfig, examples: int) -> list[str]:
+    """Return client-1 … client-n, with leading zeros so that they sort.
+
+    Raises UserError with fewer examples than clients.
+    """
     count = split.num_clients or 1
     if count > examples:
         raise UserError(
-            f"split.num_clients={count} is more than the {examples} examples there are: lower it, or raise data.limit"
+            f"split.num_clients={count} is more than the {examples} examples: lower it, or raise data.limit"
         )
     width = len(str(count))
     return [f"client-{k:0{width}d}" for k in range(1, count + 1)]
 
 
-def client_names(groups: Iterable[Sequence[str]]) -> list[str]:
-    """A name for each group of values: ``a+b``, shortened, different from all others and fit for a folder."""
+def name_clients(groups: Iterable[Sequence[str]]) -> list[str]:
+    """Return a name for each group of values: ``a+b``, shortened, unique and valid as a folder's name."""
     names: list[str] = []
     used: set[str] = set()
     for values in groups:
@@ -213,8 +222,8 @@ class SplitTable(TypedDict):
     test_questions_trained_on: NotRequired[int]
 
 
-def split_table(corpus: Corpus, parts: Partition) -> SplitTable:
-    """Who holds how many examples of which category."""
+def tabulate_split(corpus: Corpus, parts: Partition) -> SplitTable:
+    """Count each client's examples by category."""
     rows: list[SplitRow] = []
     held: list[Mapping[str, int]] = []
     for client, shard in parts.shards.items():
@@ -242,7 +251,7 @@ def split_table(corpus: Corpus, parts: Partition) -> SplitTable:
 
 
 def select_questions(corpus: Corpus, parts: Partition, limit: int | None, seed: int) -> dict[str, tuple[int, ...]]:
-    """The test questions that are scored: at most `limit` for each task over all clients, drawn evenly among them.
+    """Select the test questions to score: at most `limit` per task over all clients, drawn evenly among them.
 
     Returns:
         Client → indices into `corpus.examples`, ascending; every client is there, some may have none.
@@ -251,24 +260,24 @@ def select_questions(corpus: Corpus, parts: Partition, limit: int | None, seed: 
         client: numpy_generator(seed, "questions", 0, client).permutation(np.array(shard.test, dtype=int)).tolist()
         for client, shard in parts.shards.items()
     }
-    return _evenly(corpus.examples, shuffled, limit)
+    return _draw_evenly(corpus.examples, shuffled, limit)
 
 
 def select_test_set(corpus: Corpus, limit: int | None, seed: int) -> tuple[int, ...]:
-    """Questions of the corpus's own test set, at most `limit` for each task: indices into `corpus.test`."""
+    """Select questions of the corpus's own test set, at most `limit` per task: indices into `corpus.test`."""
     order = numpy_generator(seed, "questions").permutation(len(corpus.test)).tolist()
-    return _evenly(corpus.test, {"": order}, limit)[""]
+    return _draw_evenly(corpus.test, {"": order}, limit)[""]
 
 
 def task_of(example: Example) -> str:
-    """The task that a question belongs to: its own word for it, else its category; "" where it has neither."""
+    """Return a question's task: its own, else its category; "" if it has neither."""
     return example.task or example.category
 
 
-def _evenly(
+def _draw_evenly(
     examples: Sequence[Example], shuffled: Mapping[str, Sequence[int]], limit: int | None
 ) -> dict[str, tuple[int, ...]]:
-    """Take one question a client in turn, each client in its own order, until a task has `limit`."""
+    """Take one question per client in turn, each client in its own order, until a task has `limit`."""
     queues: dict[str, dict[str, list[int]]] = {}  # task → client → its questions
     for client, indices in shuffled.items():
         for i in indices:
@@ -282,8 +291,8 @@ def _evenly(
     return {client: tuple(sorted(indices)) for client, indices in chosen.items()}
 
 
-def proportions(alpha: float, count: int, rng: np.random.Generator) -> list[float]:
-    """One draw from Dir(α, …, α). Where α is too extreme for floating point, its limit: one client alone, or all alike."""
+def draw_proportions(alpha: float, count: int, rng: np.random.Generator) -> list[float]:
+    """Draw once from Dir(α, …, α). If α is too extreme for floating point, use the limit: one client, or all equal."""
     drawn = rng.dirichlet(np.full(count, alpha))
     if np.isfinite(drawn).all() and drawn.sum() > 0:
         return [float(p) for p in drawn]
@@ -295,10 +304,10 @@ def proportions(alpha: float, count: int, rng: np.random.Generator) -> list[floa
 
 def top_up(parts: list[list[int]], split: SplitConfig, examples: int) -> None:
     """Move examples from the largest clients until each has enough to train on `min_size`. Raises UserError."""
-    need = enough(split)
+    need = min_examples(split)
     if need * len(parts) > examples:
         raise UserError(
-            f"{len(parts)} clients with split.min_size={split.min_size} need {need * len(parts)} examples and there are "
+            f"{len(parts)} clients with split.min_size={split.min_size} need {need * len(parts)} examples, but there are "
             f"{examples}: lower split.min_size or split.num_clients"
         )
     largest = [(-len(part), k) for k, part in enumerate(parts)]
@@ -306,15 +315,15 @@ def top_up(parts: list[list[int]], split: SplitConfig, examples: int) -> None:
     for part in parts:
         while len(part) < need:
             size, k = heapq.heappop(largest)
-            if -size != len(parts[k]):  # it grew when it was topped up itself
+            if -size != len(parts[k]):  # its size changed when it was topped up itself
                 heapq.heappush(largest, (-len(parts[k]), k))
                 continue
             part.append(parts[k].pop())
             heapq.heappush(largest, (-len(parts[k]), k))
 
 
-def enough(split: SplitConfig) -> int:
-    """The fewest examples from which on a client always keeps `min_size` for training, after rounding."""
+def min_examples(split: SplitConfig) -> int:
+    """Return the smallest number of examples that leaves a client `min_size` for training, after rounding."""
     bound = math.ceil((split.min_size + 3) / (1 - split.validation - split.test)) + 3
-    short = [n for n in range(bound + 1) if n - sum(held_out(n, split)) < split.min_size]
+    short = [n for n in range(bound + 1) if n - sum(count_held_out(n, split)) < split.min_size]
     return short[-1] + 1

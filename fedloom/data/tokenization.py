@@ -1,10 +1,10 @@
-"""A corpus as token ids, made once and kept in a cache whose key is (corpus, tokenizer, template, max_length).
+"""Tokenise a corpus once and store it in a cache whose key is (corpus, tokenizer, template, max_length).
 
-A sequence is prompt ids, then answer ids, shortened by this rule: a prompt of more than `max_length` − `MIN_ANSWER` tokens
-loses its beginning; then the answer loses its end. What is left of a prompt does not depend on its answer, so an
-evaluation asks exactly what was trained on. Every shortened sequence is
-counted. The cache holds text as ids and lies under `$FEDLOOM_HOME/tokenised`; `fedloom fetch --clear tokenised`
-deletes it.
+A sequence is prompt ids, then answer ids, shortened by this rule: a prompt of more than `max_length` − `MIN_ANSWER`
+    tokens
+loses its beginning; then the answer loses its end. The rest of a prompt does not depend on its answer, so an evaluation
+uses exactly the prompts of training. Every shortened sequence is counted. The cache stores text as ids, under
+`$FEDLOOM_HOME/tokenised`; `fedloom fetch --clear tokenised` deletes it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,18 @@ from transformers import PreTrainedTokenizerBase
 from fedloom.data.corpus import Corpus, Example
 from fedloom.data.prompts import Template
 
-#: Room that a prompt leaves for its answer, or half the limit where that is less.
+#: Tokens that a prompt leaves for its answer, or half the limit if that is less.
 MIN_ANSWER = 8
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One tokenised example. ids: [length] int; the first `prompt` of them are not trained on."""
+    """One tokenised example.
+
+    Attributes:
+        ids: [length] int.
+        prompt: how many ids at the start are the prompt, and not trained on.
+    """
 
     ids: np.ndarray
     prompt: int
@@ -45,11 +50,11 @@ class TokenSequence:
 
 
 class TokenisedCorpus:
-    """All sequences of a list of examples in three flat arrays; indexing gives a `TokenSequence`.
+    """All sequences of a list of examples in flat arrays; indexing returns a `TokenSequence`.
 
     Attributes:
-        truncated: how many sequences were over the limit.
-        truncated_tokens: how many tokens they lost together.
+        truncated: number of sequences over the limit.
+        truncated_tokens: number of tokens that they lost together.
     """
 
     def __init__(self, arrays: dict[str, np.ndarray]) -> None:
@@ -64,9 +69,9 @@ class TokenisedCorpus:
         return TokenSequence(self._ids[self._starts[index] : self._starts[index + 1]], int(self._prompts[index]))
 
     def pair(self, index: int) -> tuple[TokenSequence, TokenSequence]:
-        """The sequence with the preferred answer and the one with the rejected answer; they have one prompt.
+        """Return the sequences with the preferred and with the rejected answer; they have the same prompt.
 
-        Raises ValueError where the corpus has no rejected answers.
+        Raises ValueError if the corpus has no rejected answers.
         """
         answers, starts = self._rejected
         if answers is None or starts is None:
@@ -85,13 +90,13 @@ class TokenisedCorpus:
         return int(self._lost.sum())
 
     def supervised_tokens(self, indices: Sequence[int]) -> int:
-        """Tokens with a label among these examples."""
+        """Count the tokens with a label in these examples."""
         at = np.asarray(indices, dtype=np.int64)
         return int((self._starts[at + 1] - self._starts[at] - self._prompts[at]).sum())
 
 
 def tokenise(corpus: Corpus, template: Template, max_length: int, cache: Path | None) -> TokenisedCorpus:
-    """`corpus.examples` as token ids, from the cache where it holds them. `cache` None keeps nothing on disk."""
+    """Tokenise `corpus.examples`, or read them from the cache. With `cache` None nothing is stored on disk."""
     if cache is None:
         return TokenisedCorpus(encode(corpus.examples, template, max_length))
     key = f"{corpus.digest()}/{tokenizer_digest(template.tokenizer)}/{template.name}/{max_length}/prompt-first/{MIN_ANSWER}"
@@ -100,15 +105,15 @@ def tokenise(corpus: Corpus, template: Template, max_length: int, cache: Path | 
         try:
             return TokenisedCorpus(load_file(path))
         except (SafetensorError, KeyError):
-            path.unlink()  # a torn file of an earlier crash: made again below
+            path.unlink()  # damaged by an earlier crash: written again below
     arrays = encode(corpus.examples, template, max_length)
-    with contextlib.suppress(OSError, SafetensorError):  # a cache that is full or read-only costs time, nothing else
-        _keep(arrays, path)
+    with contextlib.suppress(OSError, SafetensorError):  # a full or read-only cache only costs time
+        _store(arrays, path)
     return TokenisedCorpus(arrays)
 
 
-def _keep(arrays: dict[str, np.ndarray], path: Path) -> None:
-    """Write a file of the cache, whole or not at all."""
+def _store(arrays: dict[str, np.ndarray], path: Path) -> None:
+    """Write a file of the cache completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, scratch = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     os.close(handle)
@@ -120,9 +125,10 @@ def _keep(arrays: dict[str, np.ndarray], path: Path) -> None:
 
 
 def encode(examples: Sequence[Example], template: Template, max_length: int) -> dict[str, np.ndarray]:
-    """ids: [all tokens], starts: [n + 1], prompts: [n], lost: [n] tokens cut from each.
+    """Return ids [all tokens], starts [n + 1], prompts [n], and lost [n], the tokens cut from each.
 
-    With rejected answers also rejected: [all their tokens], rejected_starts: [n + 1]; what is cut from them is in lost.
+    With rejected answers also rejected [all their tokens] and rejected_starts [n + 1]; `lost` counts their cut tokens
+    too.
     """
     sequences = [fit(template.prompt_ids(e), template.answer_ids(e.output), max_length) for e in examples]
     lengths = [len(prompt) + len(answer) for prompt, answer, _ in sequences]
@@ -147,7 +153,7 @@ def encode(examples: Sequence[Example], template: Template, max_length: int) -> 
 
 
 def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int], list[int], int]:
-    """(prompt, answer, tokens lost) within `max_length` by the rule above.
+    """Shorten to `max_length` by the rule above: return (prompt, answer, tokens lost).
 
     >>> fit([1, 2, 3], list(range(20)), 12)[1] == list(range(9))
     True
@@ -158,12 +164,12 @@ def fit(prompt: list[int], answer: list[int], max_length: int) -> tuple[list[int
 
 
 def fit_prompt(prompt: list[int], max_length: int) -> list[int]:
-    """What is left of a prompt under `max_length`: its end, with room for an answer."""
+    """Return the end of a prompt that fits into `max_length` with room for an answer."""
     return prompt[max(0, len(prompt) - max_length + min(MIN_ANSWER, max_length // 2)) :]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes whenever the same text could give other ids."""
+    """Return a digest that changes whenever the same text could give other ids."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(f"{text}/{tokenizer.eos_token_id}".encode()).hexdigest()

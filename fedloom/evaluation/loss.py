@@ -8,7 +8,7 @@ import torch
 
 from fedloom.data.tokenization import TokenisedCorpus
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.forward import batches_by_length, token_losses
+from fedloom.models.forward import batch_by_length, token_losses
 from fedloom.models.layout import block_sum
 
 
@@ -20,7 +20,7 @@ def loss_sums(
     total, tokens = 0.0, 0
     chosen = [sequences[i] for i in indices]
     pad = model.tokenizer.pad_token_id or 0
-    for batch in batches_by_length(chosen, batch_size, packed=packed, pad=pad, examples=list(indices)):
+    for batch in batch_by_length(chosen, batch_size, packed=packed, pad=pad, examples=list(indices)):
         total += float(block_sum(token_losses(model, batch)))
         tokens += len(batch.labels)
     return total, tokens

@@ -18,7 +18,7 @@ from fedloom.evaluation.suites import Suite, choice_texts
 from fedloom.models import virtual_tokens as virtual
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attention import packed as attention
-from fedloom.models.forward import batches_by_length, plain_attention, token_losses
+from fedloom.models.forward import batch_by_length, plain_attention, token_losses
 
 
 def score(
@@ -77,7 +77,7 @@ def generate(
         for row, i in enumerate(rows):
             ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
             mask[row, width - len(prompts[i]) :] = 1
-        with attention.using(model.causal_lm, plain_attention(model)):
+        with attention.use_attention(model.causal_lm, plain_attention(model)):
             output = virtual.generate(model, ids.to(model.device), mask.to(model.device), config)
         for row, i in enumerate(rows):
             answers[i] = tokenizer.decode(output[row], skip_special_tokens=True).strip()
@@ -105,7 +105,7 @@ def choose(
     pad = model.tokenizer.pad_token_id or 0
     likelihood = np.zeros(len(sequences))
     positions = list(range(len(sequences)))
-    for batch in batches_by_length(sequences, batch_size, packed=packed, pad=pad, examples=positions):
+    for batch in batch_by_length(sequences, batch_size, packed=packed, pad=pad, examples=positions):
         losses = token_losses(model, batch).cpu()
         sums = torch.zeros(len(batch.lengths)).index_add_(0, batch.owners.cpu(), losses)
         likelihood[list(batch.examples)] = -sums.numpy()

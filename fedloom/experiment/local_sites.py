@@ -28,9 +28,9 @@ from fedloom.federation.record.run_folder import RunFolder, opened, resumed
 from fedloom.federation.watch import Watch
 from fedloom.federation.workplace import Found, find_data
 from fedloom.models.attach import Models
-from fedloom.models.forward import release
+from fedloom.models.forward import default_peft_model
 from fedloom.models.loading import pick_device
-from fedloom.models.saved import anywhere, load_adapted
+from fedloom.models.saved import allow_any_attention, load_adapted
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes.sites.flare.kits import provision
 from fedloom.runtimes.sites.flare.services import CONNECTED, SILENT
@@ -156,5 +156,5 @@ def result(out: Path) -> Result:
     if (out / "adapter").is_dir():
         model = load_adapted(recipe.model, out / "adapter", device)
     else:  # personal results stay with the sites
-        model = Models(anywhere(recipe.model), recipe.adapter, recipe.seed, device).adapted()
-    return Result(summary, out, out / "report.html", release(model), model.tokenizer)
+        model = Models(allow_any_attention(recipe.model), recipe.adapter, recipe.seed, device).adapted()
+    return Result(summary, out, out / "report.html", default_peft_model(model), model.tokenizer)

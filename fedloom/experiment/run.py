@@ -17,7 +17,7 @@ from typing import Any, cast
 from safetensors import SafetensorError
 
 from fedloom.common import registry
-from fedloom.common.errors import RunFailed, disk_trouble
+from fedloom.common.errors import RunFailed, describe_disk_error
 from fedloom.common.logs import reworded
 from fedloom.evaluation.samples import AnswerRecorder, Answers, pick_samples
 from fedloom.experiment.assemble import assemble
@@ -27,7 +27,7 @@ from fedloom.federation.record.checkpoints import Checkpoints
 from fedloom.federation.record.run_folder import RunFolder, opened, resumed
 from fedloom.federation.results import result_loader, save_result
 from fedloom.federation.watch import Watch
-from fedloom.models.forward import release
+from fedloom.models.forward import default_peft_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.card import write_cards
 from fedloom.reporting.html import write_report
@@ -100,7 +100,7 @@ def _conducted(
                 folder.clear()  # nothing is rejected after this line
             return _run(setting, folder, resume, watch)
     except (OSError, SafetensorError) as error:
-        trouble = disk_trouble(error, path)
+        trouble = describe_disk_error(error, path)
         if trouble is None:
             raise
         finished = Checkpoints(path / "checkpoints").rounds() if path.is_dir() else []
@@ -164,7 +164,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     seconds = summary["cost"]["wall_seconds"]
     coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
     coordinator.events.close()
-    return Result(summary, folder.path, write_report(folder.path), release(model), model.tokenizer)
+    return Result(summary, folder.path, write_report(folder.path), default_peft_model(model), model.tokenizer)
 
 
 def _reference(setting: Setting, folder: RunFolder, watch: Watch) -> Summary | None:

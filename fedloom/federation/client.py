@@ -22,7 +22,7 @@ from fedloom.algorithms.build import make
 from fedloom.common import cache_folder
 from fedloom.common.errors import ClientFailed
 from fedloom.common.files import folder_name
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.data.batching import Batch, Plan, round_indices
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
@@ -32,7 +32,7 @@ from fedloom.evaluation.suites import Suite
 from fedloom.federation.hooks.base import Fit
 from fedloom.federation.hooks.calls import SECTION, Hooks
 from fedloom.federation.record.checkpoints import Store
-from fedloom.messages.at_rest import Damaged
+from fedloom.messages.at_rest import DamagedFile
 from fedloom.messages.operators.channel import Chains, ClientChannel
 from fedloom.messages.types import UNEXPECTED_CODING, Assignment, Cost, Failure, Outcome, Payload, Update
 from fedloom.models.adapters import AdaptedModel
@@ -106,7 +106,7 @@ class Client:
             outcome: Outcome = work(assignment)
         except ClientFailed as failure:
             outcome = Failure(assignment.client, assignment.round, failure.reason, failure.detail)
-        except Damaged as damage:
+        except DamagedFile as damage:
             outcome = Failure(assignment.client, assignment.round, "damaged_state", str(damage))
         except torch.OutOfMemoryError:
             if self._ranks.count > 1:  # the others wait for this one in the middle of a step: all have to start again
@@ -123,7 +123,7 @@ class Client:
         """A second client on the same data and store, under `recipe`, with a live model of its own on the same base."""
         self._configure(recipe)
         other = copy.copy(self)
-        other._models, other._model = self._models.holding(live), None
+        other._models, other._model = self._models.with_adapted(live), None
         other._algorithm = make(self._recipe)
         other._channel = self._channel and ClientChannel(self._channel.chains, self._recipe.seed)
         return other
@@ -161,7 +161,7 @@ class Client:
                 train, wanted = self._recipe.train, self._recipe.model.attention
                 settle_attention(wanted, self._model, train.precision)
             if (megabytes := self._recipe.train.cache_prefix) is not None:
-                folder = (self._cache or cache_folder.home()) / "prefix"
+                folder = (self._cache or cache_folder.cache_home()) / "prefix"
                 self._model.prefix = PrefixCache(self._model, folder, megabytes * MEGABYTE)
         if self._recipe.train.compile and assignment.kind == "train":
             why = trouble(self._model, self._recipe.train, self._recipe.train.packing == "on")
@@ -178,7 +178,7 @@ class Client:
     def _received(self, assignment: Assignment) -> Payload:
         """The plain payload of an assignment."""
         if self._channel is not None:
-            return self._channel.received(assignment)
+            return self._channel.decode(assignment)
         if assignment.payload.coding is not None:
             raise ClientFailed("bad_payload", UNEXPECTED_CODING)
         return assignment.payload
@@ -196,7 +196,7 @@ class Client:
             return Update(client, round, Payload())
         payload, left = shared, Payload()
         if self._channel is not None:
-            payload = self._channel.encoded(shared, client, round)
+            payload = self._channel.encode(shared, client, round)
             left = self._channel.state()
         kept = Payload(result.optimizer_state) if self._recipe.train.optimizer_state == "keep" else Payload()
         own = {KEPT: self._algorithm.client_state(), "optimizer": kept, "operators": left}
@@ -239,7 +239,7 @@ class Client:
         if self._hooks is not None:
             self._hooks.begin(client, round, self._state.get(SECTION))
         began = time.process_time()
-        with forked_torch(self._recipe.seed, "dropout", round, client if ranks.count == 1 else ranks.stream(client)):
+        with fork_torch(self._recipe.seed, "dropout", round, client if ranks.count == 1 else ranks.stream(client)):
             result = self._algorithm.local_training(run) if self._hooks is None else self._hooked(run, self._hooks)
         result.flops += prepared
         if ranks.count == 1:

@@ -25,7 +25,7 @@ from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData, federated_data
 from fedloom.data.loading import load_data
 from fedloom.data.prompts import Template
-from fedloom.data.splitters import SplitTable, partition, split_table
+from fedloom.data.splitters import SplitTable, partition, tabulate_split
 from fedloom.evaluation.pick_suite import pick_suite
 from fedloom.evaluation.suites import Suite
 from fedloom.federation.client import Client
@@ -65,12 +65,12 @@ def find_data(recipe: Recipe) -> Found:
     clients = partition(corpus, split, recipe.seed)
     suite, note = pick_suite(recipe, corpus)
     values = {f"split.{key}": value for key, value in split.model_dump(mode="json").items()}
-    return Found(corpus, clients, suite, note, split_table(corpus, clients), values)
+    return Found(corpus, clients, suite, note, tabulate_split(corpus, clients), values)
 
 
 def tokenise_data(recipe: Recipe, found: Found, template: Template) -> FederatedData:
     """Turn every client's examples into tokens. Under a pooled baseline one client has them all. Raises UserError."""
-    cache = cache_folder.home() / "tokenised"
+    cache = cache_folder.cache_home() / "tokenised"
     return federated_data(recipe, found.corpus, holders(recipe, found), template, found.suite, cache)
 
 
@@ -90,9 +90,9 @@ def open_models(recipe: Recipe, ranks: Ranks | None = None) -> Models:
         return Models(recipe.model, recipe.adapter, recipe.seed, pick_device(recipe.runtime.device))
     finish = None
     if ranks.sharded:
-        from fedloom.models.sharding import sharded
+        from fedloom.models.sharding import shard_base
 
-        finish = partial(sharded, device=ranks.device, ranks=ranks.count)
+        finish = partial(shard_base, device=ranks.device, ranks=ranks.count)
     return Models(recipe.model, recipe.adapter, recipe.seed, ranks.device, finish)
 
 

@@ -1,4 +1,4 @@
-"""A payload as one file: tensors, metadata, a version and a digest."""
+"""Store a payload as one file: tensors, metadata, a version and a digest."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from safetensors.torch import load, save
 from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload
 
-#: Of what is written here. 2: what a round gathers from has its notes under `gathering`, virtual time among them.
+#: Version of the format. In version 2 a round's notes are under `gathering`, with virtual time among them.
 VERSION = 2
 
 
-class Damaged(ValueError):
-    """A checkpoint that cannot be used; the message says why."""
+class DamagedFile(ValueError):
+    """A stored payload that cannot be read; the message says why."""
 
 
 def to_bytes(payload: Payload) -> bytes:
-    """Tensors and metadata in one safetensors file."""
-    assert payload.coding is None, "what rests is decoded first"
+    """Encode tensors and metadata as one safetensors file."""
+    assert payload.coding is None, "a payload is decoded before it is stored"
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in payload.tensors.items()}
     about = {"version": str(VERSION), "meta": json.dumps(payload.meta), "sha256": _digest(tensors)}
     return save(tensors, metadata=about)
 
 
 def from_bytes(data: bytes) -> Payload:
-    """The inverse of `to_bytes`. Raises Damaged."""
+    """Decode what `to_bytes` encoded. Raises Damaged."""
     try:
         (length,) = (int.from_bytes(data[:8], "little"),)
         header = json.loads(data[8 : 8 + length])["__metadata__"]
         payload = Payload(load(data), json.loads(header["meta"]))
         whole = header["sha256"] == _digest(payload.tensors)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise Damaged(f"its tensors cannot be read ({type(error).__name__})") from error
+        raise DamagedFile(f"its tensors cannot be read ({type(error).__name__})") from error
     if not whole:
-        raise Damaged("its tensors were altered")
+        raise DamagedFile("its tensors were altered")
     return payload
 
 
 def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """sha256 (hex) over names, dtypes, shapes and bytes; safetensors itself would not notice a flipped bit."""
+    """Return the sha256 (hex) of names, dtypes, shapes and bytes; safetensors itself would not notice a flipped bit."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -54,8 +54,8 @@ def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def packed(state: Mapping[str, Payload]) -> bytes | None:
-    """A client's state in one file; None where all of it is empty."""
+def encode_state(state: Mapping[str, Payload]) -> bytes | None:
+    """Encode a client's state as one file; None if all of it is empty."""
     if not any(p.tensors or p.meta for p in state.values()):
         return None
     tensors: dict[str, torch.Tensor] = {}
@@ -64,8 +64,8 @@ def packed(state: Mapping[str, Payload]) -> bytes | None:
     return to_bytes(Payload(tensors, {section: p.meta for section, p in state.items()}))
 
 
-def unpacked(data: bytes | None) -> dict[str, Payload]:
-    """The inverse of `packed`. Raises Damaged."""
+def decode_state(data: bytes | None) -> dict[str, Payload]:
+    """Decode what `encode_state` encoded. Raises Damaged."""
     if data is None:
         return {}
     payload = from_bytes(data)
@@ -77,8 +77,8 @@ def unpacked(data: bytes | None) -> dict[str, Payload]:
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """A safetensors file. Raises Damaged."""
+    """Read a safetensors file. Raises Damaged."""
     try:
         return load(path.read_bytes())
     except SafetensorError as error:
-        raise Damaged(f"{path} cannot be read") from error
+        raise DamagedFile(f"{path} cannot be read") from error

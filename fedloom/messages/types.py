@@ -1,6 +1,6 @@
-"""The nouns: what moves through fedloom, from an example to an update. Data only, no behaviour beyond checking itself.
+"""The data types that move through fedloom, from an assignment to an update: data that checks itself, nothing more.
 
-This file does not know any model, algorithm or runtime; everything else may import it.
+This file does not know any model, algorithm or runtime; every other file may import it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ JSON = str | bool | int | float | None | list["JSON"] | dict[str, "JSON"]
 
 @dataclass
 class Payload:
-    """What a message carries: named tensors and a small JSON dict.
+    """The content of a message: named tensors and a small JSON dict.
 
     Attributes:
-        tensors: name → tensor of any shape and dtype that safetensors knows.
-        meta: strings, booleans, integers and finite floats, nested in lists and dicts; 16 KB at most as JSON.
-        coding: what operators made of it (messages/operators/chain.py): the chain, the table of names, each
-        operator's notes.
-            `tensors` are flat parts then, and mean nothing until they are decoded. None for a plain payload.
+        tensors: name → tensor of any shape and any dtype that safetensors knows.
+        meta: strings, booleans, integers and finite floats, nested in lists and dicts; at most 16 KB as JSON.
+        coding: how operators encoded it (messages/operators/chain.py): the chain, the table of names, each operator's
+            notes. `tensors` are then flat parts without meaning until they are decoded. None for a plain payload.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -52,12 +51,12 @@ def check_metadata(meta: Mapping[str, Any]) -> None:
 
     def walk(value: Any, where: str, depth: int = 0) -> None:
         if depth > limits.METADATA_DEPTH:
-            raise ValueError(f"payload metadata nests deeper than {limits.METADATA_DEPTH} levels")
+            raise ValueError(f"payload metadata is nested deeper than {limits.METADATA_DEPTH} levels")
         if isinstance(value, bool | int | str) or value is None:
             return
         if isinstance(value, float):
             if not math.isfinite(value):
-                raise ValueError(f"payload metadata {where} is {value}; only finite numbers travel")
+                raise ValueError(f"payload metadata {where} is {value}, but numbers must be finite")
             return
         if isinstance(value, list | tuple):
             for i, item in enumerate(value):
@@ -66,38 +65,40 @@ def check_metadata(meta: Mapping[str, Any]) -> None:
         if isinstance(value, Mapping):
             for key, item in value.items():
                 if not isinstance(key, str):
-                    raise ValueError(f"payload metadata {where} has the key {key!r}; keys are strings")
+                    raise ValueError(f"payload metadata {where} has the key {key!r}, but keys must be strings")
                 walk(item, f"{where}.{key}", depth + 1)
             return
-        raise ValueError(f"payload metadata {where} is a {type(value).__name__}; tensors go into Payload.tensors")
+        raise ValueError(f"payload metadata {where} is a {type(value).__name__}: put tensors into Payload.tensors")
 
     walk(meta, "meta")
     size = len(json.dumps(meta))
     if size > limits.METADATA_BYTES:
-        raise ValueError(f"payload metadata has {size} bytes; at most {limits.METADATA_BYTES} travel")
+        raise ValueError(f"payload metadata has {size} bytes, but may have at most {limits.METADATA_BYTES}")
 
 
-#: What a client is asked to do. `train` and `evaluate` as named; `save` writes the client's own adapter to its folder.
+#: A client's task. `save` writes the client's own adapter to its folder.
 Kind = Literal["train", "evaluate", "save"]
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """Server → client: one piece of work.
+    """A piece of work that the server sends to a client.
 
     Attributes:
         kind: train, evaluate or save.
-        client: whom it is for.
-        round: 1 for the first round; under `evaluate`, the number of rounds finished. A client starts from the newest
-            state of its own that is older than this round (older or equal under `evaluate` and `save`). It is also the
-            version of the model that training starts from: the one after round − 1 rounds. The outcome says it again.
-        rounds: how many rounds the run has.
+        client: the receiver.
+        round: 1 for the first round; under `evaluate`, the number of finished rounds. A client starts from its own
+            newest
+            state that is older than this round (older or equal under `evaluate` and `save`). It is also the version of
+            the
+            model that training starts from: the one after round − 1 rounds. The outcome repeats it.
+        rounds: number of rounds of the run.
         payload: what the algorithm sends.
-        steps: optimiser steps to take, or None where the client counts epochs.
-        dataset: under `evaluate`, which data: the client's own ``test`` or ``validation``, or ``pooled``, all clients'
+        steps: optimiser steps to take, or None if the client counts epochs.
+        dataset: under `evaluate`, which data: the client's own ``test`` or ``validation``, or ``pooled``: all clients'
             test data together, which only a simulator has.
-        score: under `evaluate`, whether questions are answered and scored besides the loss.
-        recipe: the resolved recipe; present in the first assignment that a client gets in a run.
+        score: under `evaluate`, whether to answer and score questions, not only to compute the loss.
+        recipe: the resolved recipe, in the first assignment that a client gets in a run.
     """
 
     kind: Kind
@@ -113,18 +114,19 @@ class Assignment:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a piece of work took. Bytes are those of encoded messages, counted by the runtime; the rest is measured.
+    """The cost of a piece of work. The runtime counts the bytes of encoded messages; the rest is measured.
 
     Attributes:
         upload_bytes: client → server.
         download_bytes: server → client.
-        broadcast_bytes: those of `download_bytes` that were first messages to a client, which carry the recipe and the
-            initial broadcast. The server counts them.
-        train_tokens: tokens that went through forward and backward.
-        train_flops: floating-point operations of training (evaluation/cost.py has the closed form).
+        broadcast_bytes: the part of `download_bytes` in first messages to a client, which have the recipe and the
+            initial
+            broadcast. The server counts them.
+        train_tokens: tokens that went through forward and backward passes.
+        train_flops: floating-point operations of training (training/flops.py has the closed form).
         steps: optimiser steps.
         wall_seconds, cpu_seconds: of the work itself.
-        gpu_seconds: how long it held CUDA devices, added up over them; 0 on a CPU.
+        gpu_seconds: how long it used CUDA devices, summed over them; 0 on a CPU.
     """
 
     upload_bytes: int = 0
@@ -143,12 +145,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Update:
-    """Client → server: the result of one assignment.
+    """The result of one assignment, sent by a client to the server.
 
     Attributes:
         num_examples: the client's training examples, FedAvg's weight.
-        num_tokens: supervised tokens among them, the weight by choice.
-        metrics: sums and means as plain numbers; under `evaluate` sums only (loss_sum, tokens, right, questions).
+        num_tokens: supervised tokens among them, an alternative weight.
+        metrics: sums and means as plain numbers; under `evaluate` only sums (loss_sum, tokens, right, questions).
     """
 
     client: str
@@ -162,7 +164,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that raised, vanished, was late or sent what cannot be used: a value, never an exception.
+    """A client that raised an error, vanished, was late or sent an unusable update: a value, never an exception.
 
     Attributes:
         reason: a short code, such as ``non_finite``, ``bad_payload``, ``out_of_memory``.
@@ -181,10 +183,10 @@ UNEXPECTED_CODING = "the payload is not encoded by the operators that the recipe
 
 
 #: Reasons of a `Failure` after which the client's process knows nothing of the run: it is told everything again.
-STARTED_ANEW = frozenset({"lost", "crashed", "late", "absent"})
+LOST_STATE = frozenset({"lost", "crashed", "late", "absent"})
 
 
-#: The reason of a client whose simulated device was lost: it was sent nothing.
+#: Reason of a `Failure` whose simulated device was lost; the client was sent nothing.
 VANISHED = frozenset({"vanished"})
 
 

@@ -1,13 +1,15 @@
-"""Messages as bytes: a JSON header, flat tensors as safetensors, a digest. Nothing on the wire can carry code.
+"""Encode and decode messages: a JSON header, flat tensors as safetensors, a digest. No message can carry code.
 
     "FLM2" | header length, uint32 LE | header, UTF-8 JSON | body, safetensors | sha256 of all before it, 32 bytes
 
-docs/wire-format.md is precise enough to write a second implementation. A message goes out in chunks of bounded size,
-straight from the tensors' memory: the digest is computed on the way and comes last. What is read is bounded before
-anything is allocated. This file does not know who sends, what the tensors mean, nor how operators are undone.
+docs/wire-format.md is precise enough for a second implementation. A message is sent in chunks of bounded size, straight
+from the tensors' memory; the digest is computed on the way and comes last. A reader checks every size before it
+allocates
+memory. This file does not know who sends, what the tensors mean, or how operators are decoded.
 
-A message that never leaves its process needs no seal: with `sealed=False` its last 32 bytes are zeros, which every reader
-that looks at the digest refuses (docs/adr/0006-unsealed-messages.md).
+A message that never leaves its process needs no digest. With `sealed=False` its last 32 bytes are zeros, and every
+reader
+that checks the digest refuses it (docs/adr/0006-unsealed-messages.md).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from fedloom.messages import limits
-from fedloom.messages.operators.flat import DTYPES, NAMES, BadPayload, Table, check, raw_bytes
+from fedloom.messages.operators.flat import DTYPES, NAMES, BadPayload, Table, check_parts, raw_bytes
 from fedloom.messages.types import Assignment, Cost, Failure, Outcome, Payload, Update, check_metadata
 
 MAGIC = b"FLM2"
@@ -36,7 +38,7 @@ VERSION = 2
 DIGEST_BYTES = 32
 
 
-#: Bytes at whose multiples torch lets a tensor's memory begin.
+#: torch's tensors start at multiples of this many bytes.
 ALIGNMENT = 64
 
 
@@ -49,21 +51,21 @@ class WireError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """A message on its way out: how many bytes it has, and the bytes in chunks of at most `limits.CHUNK_BYTES`.
+    """An encoded message: its size in bytes, and its bytes in chunks of at most `limits.CHUNK_BYTES`.
 
-    The chunks are windows into the payload's own memory, which must not change before they are read; once.
+    The chunks are windows into the payload's own memory, which must not change before they are read. Read them once.
     """
 
     total: int
     chunks: Iterator[memoryview]
 
-    def joined(self) -> bytes:
-        """The message in one piece: the only copy of the tensors that is made."""
+    def join(self) -> bytes:
+        """Return the message in one piece. This is the only copy of the tensors."""
         return b"".join(self.chunks)
 
 
 class Split(NamedTuple):
-    """A message in three pieces: `body` is what equal payloads have in common, and may lie in memory that is shared."""
+    """A message in three pieces. Equal payloads have equal bodies; `body` may be in shared memory."""
 
     start: bytes
     body: memoryview
@@ -75,12 +77,12 @@ class Split(NamedTuple):
 
 
 def split(message: bytes | bytearray | memoryview) -> Split:
-    """The pieces of a message, the body a window into it. Raises WireError where its header's length cannot be."""
+    """Split a message; the body is a window into it. Raises WireError for an impossible header length."""
     if len(message) < 8 or message[:4] != MAGIC:
-        raise WireError("this is no fedloom message, or one of another version")
+        raise WireError("this is no fedloom message, or a message of another version")
     (length,) = struct.unpack("<I", message[4:8])
     if length > limits.HEADER_BYTES or 8 + length + DIGEST_BYTES > len(message):
-        raise WireError(f"the header claims {length} bytes, more than there are or may be")
+        raise WireError(f"the header claims {length} bytes, more than the message has or a header may have")
     body = memoryview(message)[8 + length : -DIGEST_BYTES]
     return Split(bytes(message[: 8 + length]), body, bytes(message[-DIGEST_BYTES:]))
 
@@ -91,14 +93,14 @@ def stream_assignment(assignment: Assignment, sealed: bool = True) -> Stream:
 
 
 def encode_assignment(assignment: Assignment, *, sealed: bool = True) -> bytes:
-    return stream_assignment(assignment, sealed).joined()
+    return stream_assignment(assignment, sealed).join()
 
 
 def decode_assignment(
     message: bytes | bytearray | memoryview | Split, max_bytes: int | None = None, *, sealed: bool = True
 ) -> Assignment:
     header, payload = _unpack(message, ("assignment",), max_bytes, sealed)
-    return _made(Assignment, header.get("fields"), payload=payload)
+    return _build(Assignment, header.get("fields"), payload=payload)
 
 
 def stream_outcome(outcome: Outcome, sealed: bool = True) -> Stream:
@@ -116,20 +118,20 @@ def stream_outcome(outcome: Outcome, sealed: bool = True) -> Stream:
 
 
 def encode_outcome(outcome: Outcome, *, sealed: bool = True) -> bytes:
-    return stream_outcome(outcome, sealed).joined()
+    return stream_outcome(outcome, sealed).join()
 
 
 def decode_outcome(
     message: bytes | bytearray | memoryview | Split, max_bytes: int | None = None, *, sealed: bool = True
 ) -> Outcome:
     header, payload = _unpack(message, ("update", "failure"), max_bytes, sealed)
-    cost = _made(Cost, header.get("cost"))
+    cost = _build(Cost, header.get("cost"))
     if header["message"] == "update":
-        return _made(Update, header.get("fields"), payload=payload, cost=cost)
-    return _made(Failure, header.get("fields"), cost=cost)
+        return _build(Update, header.get("fields"), payload=payload, cost=cost)
+    return _build(Failure, header.get("fields"), cost=cost)
 
 
-# ------------------------------------------------------------------ out
+# ------------------------------------------------------------------ encoding
 
 
 def _stream(header: dict[str, Any], payload: Payload, sealed: bool) -> Stream:
@@ -150,13 +152,13 @@ def _stream(header: dict[str, Any], payload: Payload, sealed: bool) -> Stream:
         separators=(",", ":"),
     ).encode()
     if len(text) > limits.HEADER_BYTES:
-        raise WireError(f"the header has {len(text)} bytes; at most {limits.HEADER_BYTES} are sent")
+        raise WireError(f"the header has {len(text)} bytes, but may have at most {limits.HEADER_BYTES}")
     start = MAGIC + struct.pack("<I", len(text)) + text + head
     return Stream(len(start) - len(head) + size + DIGEST_BYTES, _chunks(start, pieces, sealed))
 
 
 def _body_head(spec: Mapping[str, tuple[str, int]]) -> bytes:
-    """safetensors' own head: a length, then names, dtypes, shapes and offsets without gaps."""
+    """Return safetensors' own header: a length, then names, dtypes, shapes and offsets without gaps."""
     entries: dict[str, Any] = {}
     at = 0
     for name, (dtype, count) in spec.items():
@@ -179,7 +181,7 @@ def _chunks(start: bytes, tensors: list[torch.Tensor], sealed: bool) -> Iterator
     yield memoryview(digest.digest() if sealed else bytes(DIGEST_BYTES))
 
 
-# ------------------------------------------------------------------ in
+# ------------------------------------------------------------------ decoding
 
 
 def _unpack(
@@ -187,21 +189,21 @@ def _unpack(
 ) -> tuple[dict[str, Any], Payload]:
     total = message.total if isinstance(message, Split) else len(message)
     if max_bytes is not None and total > max_bytes:
-        raise WireError(f"the message has {total} bytes; at most {max_bytes} are taken")
+        raise WireError(f"the message has {total} bytes, but may have at most {max_bytes}")
     start, body, digest = message if isinstance(message, Split) else split(message)
     if sealed:
         told = hashlib.sha256(start)
         told.update(body)
         if told.digest() != digest:
-            raise WireError("the message is not what its digest says: truncated or altered on its way")
+            raise WireError("the message does not match its digest: it was truncated or altered")
     try:
-        header = json.loads(start[8:], parse_constant=_refused)
+        header = json.loads(start[8:], parse_constant=_reject_constant)
         if header["version"] != VERSION:
             raise WireError(f"the message has version {header['version']!r}; this is version {VERSION}")
         if header["message"] not in kinds:
-            raise WireError(f"expected a message of kind {' or '.join(kinds)}, got {header['message']!r}")
+            raise WireError(f"the message has the kind {header['message']!r}, expected {' or '.join(kinds)}")
         if len(body) != header["body"]["bytes"]:
-            raise WireError(f"the body has {len(body)} bytes and not what its header says")
+            raise WireError(f"the body has {len(body)} bytes, but its header says otherwise")
         if not isinstance(header["meta"], dict):
             raise WireError("the metadata is no mapping")
         _check_metadata(header["meta"])
@@ -222,16 +224,16 @@ def _check_metadata(meta: dict[str, Any]) -> None:
 
 
 def _parts(body: memoryview) -> dict[str, tuple[torch.dtype, int, memoryview]]:
-    """Name → (dtype, elements, bytes) of the flat parts, as windows into the message. Raises WireError."""
+    """Read the flat parts: name → (dtype, elements, bytes), as windows into the message. Raises WireError."""
     if len(body) < 8:
-        raise WireError("the body is shorter than its own head")
+        raise WireError("the body is shorter than its own header")
     (length,) = struct.unpack("<Q", body[:8])
     if length > len(body) - 8:
-        raise WireError("the body's head claims more bytes than there are")
-    entries = json.loads(bytes(body[8 : 8 + length]), parse_constant=_refused)
+        raise WireError("the body's header claims more bytes than the body has")
+    entries = json.loads(bytes(body[8 : 8 + length]), parse_constant=_reject_constant)
     data = body[8 + length :]
     if not isinstance(entries, dict):
-        raise WireError("the body's head is no mapping")
+        raise WireError("the body's header is no mapping")
     found: dict[str, tuple[torch.dtype, int, memoryview]] = {}
     at = 0
     for name, entry in entries.items():
@@ -252,26 +254,28 @@ def _parts(body: memoryview) -> dict[str, tuple[torch.dtype, int, memoryview]]:
 
 
 def _payload(header: dict[str, Any], parts: dict[str, tuple[torch.dtype, int, memoryview]]) -> Payload:
-    """Plain tensors where no operator was at work, else the parts as they are, for messages/operators/chain.py to undo."""
+    """Build the payload: plain tensors if no operator was used, else encoded parts for messages/operators/chain.py."""
     operators, table, notes = header["operators"], Table.from_json(header["table"]), header["notes"]
     if not isinstance(operators, list) or not isinstance(notes, list) or len(operators) != len(notes):
-        raise WireError("the operators and their notes are not two lists of one length")
+        raise WireError("the lists of operators and of their notes do not have the same length")
     if len(operators) > limits.OPERATORS:
         raise WireError(f"the message names more than {limits.OPERATORS} operators")
     if operators:
-        flat = {n: _copied(data, dtype, (count,)) for n, (dtype, count, data) in parts.items()}
+        flat = {n: _copy_aligned(data, dtype, (count,)) for n, (dtype, count, data) in parts.items()}
         coding = {"operators": operators, "table": header["table"], "notes": notes}
         return Payload(flat, header["meta"], coding)
-    check({n: torch.empty(count, dtype=dtype, device="meta") for n, (dtype, count, _) in parts.items()}, table.spec())
+    check_parts(
+        {n: torch.empty(count, dtype=dtype, device="meta") for n, (dtype, count, _) in parts.items()}, table.spec()
+    )
     tensors: dict[str, torch.Tensor] = {}
     for part, rows in table.rows.items():
         dtype, _, data = parts[part]
-        tensors |= _aligned(data, dtype, rows)
+        tensors |= _copy_all_aligned(data, dtype, rows)
     return Payload(dict(sorted(tensors.items())), header["meta"])
 
 
-def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    """A tensor with aligned memory of its own: where it lay in the message would show in sums."""
+def _copy_aligned(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Copy a tensor to its own aligned memory: sums depend on alignment, and so on its place in the message."""
     made = torch.empty(shape, dtype=dtype)
     if made.numel():
         window: Any = made.reshape(-1).view(torch.uint8).numpy()
@@ -279,10 +283,10 @@ def _copied(data: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> tor
     return made
 
 
-def _aligned(data: memoryview, dtype: torch.dtype, rows: Rows) -> dict[str, torch.Tensor]:
-    """All tensors of a part in one buffer, each from an aligned place on: as `_copied` of each, and far fewer steps.
+def _copy_all_aligned(data: memoryview, dtype: torch.dtype, rows: Rows) -> dict[str, torch.Tensor]:
+    """Copy all tensors of a part into one buffer, each aligned: the same as `_copy_aligned` for each, in far fewer steps.
 
-    Where no room is lost to alignment, which is so in every LoRA of a model of usual sizes, this is one copy.
+    If alignment needs no padding, this is one copy. That holds for every LoRA of a model of usual sizes.
     """
     room = ALIGNMENT // dtype.itemsize
     counts = [prod(shape) for _, shape in rows]
@@ -302,15 +306,18 @@ def _aligned(data: memoryview, dtype: torch.dtype, rows: Rows) -> dict[str, torc
     return {n: (p if c == r else p[:c]).view(shape) for (n, shape), p, c, r in pieces}
 
 
-def _refused(word: str) -> Any:
-    raise ValueError(f"{word} is no finite number")
+def _reject_constant(word: str) -> Any:
+    raise ValueError(f"{word} is not a finite number")
 
 
 Made = TypeVar("Made", Assignment, Update, Failure, Cost)
 
 
-def _made(cls: type[Made], fields: object, **own: Any) -> Made:
-    """`cls` from a message's fields and what was decoded beside them. Raises WireError for others than it has."""
+def _build(cls: type[Made], fields: object, **own: Any) -> Made:
+    """Build `cls` from a message's fields and separately decoded values.
+
+    Raises WireError for unknown or missing fields.
+    """
     if not isinstance(fields, dict):
         raise WireError(f"the fields of a message are a {type(fields).__name__} and not a mapping")
     unknown = set(fields) - {f.name for f in dataclasses.fields(cls)} | set(fields) & set(own)

@@ -1,8 +1,8 @@
-"""A base model with its trainable part: peft builds it, one flat buffer owns it.
+"""A base model with one adapter. peft builds the adapter; one flat buffer stores its parameters.
 
-recipe/adapter.py has the table of methods, saved.py reads what `save` wrote. Every trainable parameter becomes a window
-into `adapter.flat` and its gradient a window into `grad`, so that training, swapping and clipping are single operations
-on one tensor. This file does not know who trains or what travels.
+recipe/adapter.py has the table of methods; saved.py reads what `save` wrote. Every trainable parameter is a window into
+`adapter.flat`, and its gradient a window into `grad`. So training, swapping and clipping are single operations on one
+tensor. This file does not know who trains or what is sent.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from fedloom.common.errors import UserError
-from fedloom.models.base_delta import adding, check_delta
-from fedloom.models.layout import Adapter, Layout, exchange
+from fedloom.models.base_delta import check_delta, make_delta_hook
+from fedloom.models.layout import Adapter, Layout, swap
 from fedloom.models.loading import Base, load_base, quiet_transformers
 from fedloom.recipe.recipe import ModelConfig
 
 if TYPE_CHECKING:
     from fedloom.models.prefix_cache import PrefixCache
 
-#: Beside peft's own file where that leaves trained tensors out (the network behind a prompt): all of them.
+#: A second file, with all trained tensors, where peft's own file omits some (P-tuning's network, for example).
 TRAINED = "trained.safetensors"
 
 
 class AdaptedModel:
-    """A frozen base with one live adapter in it, or under full fine-tuning a base that is all adapter.
+    """A frozen base with one live adapter, or under full fine-tuning a base that is all adapter.
 
     Attributes:
-        module: what is called: peft's model around the base, or the base itself.
+        module: the model to call: peft's model around the base, or the base itself.
         base: the base model and its tokenizer.
         adapter: the live adapter; writing into its flat buffer changes the model at once.
         grad: [numel], the gradient of `adapter.flat`.
@@ -46,12 +46,13 @@ class AdaptedModel:
         backward: adds the gradient of a loss to `grad`. All backward passes come through it; a seat of a cohort has its own.
         orthogonality: how much `penalty` counts (AdaLoRA); 0 where there is none.
         initial: [numel], the adapter as it was created from the seed.
-        full: whether weights of the base itself are what trains, all or some layers'. Tied weights are one tensor then,
-            under the first of their names.
-        virtual_tokens: v of prompt tuning, P-tuning and prefix tuning, 0 elsewhere.
-        prefixed: whether those are keys and values of every layer, not embeddings.
-        loss_chunk: how many tokens' logits are made at a time (recompute.py); None makes them at once.
-        prefix: states of the frozen layers, kept (prefix_cache.py), or None. changed: weights that have a delta.
+        full: whether weights of the base itself are trained, in all layers or in some. Tied weights are one tensor
+            then, under the first of their names.
+        virtual_tokens: the number v of virtual tokens of prompt tuning, P-tuning and prefix tuning; 0 elsewhere.
+        prefixed: whether the virtual tokens are keys and values of every layer, not embeddings.
+        loss_chunk: tokens whose logits are computed at a time (recompute.py); None computes all at once.
+        prefix: the cache of the frozen layers' states (prefix_cache.py), or None.
+        changed: base weights that have a delta now.
     """
 
     def __init__(self, module: Any, base: Base) -> None:
@@ -64,7 +65,7 @@ class AdaptedModel:
         self.orthogonality = float(getattr(config, "orth_reg_weight", 0.0))
         trainable = {_plain(name): p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
-            raise UserError("nothing is trainable in this model: check adapter.target_modules")
+            raise UserError("this model has nothing to train: set adapter.target_modules to layers that it has")
         self.adapter = Adapter(Layout({n: p.shape for n, p in trainable.items()}), base.device)
         self.grad = torch.zeros_like(self.adapter.flat)
         gradients = self.adapter.layout.views(self.grad)
@@ -91,15 +92,16 @@ class AdaptedModel:
         return self.base.tokenizer
 
     def initial_adapter(self) -> Adapter:
-        """A CPU copy of the adapter as it was created from the seed."""
+        """Return a CPU copy of the adapter as it was created from the seed."""
         adapter = Adapter(self.adapter.layout)
         adapter.flat.copy_(self.initial)
         return adapter
 
     def penalty(self) -> torch.Tensor | None:
-        """AdaLoRA's γ · mean over its factors of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F, as peft has it; None elsewhere.
+        """Return AdaLoRA's penalty γ · mean over its factors of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F; None for other methods.
 
-        Zhang et al., arXiv 2303.10512, equation 4 (which squares the norms): P and Q stand for singular vectors.
+        As peft computes it. Zhang et al., arXiv 2303.10512, equation 4, squares the norms. P and Q stand for singular
+        vectors.
         """
         factors = [n for n in self.adapter.layout.names if n.endswith((".lora_A", ".lora_B"))]
         if not (self.orthogonality and factors):
@@ -112,7 +114,10 @@ class AdaptedModel:
         return self.orthogonality * total / len(factors)
 
     def lora_scales(self) -> dict[str, float]:
-        """Base weight → the scale s of its LoRA module (α/r, or α/√r under rsLoRA): W + s·B·A is what is computed."""
+        """Map each base weight to the scale s of its LoRA module (α/r, or α/√r under rsLoRA).
+
+        The layer uses W + s·B·A.
+        """
         scales = {}
         for name, module in self.base.model.named_modules():
             scaling = getattr(module, "scaling", None)
@@ -121,33 +126,33 @@ class AdaptedModel:
         return scales
 
     def base_weights(self) -> dict[str, torch.nn.Parameter]:
-        """The base's own parameters, live, by their names in its state dict (the adapter's stand among them)."""
+        """Return the base's live parameters by their state dict names. Adapter parameters are among them."""
         return {_base_name(n): p for n, p in self.base.model.named_parameters()}
 
     def frozen_tensors(self) -> dict[str, torch.Tensor]:
-        """The base's own tensors that do not train, live, by their names in its state dict; tied ones once."""
+        """Return the base's live frozen tensors by their state dict names. Tied tensors appear once."""
         saved = {_base_name(n) for n in self.base.model.state_dict()}
         tensors = {n: p for n, p in self.base_weights().items() if not p.requires_grad}
         return {**tensors, **{n: b for n, b in self.base.model.named_buffers() if n in saved}}
 
     def set_base_delta(self, delta: Mapping[str, torch.Tensor] | None, *, into_weights: bool = False) -> None:
-        """Put the base weights to their loaded values plus `delta`; None puts them back.
+        """Set the base weights to their loaded values plus `delta`; None restores the loaded values.
 
-        The sum is formed in fp32. Rounded to 16 bits most of a small delta would be lost, so beside 16-bit weights it
-        stays as it is, and what it gives is added to the layer's output.
+        The sum is computed in fp32. Rounding to 16 bits would lose most of a small delta. So for a 16-bit weight the
+        delta stays in fp32, and a hook adds its effect to the layer's output.
 
         Args:
-            delta: weight name as in the base model's state dict → what is added, dense [out, in], or the two factors
-                ``name.B`` [out, r] and ``name.A`` [r, in] whose product is added.
-            into_weights: into 16-bit weights too, as an export must.
+            delta: state dict name of a weight → what to add: a dense tensor [out, in], or the two factors ``name.B``
+                [out, r] and ``name.A`` [r, in] of a product.
+            into_weights: also add to 16-bit weights, as an export must.
 
         Raises:
-            ValueError: for a name that the base does not have, a shape that is not the weight's own, half a pair of
-                factors, or a base whose weights are not floating point. The model is then as it was.
+            ValueError: for a name that the base does not have, a shape that differs from the weight's, one factor
+                without the other, or a base whose weights are not floating point. The model is then unchanged.
         """
         delta = delta or {}
         if delta and self.full:
-            raise ValueError("a base delta cannot be added to a base that is itself what is trained")
+            raise ValueError("a base delta cannot be used with full fine-tuning, which trains the base's own weights")
         weights, transposed = self.base_weights(), self.transposed_weights()
         names = sorted({n.removesuffix(".A").removesuffix(".B") for n in delta})
         for name in names:
@@ -160,7 +165,7 @@ class AdaptedModel:
         for name in names:
             parts = [delta[n].float().to(self.device) for n in (name, f"{name}.B", f"{name}.A") if n in delta]
             if weights[name].element_size() < 4 and not into_weights:
-                hook = adding(parts, lambda: not self._swapped)
+                hook = make_delta_hook(parts, lambda: not self._swapped)
                 self._delta_hooks.append(self._layer(name).register_forward_hook(hook))
                 continue
             change = parts[0] if len(parts) == 1 else parts[0] @ parts[1]
@@ -168,38 +173,40 @@ class AdaptedModel:
             weights[name].data.copy_(original.float() + (change.T if name in transposed else change))
 
     def swap_trained(self) -> None:
-        """Exchange adapter and base weights with what they were before any training; a second call goes back, exactly.
+        """Swap adapter and base weights with their values before training. A second call restores them exactly.
 
-        In place and piece by piece, so that it takes no memory; `initial` holds the trained numbers meanwhile.
+        Works in place, block by block, so it needs no extra memory. Until the second call `initial` has the trained
+        values.
         """
-        exchange(self.adapter.flat, self.initial)
+        swap(self.adapter.flat, self.initial)
         weights = self.base_weights()
         for name, original in self._base_weights.items():
-            exchange(weights[name].data, original)
+            swap(weights[name].data, original)
         self._swapped = not self._swapped
 
     def transposed_weights(self) -> set[str]:
-        """Those that are stored [in, out] (GPT-2's)."""
+        """Return the names of the weights that are stored as [in, out], as GPT-2's are."""
         layers = self.base.model.named_modules()
         return {f"{name}.weight" for name, layer in layers if getattr(layer, "fan_in_fan_out", False)}
 
     def _layer(self, weight: str) -> torch.nn.Module:
-        """The base's own layer that `weight` belongs to: the innermost, where peft put another around it."""
+        """Return the base's own layer of `weight`: the innermost one, where peft wrapped it in another."""
         layers: Iterator[tuple[str, torch.nn.Module]] = self.base.model.named_modules()
         found = [layer for name, layer in layers if _base_name(f"{name}.weight") == weight]
         return found[-1]
 
     def save(self, folder: Path, base_name: str) -> None:
-        """Write the live adapter for use elsewhere.
+        """Write the live adapter to `folder`, for use elsewhere.
 
-        `PeftModel.from_pretrained(base, folder)` loads it; after full fine-tuning the folder holds a whole model,
-        for `AutoModelForCausalLM.from_pretrained(folder)`.
+        Load it with `PeftModel.from_pretrained(base, folder)`. After full fine-tuning the folder has a whole model:
+        load it
+        with `AutoModelForCausalLM.from_pretrained(folder)`.
         """
         if self.full:
             save_model(self.module, self.tokenizer, folder)
             return
         self.module.save_pretrained(str(folder))
-        (folder / "README.md").unlink(missing_ok=True)  # peft's empty form of a card; reporting/card.py writes one
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; reporting/card.py writes a full one
         path = folder / "adapter_config.json"
         values = json.loads(path.read_text())
         values["base_model_name_or_path"] = base_name
@@ -208,7 +215,7 @@ class AdaptedModel:
             save_file({n: t.detach().cpu().clone() for n, t in self.adapter.tensors().items()}, str(folder / TRAINED))
 
     def load(self, folder: Path) -> None:
-        """Put what `save` wrote back into the live adapter, every tensor of it."""
+        """Load what `save` wrote into the live adapter, every tensor of it."""
         if self.full:
             saved = dict(load_base(ModelConfig(name=str(folder))).model.named_parameters())
             self.adapter.load({n: saved[n] for n in self.adapter.layout.names if n in saved})
@@ -217,34 +224,34 @@ class AdaptedModel:
 
 
 def _saved(folder: Path) -> dict[str, torch.Tensor]:
-    """A saved adapter's tensors by the names of the live one, as far as the folder has them."""
+    """Read a saved adapter's tensors, under the live adapter's names. Only those that the folder has."""
     everything = folder / TRAINED
     tensors = load_file(str(everything if everything.is_file() else folder / "adapter_model.safetensors"))
     return {"prompt_encoder.embedding.weight" if n == "prompt_embeddings" else n: t for n, t in tensors.items()}
 
 
 def save_model(module: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """A plain transformers model with its tokenizer."""
+    """Write a plain transformers model and its tokenizer to `folder`."""
     with quiet_peft():
         module.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 
 
 def _plain(name: str) -> str:
-    """peft's parameter name without the adapter's own name, as its saved files have it."""
+    """Remove the adapter's own name from a parameter name, as peft does in its saved files."""
     name = name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.default.weight") else name
     return name.replace(".default.", ".").removesuffix(".default")
 
 
 def _base_name(name: str) -> str:
-    """A base weight's name without the wrapper that peft put around its layer."""
+    """Remove peft's wrapper from the name of a base weight."""
     return name.replace(".base_layer.", ".")
 
 
 @contextlib.contextmanager
 def quiet_peft() -> Iterator[None]:
-    """No progress bars, and no word about a name of transformers that peft still asks by and that is on its way out."""
+    """Silence progress bars, and the warning about a transformers name that peft still uses and that is deprecated."""
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft sees GPT-2's layers and mends it
+        warnings.filterwarnings("ignore", message="fan_in_fan_out is set to")  # peft corrects it for GPT-2's layers
         yield

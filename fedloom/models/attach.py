@@ -10,10 +10,10 @@ import torch
 from peft import PeftConfig, get_peft_model
 
 from fedloom.common.errors import UserError
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.models import virtual_tokens as virtual
 from fedloom.models.adapters import AdaptedModel, quiet_peft
-from fedloom.models.layers import chosen_layers, targets_within
+from fedloom.models.layers import layer_prefixes, restrict_targets
 from fedloom.models.loading import Base, load_base
 from fedloom.recipe.adapter import METHODS, AdapterConfig
 from fedloom.recipe.recipe import ModelConfig
@@ -40,18 +40,20 @@ def attach(base: Base, config: AdapterConfig, seed: int, within: Sequence[str] |
             f"adapter.{config.trains_base} trains weights of the base, which are {base.model.dtype} here: "
             "set model.dtype=float32"
         )
-    within = chosen_layers(base.model, config.layers, within)
+    within = layer_prefixes(base.model, config.layers, within)
     if config.method == "full":
         for name, parameter in base.model.named_parameters():
             parameter.requires_grad_(within is None or name.startswith(tuple(within)))
         return AdaptedModel(base.model.eval(), base)
     if within is not None:
-        config = config.model_copy(update={"target_modules": targets_within(base.model, config.target_modules, within)})
+        config = config.model_copy(
+            update={"target_modules": restrict_targets(base.model, config.target_modules, within)}
+        )
     try:
-        with forked_torch(seed, "init"), quiet_peft():
+        with fork_torch(seed, "init"), quiet_peft():
             width = base.model.get_input_embeddings().weight.shape[1]
             module = get_peft_model(base.model, peft_config(config, width))
-            virtual.start(module, base, config)
+            virtual.initialise(module, base, config)
     except ValueError as error:
         first = str(error).splitlines()[0]
         what = (
@@ -99,6 +101,6 @@ class Models:
             self._adapted = self.finish(made) if self.finish else made
         return self._adapted
 
-    def holding(self, adapted: AdaptedModel) -> Models:
+    def with_adapted(self, adapted: AdaptedModel) -> Models:
         """The same base, with another live adapter in it."""
         return replace(self, _base=self.base(), _adapted=adapted)

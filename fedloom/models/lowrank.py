@@ -1,8 +1,8 @@
-"""Arithmetic on low-rank updates ΔW = s·B·A that never forms the dense out × in product.
+"""Arithmetic on low-rank updates ΔW = s·B·A that never computes the dense product [out, in].
 
-Legend: A [r, in], B [out, r]. A sum of products Σ c_k B_k A_k is kept as two stacks, B = [c_1 B_1 | c_2 B_2 | …]
-[out, R] and A = [A_1; A_2; …] [R, in]; norms and singular values of it come from QR of the stacks and from R × R
-matrices. This file does not know which algorithm asks.
+Legend: A [r, in], B [out, r]. A sum of products Σ c_k B_k A_k is stored as two stacks, B = [c_1 B_1 | c_2 B_2 | …]
+[out, R] and A = [A_1; A_2; …] [R, in]. Its norms and singular values come from QR of the stacks and from R × R
+matrices. This file does not know which algorithm uses it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """QR, SVD, solve and products of thin matrices round differently with the number of threads; these must not."""
+    """Run a block on one thread: thin QR, SVD, solve and products round differently with the number of threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -29,7 +29,7 @@ A_END, B_END = ".lora_A.weight", ".lora_B.weight"
 
 
 @dataclass(frozen=True)
-class Pair:
+class LoraPair:
     """The names of one LoRA module's two factors, and of the base weight that they change."""
 
     a: str
@@ -37,8 +37,8 @@ class Pair:
     weight: str
 
 
-def pairs(names: Iterable[str]) -> list[Pair]:
-    """The LoRA modules among `names`, in order. Raises ValueError where a factor lacks its partner."""
+def find_lora_pairs(names: Iterable[str]) -> list[LoraPair]:
+    """Find the LoRA modules among `names`, in order. Raises ValueError if a factor lacks its partner."""
     present = list(names)
     found = []
     for a in present:
@@ -46,36 +46,39 @@ def pairs(names: Iterable[str]) -> list[Pair]:
             continue
         stem = a.removesuffix(A_END)
         if stem + B_END not in present:
-            raise ValueError(f"{a} has no {stem + B_END} beside it")
-        found.append(Pair(a, stem + B_END, stem.removeprefix("base_model.model.") + ".weight"))
+            raise ValueError(f"the LoRA factor {a} has no partner {stem + B_END}: an adapter needs both")
+        found.append(LoraPair(a, stem + B_END, stem.removeprefix("base_model.model.") + ".weight"))
     return found
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """B·A with B [out, R], A [R, in], both in one dtype."""
+    """The product B·A with B [out, R], A [R, in], both of one dtype."""
 
     b: torch.Tensor
     a: torch.Tensor
 
     @classmethod
-    def total(cls, terms: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> LowRank:
-        """Σ c·B·A over (c, B, A): the stacks."""
+    def stack(cls, terms: Iterable[tuple[float, torch.Tensor, torch.Tensor]]) -> LowRank:
+        """Stack terms (c, B, A): the result stands for Σ c·B·A."""
         listed = list(terms)
         return cls(torch.cat([c * b for c, b, _ in listed], dim=1), torch.cat([a for _, _, a in listed], dim=0))
 
     def plus(self, other: LowRank, factor: float = 1.0) -> LowRank:
-        """self + factor · other."""
+        """Return self + factor · other, as stacks."""
         return LowRank(torch.cat([self.b, factor * other.b], dim=1), torch.cat([self.a, other.a], dim=0))
 
     @one_thread()
     def norm(self) -> float:
-        """Frobenius norm of the product, through QR of both stacks (a difference of nearly equal products stays exact)."""
+        """Return the Frobenius norm of the product, by QR of both stacks.
+
+        A difference of nearly equal products is exact.
+        """
         return float(torch.linalg.matrix_norm(self._core()[1]))
 
     @one_thread()
     def svd(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(U [out, k], S [k], Vh [k, in]) of the product, k ≤ R; signs fixed so that equal input gives equal output."""
+        """Return (U [out, k], S [k], Vh [k, in]) of the product, k ≤ R. Signs are fixed: equal input, equal output."""
         qb, core, qa = self._core()
         u, s, vh = torch.linalg.svd(core, full_matrices=False)
         at = u.abs().argmax(dim=0)
@@ -83,8 +86,11 @@ class LowRank:
         signs[signs == 0] = 1
         return qb @ (u * signs), s, (vh * signs[:, None]) @ qa.T
 
-    def truncated(self, rank: int) -> LowRank:
-        """The best approximation of rank `rank` (Eckart–Young): B = U√S, A = √S Vh, padded with zeros where k < rank."""
+    def truncate(self, rank: int) -> LowRank:
+        """Return the best approximation of rank `rank` (Eckart–Young).
+
+        B = U√S, A = √S Vh, padded with zeros if k < rank.
+        """
         u, s, vh = self.svd()
         root = s[:rank].sqrt()
         b, a = u[:, :rank] * root, root[:, None] * vh[:rank]
@@ -95,7 +101,7 @@ class LowRank:
         return LowRank(b, a)
 
     def compact(self, tolerance: float = 1e-7) -> LowRank:
-        """The same product with as few columns as it needs: what is dropped has at most `tolerance` of its norm."""
+        """Return the same product with as few columns as possible. The rest has at most `tolerance` of the norm."""
         u, s, vh = self.double().svd()
         tail = s.square().flip(0).cumsum(0).flip(0).sqrt()  # tail[i] = ‖s[i:]‖
         rank = int((tail > tolerance * tail[:1]).sum())
@@ -110,42 +116,44 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Columns of B: the rank of the product is at most this."""
+        """Columns of B; the rank of the product is at most this."""
         return self.b.shape[1]
 
     @one_thread()
     def dense(self) -> torch.Tensor:
-        """The product itself: for tests and for merging into a weight, not for aggregation."""
+        """Return the product itself [out, in]: for tests and for merging into a weight, not for aggregation."""
         return self.b @ self.a
 
     def _core(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(Q_B, R_B R_Aᵀ, Q_A) with B·A = Q_B · core · Q_Aᵀ."""
+        """Return (Q_B, core, Q_A) with core = R_B R_Aᵀ and B·A = Q_B · core · Q_Aᵀ."""
         qb, rb = torch.linalg.qr(self.b)
         qa, ra = torch.linalg.qr(self.a.T)
         return qb, rb @ ra.T, qa
 
 
 @one_thread()
-def leading(matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 8) -> LowRank:
-    """The leading `rank` singular directions of a matrix that is not given as factors, by subspace iteration.
+def subspace_iteration(matrix: torch.Tensor, rank: int, generator: torch.Generator, rounds: int = 8) -> LowRank:
+    """Approximate a matrix by its leading `rank` singular directions, by subspace iteration.
 
-    Halko et al., arXiv 0909.4061, Algorithm 4.4, with 8 directions to spare; exact where the matrix has no more. The
-    result is balanced as in `LowRank.truncated`.
+    Halko et al., arXiv 0909.4061, Algorithm 4.4, with 8 extra directions; exact if the matrix has no more than those.
+    The
+    result is balanced as in `LowRank.truncate`.
 
     Args:
         matrix: [out, in], float64.
         generator: draws the first directions.
+        rounds: iterations.
     """
     width = min(rank + 8, *matrix.shape)
     start = torch.randn(matrix.shape[1], width, generator=generator, dtype=matrix.dtype)
     basis = torch.linalg.qr(matrix @ start)[0]
     for _ in range(rounds):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis)[0])[0]
-    return LowRank(basis, basis.T @ matrix).truncated(rank)
+    return LowRank(basis, basis.T @ matrix).truncate(rank)
 
 
 def relative_gap(result: Mapping[str, LowRank], exact: Mapping[str, LowRank]) -> float:
-    """‖result − exact‖ / ‖exact‖ over all weights together (Frobenius); 0 where both are zero."""
+    """Return ‖result − exact‖ / ‖exact‖ over all weights together (Frobenius); 0 if both are zero."""
     gap = sum(exact[w].plus(result[w], -1.0).norm() ** 2 if w in result else exact[w].norm() ** 2 for w in exact)
     size = sum(low.norm() ** 2 for low in exact.values())
     return float((gap / size) ** 0.5) if size else float(gap**0.5)

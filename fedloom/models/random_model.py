@@ -1,7 +1,7 @@
-"""A Llama of five thin layers with random weights and one token a byte: it learns little, and runs in no time.
+"""A Llama of five thin layers with random weights and one token per byte: it learns little and runs very fast.
 
-For trying a recipe, an algorithm or a benchmark from end to end without a download. Made from a seed, so that it is the
-same everywhere. Five layers, so that algorithms that cut the model have layers to cut.
+Use it to try a recipe, an algorithm or a benchmark from end to end without a download. The weights come from a seed, so
+they are the same everywhere. It has five layers, enough for algorithms that cut the model.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 VOCABULARY = 300
 
 
-def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
-    """One token a byte, ids from 3; <pad>, <s>, </s> are 0, 1, 2, and a text begins with <s> as Llama's do."""
+def build_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per byte, ids from 3; <pad>, <s>, </s> are 0, 1, 2.
+
+    A text begins with <s>, as Llama's do.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -32,8 +35,8 @@ def tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     return made
 
 
-def made(folder: Path) -> Path:
-    """The model in `folder`, made there where it is not yet; several processes may ask at once."""
+def build_model(folder: Path) -> Path:
+    """Build the model in `folder` unless it is there, and return `folder`. Several processes may call this at once."""
     if not (folder / "config.json").is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
         begun = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
@@ -54,7 +57,7 @@ def made(folder: Path) -> Path:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             LlamaForCausalLM(config).save_pretrained(begun)
-        tokenizer().save_pretrained(begun)
+        build_tokenizer().save_pretrained(begun)
         try:
             begun.rename(folder)
         except OSError:  # another process was first

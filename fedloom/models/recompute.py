@@ -1,10 +1,11 @@
-"""Training in less memory for the same result: what a forward pass would keep for backward is computed a second time.
+"""Train in less memory with the same result: compute what a forward pass would store for backward a second time.
 
-    recomputing  each layer keeps its input (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174)
-    chunks       the head and the loss are taken for a few supervised tokens at a time; of each only the hidden state is kept
+    recompute  each layer stores its input (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv
+    1604.06174)
+    chunks     head and loss are computed for a few supervised tokens at a time; only the hidden states are stored
 
-Both call the same operations on the same numbers in the same order of layers, and dropout draws the same masks again. This
-file does not know who trains.
+Both run the same operations on the same numbers in the same order of layers, and dropout draws the same masks again.
+This file does not know who trains.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ if TYPE_CHECKING:
     from fedloom.models.adapters import AdaptedModel
 
 
-def can_recompute(model: AdaptedModel, packed: bool) -> str:
-    """Why this model's layers cannot be computed again; empty where they can."""
+def recompute_obstacle(model: AdaptedModel, packed: bool) -> str:
+    """Return why this model's layers cannot be recomputed; empty if they can."""
     if not getattr(model.causal_lm, "supports_gradient_checkpointing", False):
-        return "this model does not say how its layers are computed again"
-    if model.prefixed and not packed:  # transformers drops a cache, which the prefix is there, without an error
-        return "a prefix in padded batches is a cache, which layers that are computed again do not take"
+        return "this model does not support gradient checkpointing"
+    if model.prefixed and not packed:  # the prefix is a cache, which transformers drops here without an error
+        return "a prefix in padded batches is a cache, and recomputed layers take no cache"
     return ""
 
 
 @contextmanager
-def sparing(model: AdaptedModel, recompute: bool, chunk: int | None) -> Iterator[None]:
-    """Training in this block keeps less."""
+def save_memory(model: AdaptedModel, recompute: bool, chunk: int | None) -> Iterator[None]:
+    """Store less for backward in this block: recompute layers, and compute the loss in chunks of `chunk` tokens."""
     if recompute:
         model.causal_lm.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.loss_chunk = chunk
@@ -46,14 +47,14 @@ def sparing(model: AdaptedModel, recompute: bool, chunk: int | None) -> Iterator
 
 
 def plain_forward(layer: type) -> Callable[..., Any]:
-    """A layer's forward, without what transformers puts around it so that it can be computed again."""
+    """Return a layer class's forward without the wrapper by which transformers recomputes it."""
     forward: Any = layer.forward  # type: ignore[attr-defined]
     plain: Callable[..., Any] = forward.__wrapped__ if issubclass(layer, GradientCheckpointingLayer) else forward
     return plain
 
 
 class _Hidden(torch.nn.Module):
-    """Stands in for the head and hands the hidden states on."""
+    """A replacement of the head that returns the hidden states."""
 
     def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
@@ -64,10 +65,10 @@ class _Hidden(torch.nn.Module):
 
 
 @contextmanager
-def headless(model: AdaptedModel) -> Iterator[torch.nn.Module]:
-    """In this block the model's logits are the hidden states before its head, which is given."""
+def without_head(model: AdaptedModel) -> Iterator[torch.nn.Module]:
+    """Make the model's logits its last hidden states in this block, and yield the head."""
     head: Any = model.causal_lm.get_output_embeddings()
-    owner, name = _place(model.causal_lm, head)
+    owner, name = _find_place(model.causal_lm, head)
     setattr(owner, name, _Hidden(head))
     try:
         yield head
@@ -75,7 +76,7 @@ def headless(model: AdaptedModel) -> Iterator[torch.nn.Module]:
         setattr(owner, name, head)
 
 
-def _place(module: torch.nn.Module, wanted: torch.nn.Module) -> tuple[torch.nn.Module, str]:
+def _find_place(module: torch.nn.Module, wanted: torch.nn.Module) -> tuple[torch.nn.Module, str]:
     for name, child in module.named_modules():
         if child is wanted:
             parent, _, last = name.rpartition(".")
@@ -84,7 +85,10 @@ def _place(module: torch.nn.Module, wanted: torch.nn.Module) -> tuple[torch.nn.M
 
 
 def chunked_losses(head: torch.nn.Module, hidden: torch.Tensor, labels: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Cross-entropy of each label, [S] float32, from hidden [S, width]; at most `chunk` rows of logits are ever there."""
+    """Compute the cross-entropy of each label, [S] float32, from hidden [S, width].
+
+    At most `chunk` rows of logits exist at a time.
+    """
 
     def losses(states: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return cross_entropy(head(states).float(), wanted, reduction="none")

@@ -1,8 +1,10 @@
-"""The model as it was before any training, on the weights that are there: no second model, no second copy of weights.
+"""The model as it was before any training, without a second model or a second copy of weights.
 
-The adapter is switched off (peft's own switch; virtual tokens are left out), a base delta is taken out, and whatever of
-the base itself trains (full fine-tuning, biases) changes places with what the seed's adapter was. All of it is undone bit
-for bit afterwards. This file does not know what the reference is used for.
+peft switches the adapter off, virtual tokens are left out, and a base delta is taken out. Weights of the base that
+train
+(full fine-tuning, biases) are swapped with their initial values. Afterwards everything is restored bit for bit. This
+file
+does not know what the reference is used for.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ from fedloom.models.adapters import AdaptedModel
 
 @contextmanager
 def reference(model: AdaptedModel) -> Iterator[None]:
-    """In this block `model` is its reference, without dropout and without gradients. Not between forward and backward."""
+    """Make `model` its own reference in this block, without dropout and gradients.
+
+    Do not use it between a forward pass and its backward pass.
+    """
     training = model.module.training
     virtual = model.virtual_tokens, model.prefixed
     with ExitStack() as undo, torch.no_grad():

@@ -28,7 +28,7 @@ def export_merged(config: ModelConfig, adapter: Path, folder: Path) -> None:
 
     Raises UserError for an adapter that is no change of weights.
     """
-    merged = merged_base(config, adapter)
+    merged = merge_adapter(config, adapter)
     save_model(merged.model, merged.tokenizer, folder)
 
 
@@ -37,18 +37,18 @@ def export_gguf(config: ModelConfig, adapter: Path, path: Path, dtype: str, name
 
     Raises UserError for an adapter that is no change of weights and for what GGUF cannot hold; before anything is merged.
     """
-    from fedloom.models.gguf.model import architecture, write_gguf
+    from fedloom.models.gguf.model import find_architecture, write_gguf
     from fedloom.models.gguf.vocabulary import Vocabulary
 
     check_mergeable(adapter)
-    base = _as_model(config, adapter) if _holds_model(adapter) else config
+    base = _model_config(config, adapter) if _is_model(adapter) else config
     settings = load_config(base)
-    architecture(settings)
+    find_architecture(settings)
     vocabulary = Vocabulary.of(load_tokenizer(base), settings.vocab_size)
-    write_gguf(merged_base(config, adapter).model, vocabulary, path, dtype, name)
+    write_gguf(merge_adapter(config, adapter).model, vocabulary, path, dtype, name)
 
 
-def merged_base(config: ModelConfig, adapter: Path) -> Base:
+def merge_adapter(config: ModelConfig, adapter: Path) -> Base:
     """The base with the adapter (and the base delta) in its weights.
 
     The adapter of a quantised base is merged into the weights that it was trained on: the dequantised ones.
@@ -56,9 +56,9 @@ def merged_base(config: ModelConfig, adapter: Path) -> Base:
     Raises UserError for an adapter that is no change of weights.
     """
     check_mergeable(adapter)
-    config = anywhere(config)
-    if _holds_model(adapter):
-        return load_base(_as_model(config, adapter), "cpu")
+    config = allow_any_attention(config)
+    if _is_model(adapter):
+        return load_base(_model_config(config, adapter), "cpu")
     base = load_base(config, "cpu")
     dequantise_model(base.model, getattr(torch, config.dtype))
     delta = load_base_delta(adapter)
@@ -71,7 +71,7 @@ def merged_base(config: ModelConfig, adapter: Path) -> Base:
 
 def check_mergeable(adapter: Path) -> None:
     """Raises UserError for an adapter that is no change of weights."""
-    if _holds_model(adapter):
+    if _is_model(adapter):
         return
     kind = PeftConfig.from_pretrained(str(adapter))
     if kind.is_prompt_learning:
@@ -86,9 +86,9 @@ def load_adapted(config: ModelConfig, adapter: Path, device: str) -> AdaptedMode
 
     It is for use: where peft keeps a prompt without the network that made it, the prompt itself is the adapter.
     """
-    config = anywhere(config)
-    if _holds_model(adapter):
-        return attach(load_base(_as_model(config, adapter), device), AdapterConfig(method="full"), 0)
+    config = allow_any_attention(config)
+    if _is_model(adapter):
+        return attach(load_base(_model_config(config, adapter), device), AdapterConfig(method="full"), 0)
     base = load_base(config, device)
     if not (adapter / "adapter_config.json").is_file():
         raise UserError(f"{adapter} holds no adapter: expected adapter_config.json, as `fedloom run` and peft write it")
@@ -103,17 +103,17 @@ def load_adapted(config: ModelConfig, adapter: Path, device: str) -> AdaptedMode
     return model
 
 
-def _holds_model(folder: Path) -> bool:
+def _is_model(folder: Path) -> bool:
     """Whether a result is a whole model (full fine-tuning), not an adapter."""
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
 
 
-def anywhere(config: ModelConfig) -> ModelConfig:
+def allow_any_attention(config: ModelConfig) -> ModelConfig:
     """The kernel that a run trained with is no condition of its result: where it is not to be had, another one serves."""
     return config if config.attention == "sdpa" else config.model_copy(update={"attention": "auto"})
 
 
-def _as_model(config: ModelConfig, folder: Path) -> ModelConfig:
+def _model_config(config: ModelConfig, folder: Path) -> ModelConfig:
     return config.model_copy(update={"name": str(folder), "revision": None, "quantization": None})
 
 

@@ -1,14 +1,18 @@
 """Virtual tokens: what prompt tuning, P-tuning and prefix tuning put in front of every sequence.
 
-A prompt is v embeddings [v, width] (Lester et al., arXiv 2104.08691; made by a small network in P-tuning, Liu et al.,
-arXiv 2103.10385); a prefix is the keys and values of v positions in every layer (Li and Liang, arXiv 2101.00190). peft
-holds and makes them; here they meet batches:
+A prompt is v embeddings [v, width] (Lester et al., arXiv 2104.08691; P-tuning computes them by a small network, Liu et
+al., arXiv 2103.10385). A prefix is the keys and values of v positions in every layer (Li and Liang, arXiv 2101.00190).
+peft stores and computes them; this file puts them into batches:
 
-    packed   a prompt's embeddings stand at the head of every segment, positions from 0; a prefix's keys and values are
-             seen by every segment's attention (models/attention/packed.py), positions from v. One prompt serves the
-             batch, so its gradients add up over the segments.
-    answers  in front of left padding that nothing attends to, positions counted without it, so that an answer does not
-             depend on which questions share its batch (peft's own generation counts the padding under prompt tuning).
+    packed   A prompt's embeddings start every segment, with positions from 0. A prefix's keys and
+    values
+             are visible to every segment's attention (models/attention/packed.py), whose positions start at v. One
+             prompt
+             serves the batch, so its gradients add up over the segments.
+    answers  Virtual tokens come before left padding that nothing attends to, and positions do not count the padding.
+    So
+             an answer does not depend on the other questions in its batch. (peft's own generation counts the padding
+             under prompt tuning.)
 
 This file does not know what trains them.
 """
@@ -58,9 +62,10 @@ def with_virtual_tokens(model: AdaptedModel, batch: Batch, inputs: Mapping[str, 
 
 
 def answer_starts(model: AdaptedModel, width: int) -> int:
-    """How many ids in front of an answer generation gives back, for questions of `width` ids.
+    """Return how many ids come before the answer in generation's output, for questions of `width` ids.
 
-    Of a prompt's embeddings it knows no ids, and gives back none at all; of a prefix it wants to see them.
+    For a prompt of embeddings generation returns no ids of the question; for a prefix it returns ids for the prefix
+    too.
     """
     if not model.virtual_tokens:
         return width
@@ -71,17 +76,20 @@ def answer_starts(model: AdaptedModel, width: int) -> int:
 def generate(
     model: AdaptedModel, ids: torch.Tensor, mask: torch.Tensor, config: GenerationConfig, **how: Any
 ) -> torch.Tensor:
-    """What the live model says after each row of left-padded ids [rows, L]: [rows, new], without the question.
+    """Generate an answer to each row of left-padded ids [rows, L]: returns [rows, new], without the question.
 
     Args:
-        how: what else transformers' `generate` takes, such as stopping criteria.
+        ids: [rows, L], padded on the left.
+        mask: [rows, L], 1 at real tokens.
+        config: transformers' settings of generation.
+        how: further arguments of transformers' `generate`, such as stopping criteria.
     """
     v, rows = model.virtual_tokens, len(ids)
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if v:
         inputs["attention_mask"] = torch.cat([mask.new_ones(rows, v), mask], dim=1)
         prompt = model.module.get_prompt(batch_size=rows)
-        if model.prefixed:  # a cache of v positions, of which generation wants to see ids too
+        if model.prefixed:  # a cache of v positions, for which generation needs ids too
             inputs["input_ids"] = torch.cat([ids.new_full((rows, v), config.pad_token_id or 0), ids], dim=1)
             inputs["past_key_values"] = prompt
         else:
@@ -93,12 +101,14 @@ def generate(
 
 
 @torch.no_grad()
-def start(module: Any, base: Base, config: AdapterConfig) -> None:
-    """Give fresh virtual tokens a start from which a model can learn, in peft's `module`.
+def initialise(module: Any, base: Base, config: AdapterConfig) -> None:
+    """Initialise new virtual tokens in peft's `module` so that a model can learn from them.
 
-    peft draws them from N(0, 1), which a model takes for noise (loss 9.9 for a prefix where the base has 1.6). Here
-    they start as tokens; a prefix as the keys and values that the base itself has for them. Draws from torch's global
-    generator. A prompt that a network makes keeps the network's own start.
+    peft draws them from N(0, 1), which is noise to a model (loss 9.9 for a prefix where the base has 1.6). Here they
+    start
+    as tokens; a prefix starts as the base's own keys and values for tokens. Draws from torch's global generator. A
+    prompt
+    that a network computes keeps the network's own start.
     """
     if config.method not in {"prompt_tuning", "prefix_tuning"} or config.prefix_projection:
         return
@@ -111,15 +121,15 @@ def start(module: Any, base: Base, config: AdapterConfig) -> None:
     if config.method == "prompt_tuning":
         weight.copy_(module.word_embeddings(ids))
         return
-    cache = DynamicCache()  # of no configuration: a sliding window would keep the last positions alone
-    with attention.using(base.model, attention.plain(base.model)):
+    cache = DynamicCache()  # without a configuration: a sliding window would keep only the last positions
+    with attention.use_attention(base.model, attention.default_attention(base.model)):
         base.model(input_ids=ids[None], past_key_values=cache, use_cache=True)
     states = [part[0] for layer in cache.layers for part in (layer.keys, layer.values)]  # each [heads, v, d]
     weight.copy_(torch.stack(states).permute(2, 0, 1, 3).reshape(weight.shape))
 
 
 def _first_tokens(base: Base, config: AdapterConfig) -> torch.Tensor:
-    """[v] ids: those of init_text, over and over, or drawn from the vocabulary without its special tokens."""
+    """Return [v] ids: those of init_text, repeated, or drawn from the vocabulary without its special tokens."""
     v = config.virtual_tokens
     if config.init == "text":
         assert config.init_text is not None

@@ -1,4 +1,4 @@
-"""The built-in recipes, and how a recipe is found by its name."""
+"""The built-in recipes, and how to find a recipe by its name."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from fedloom.common.errors import UserError, suggest
 
 
 def recipes_folder() -> Path:
-    """The folder of the built-in recipes: inside an installed package, beside it in a checkout."""
+    """Return the folder of the built-in recipes: inside an installed package, next to it in a checkout."""
     packaged = Path(__file__).parent / "builtin"
     return packaged if packaged.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def builtin_recipes() -> dict[str, Path]:
-    """Name → file of every built-in recipe, the quickstart first."""
+    """Return name → file of every built-in recipe, the quickstart first."""
     found = {path.stem: path for path in recipes_folder().glob("*.yaml")}
     return dict(sorted(found.items(), key=lambda item: (item[0] != "quickstart", item[0])))
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The file behind a recipe's name, its path, or a run's folder. Raises UserError."""
+    """Return the file of a recipe's name, its path, or a run's folder. Raises UserError."""
     builtin = builtin_recipes()
     if str(source) in builtin:
         return builtin[str(source)]
     path = Path(source)
-    if (path / "recipe.yaml").is_file():  # a run's folder: the recipe that it was run with
+    if (path / "recipe.yaml").is_file():  # a run's folder has the recipe of the run
         return path / "recipe.yaml"
     if path.is_file():
         return path

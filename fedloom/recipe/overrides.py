@@ -1,4 +1,4 @@
-"""Recipe keys and values as people type them: `train.lr=1e-3` on a command line, a bare string for a section."""
+"""Parse recipe keys and values as people type them: `train.lr=1e-3` on a command line, a bare string for a section."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedloom.common.yaml import _Dumper, _Loader, load_yaml
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``["train.lr=1e-3"]`` → ``{"train.lr": 0.001}``; values are read as YAML. Raises UserError."""
+    """Parse ``["train.lr=1e-3"]`` → ``{"train.lr": 0.001}``; values are YAML. Raises UserError."""
     values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
@@ -39,7 +39,7 @@ def nested_copy(values: Mapping[str, Any]) -> dict[str, Any]:
     return {k: nested_copy(v) if isinstance(v, Mapping) else v for k, v in values.items()}
 
 
-#: Sections that may be written as a bare string, and the key that the string stands for.
+#: Section that may be a bare string → the key that the string sets.
 _SHORTHAND = {"model": "name", "algorithm": "name"}
 
 
@@ -58,14 +58,14 @@ def set_dotted(values: dict[str, Any], dotted: str, value: Any) -> None:
     if len(keys) == 1 and last in _SHORTHAND and isinstance(value, str) and isinstance(values.get(last), dict):
         values[last] = {**values[last], _SHORTHAND[last]: value}
         return
-    # train.steps=… on the command line replaces a recipe's train.epochs, and the other way round.
+    # train.steps=… on the command line replaces a recipe's train.epochs, and vice versa.
     other = {"steps": "epochs", "epochs": "steps"}.get(last)
     if keys[:-1] == ["train"] and other and value is not None:
         values[other] = None
     values[last] = value
 
 
-#: What Hugging Face, PEFT and Flower call a key of ours.
+#: Key in Hugging Face, PEFT or Flower → the recipe's key.
 KNOWN_AS = {
     "learning_rate": "train.lr",
     "per_device_train_batch_size": "train.batch_size",
@@ -101,7 +101,7 @@ KNOWN_AS = {
 
 
 def nearest_key(where: str, valid: Sequence[str]) -> str:
-    """The end of a sentence about an unknown key: what it is called here, the nearest key, or its section's keys."""
+    """Return the end of a sentence about an unknown key: its name here, the nearest key, or its section's keys."""
     section, _, last = where.rpartition(".")
     alias = difflib.get_close_matches(last, KNOWN_AS, n=1, cutoff=0.9)
     siblings = [k for k in valid if k.rpartition(".")[0] == section]

@@ -19,7 +19,7 @@ from jinja2 import ChainableUndefined, Environment, PackageLoader
 from markupsafe import Markup
 
 from fedloom.common.errors import UserError
-from fedloom.data.heterogeneity import difference
+from fedloom.data.heterogeneity import describe_difference
 from fedloom.reporting import charts, formats, matrix, svg
 from fedloom.reporting import differences as settings
 from fedloom.reporting.loaded_run import FILES, LoadedRun, read_run
@@ -84,7 +84,7 @@ def run_view(run: LoadedRun) -> dict[str, Any]:
         "bytes": figure(charts.bytes_chart(events), 250, wide=NARROW + 68),
         "seconds": figure(charts.seconds_chart(events), 250, wide=NARROW + 68),
         "split": split and {"caption": split.caption(), **_matrix(split)},
-        "different": difference(run.split.get("heterogeneity")),
+        "different": describe_difference(run.split.get("heterogeneity")),
         "split_rows": _split_rows(run.split) if split and not split.thin else [],
         "pooled": any(e["pooled"] for e in run.events_of("evaluation")),
         "failures": run.events_of("client_failed"),

@@ -113,7 +113,7 @@ def _memory_gb() -> float | None:
 
 
 def _cache() -> Iterator[Check]:
-    home = cache_folder.home()
+    home = cache_folder.cache_home()
     place = home
     while not place.exists():
         place = place.parent

@@ -26,7 +26,7 @@ from fedloom.data.federated import FederatedData
 from fedloom.federation.client import Client
 from fedloom.federation.workplace import open_client, open_models, open_template
 from fedloom.messages import wire
-from fedloom.messages.at_rest import packed, unpacked
+from fedloom.messages.at_rest import decode_state, encode_state
 from fedloom.messages.types import Payload
 from fedloom.recipe.recipe import Recipe
 from fedloom.runtimes import versions
@@ -72,10 +72,10 @@ class Carried:
         self.goes: bytes | None = None
 
     def load(self, client: str, up_to: int) -> dict[str, Payload]:
-        return unpacked(self.came)
+        return decode_state(self.came)
 
     def save(self, client: str, round: int, state: Mapping[str, Payload]) -> None:
-        self.goes = packed(state)
+        self.goes = encode_state(state)
 
 
 class Host:

@@ -45,7 +45,7 @@ def recipe(folder: Path, values: Mapping[str, Any]) -> Recipe:
         values: dotted keys of the recipe that differ.
     """
     with redirect_stderr(StringIO()):  # a progress bar
-        model = random_model.made(folder / "model")
+        model = random_model.build_model(folder / "model")
     plain: dict[str, Any] = {
         "name": "check",
         "model": str(model),

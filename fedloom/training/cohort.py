@@ -27,10 +27,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.layout import Adapter
-from fedloom.models.lowrank import pairs
+from fedloom.models.lowrank import find_lora_pairs
 from fedloom.training.lockstep import Runner, stop_all
 
 T = TypeVar("T")
@@ -137,7 +137,7 @@ class Cohort:
         self._running = dict(enumerate(runners))
         self._model.module.train()
         try:
-            with self._grouped(), forked_torch(0, "dropout"):  # each job forks it too, but they do not end in order
+            with self._grouped(), fork_torch(0, "dropout"):  # each job forks it too, but they do not end in order
                 while self._running:
                     for number in [n for n in self._running if n not in self._asked and n not in self._settled]:
                         self._running[number].go_on()
@@ -255,7 +255,7 @@ def lora_layers(model: AdaptedModel) -> list[_Found]:
             (layout.offsets[p.a], layout.shapes[p.a]),
             (layout.offsets[p.b], layout.shapes[p.b]),
         )
-        for p in pairs(layout.names)
+        for p in find_lora_pairs(layout.names)
     ]
 
 

@@ -33,14 +33,14 @@ import torch
 from fedloom.common import cache_folder
 from fedloom.common.environment import cpp_compiler
 from fedloom.common.errors import UserError
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.data.batching import Batch, collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.attention.packed import Sealed
+from fedloom.models.attention.packed import Opaque
 from fedloom.models.forward import token_losses
 from fedloom.models.layers import find_layers
-from fedloom.models.recompute import plain_forward, sparing
+from fedloom.models.recompute import plain_forward, save_memory
 from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.precision import autocast
 
@@ -82,7 +82,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     if not (torch.is_grad_enabled() and hidden.requires_grad):  # below what trains, or the first layer: further code
         return type(layer).forward(layer, *args, **kwargs)
     code = _code(plain_forward(type(layer)))
-    sealed = {name: Sealed(kwargs[name]) for name in SEALED if name in kwargs}
+    sealed = {name: Opaque(kwargs[name]) for name in SEALED if name in kwargs}
     call = partial(code, layer, **{**kwargs, **sealed})
     if (
         getattr(layer, "gradient_checkpointing", False) and layer.training
@@ -94,7 +94,7 @@ def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
 @cache
 def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
     """`forward` compiled, for all layers of one kind in this process. What torch keeps for later ones is the user's own."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder.home() / "compiled"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder.cache_home() / "compiled"))
     options = {"options": {"fallback_random": True}} if BACKEND == "inductor" else {}
     made: Callable[..., Any] = torch.compile(forward, dynamic=True, backend=BACKEND, **options)  # type: ignore[call-overload]
     return made
@@ -153,8 +153,8 @@ def _pass(model: AdaptedModel, batch: Batch, config: TrainConfig, compile: bool)
     model.module.train()
     try:
         with (
-            forked_torch(0, "dropout"),
-            sparing(model, config.checkpointing, config.loss_chunk),
+            fork_torch(0, "dropout"),
+            save_memory(model, config.checkpointing, config.loss_chunk),
             compiled(model, compile),
             autocast(model.device, config.precision),
         ):

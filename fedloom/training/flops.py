@@ -19,7 +19,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.data.batching import Batch
-from fedloom.models.layers import find_layers, first_trained
+from fedloom.models.layers import find_layers, first_trained_layer
 from fedloom.models.quantised import linear_numel
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Flops:
         self._model = ref(model)  # which the table of counts must not keep
         self._full = model.full
         self._frozen = self._trained = 0
-        self._first = first_trained(model)
+        self._first = first_trained_layer(model)
         for module in model.causal_lm.modules():
             if isinstance(module, nn.Linear | Conv1D) and module is not head:  # Conv1D: GPT-2's linear layer
                 if module.weight.requires_grad:
@@ -96,7 +96,7 @@ class Flops:
             return 0
         model = self._model()
         cache = None if model is None else model.prefix
-        if cache is None or model is None or not cache.serves(model):
+        if cache is None or model is None or not cache.fits_model(model):
             return self._tokens(batch) * 2 * self._prefix_weights + self._attention(batch, self._first)
         computed = cache.computed
         return sum(computed) * 2 * self._prefix_weights + self._attended(computed, self._first)

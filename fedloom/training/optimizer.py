@@ -98,7 +98,7 @@ def _mapped(numel: int) -> torch.Tensor:
 
     Raises OSError where the disk has no room for it: a mapped file without room kills the process when it is written.
     """
-    folder = cache_folder.home() / "offload"
+    folder = cache_folder.cache_home() / "offload"
     folder.mkdir(parents=True, exist_ok=True)
     handle, path = tempfile.mkstemp(dir=folder)
     try:

@@ -18,7 +18,7 @@ import torch
 from fedloom.common.errors import ClientFailed
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.recompute import sparing
+from fedloom.models.recompute import save_memory
 from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.compiling import compiled
 from fedloom.training.flops import Flops, flops_of
@@ -248,7 +248,7 @@ def passes(model: AdaptedModel, config: TrainConfig) -> AbstractContextManager[N
 @contextmanager
 def _altered_passes(model: AdaptedModel, config: TrainConfig) -> Iterator[None]:
     with (
-        sparing(model, config.checkpointing, config.loss_chunk),
+        save_memory(model, config.checkpointing, config.loss_chunk),
         compiled(model, config.compile),
         autocast(model.device, config.precision),
     ):

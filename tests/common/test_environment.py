@@ -28,7 +28,7 @@ def test_settings_are_made_before_torch_and_reach_children():
         "print(os.environ['MKL_CBWR'], os.environ['OMP_WAIT_POLICY'], fedloom.common.environment.late_settings());"
         "sys.stdout.flush(); subprocess.run('echo $MKL_CBWR', shell=True)"
     )
-    products = environment.defaults(environment._cpuinfo())["MKL_CBWR"]
+    products = environment.defaults(environment._read_cpuinfo())["MKL_CBWR"]
     assert fresh(code) == f"{products} PASSIVE []\n{products}"
 
 

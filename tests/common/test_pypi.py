@@ -65,11 +65,11 @@ def pin(monkeypatch, sha256: str, member_sha256: str | None = None) -> None:
 
 def test_home_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("FEDLOOM_HOME", str(tmp_path))
-    assert cache_folder.home() == tmp_path
+    assert cache_folder.cache_home() == tmp_path
     monkeypatch.delenv("FEDLOOM_HOME")
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cache_folder.home() == tmp_path / "cache" / "fedloom"
+    assert cache_folder.cache_home() == tmp_path / "cache" / "fedloom"
 
 
 def test_an_unknown_carrier_gets_the_nearest_name():
@@ -83,7 +83,7 @@ def test_fetch_says_what_it_does_and_installs_nothing(index):
     assert carriers.locate("fake") is None
     with heard_by(said.append):
         path = carriers.fetch("fake")
-    assert path == cache_folder.home() / "carriers" / "fake_carrier-1.0-py3-none-any.whl"
+    assert path == cache_folder.cache_home() / "carriers" / "fake_carrier-1.0-py3-none-any.whl"
     assert len(said) == 1 and "fake-carrier==1.0" in said[0] and "1 MB" in said[0] and str(path) in said[0]
     assert carriers.locate("fake") == path
     assert importlib.util.find_spec("fake_carrier") is None
@@ -108,7 +108,7 @@ def test_a_download_with_another_sha256_is_thrown_away(index, monkeypatch):
     pin(monkeypatch, "0" * 64)
     with pytest.raises(UserError, match=r"has sha256 .* where 000000000000… is pinned.*pip config list"):
         carriers.fetch("fake")
-    assert list((cache_folder.home() / "carriers").iterdir()) == []
+    assert list((cache_folder.cache_home() / "carriers").iterdir()) == []
 
 
 @needs_pip

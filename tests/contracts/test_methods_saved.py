@@ -138,7 +138,7 @@ def test_base_deltas_come_and_go_under_every_method(variant):
 def test_a_base_delta_on_a_base_that_is_trained_is_refused():
     model = attached("full")
     model.set_base_delta(None)
-    with pytest.raises(ValueError, match="itself what is trained"):
+    with pytest.raises(ValueError, match="cannot be used with full fine-tuning"):
         model.set_base_delta({"model.layers.1.mlp.down_proj.weight": torch.zeros(WIDTH, 64)})
 
 

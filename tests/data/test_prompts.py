@@ -49,7 +49,7 @@ def model() -> AdaptedModel:
 @torch.no_grad()
 def plain_logits(model: AdaptedModel, ids: list[int]) -> torch.Tensor:
     """[length, vocabulary] through transformers' own attention."""
-    with attention.using(model.causal_lm, "eager"):
+    with attention.use_attention(model.causal_lm, "eager"):
         return model.module(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
@@ -82,13 +82,13 @@ def test_a_generated_answer_is_asked_with_the_training_sequences_prompt(model, s
 @pytest.mark.parametrize("style", STYLES)
 def test_the_right_choice_is_scored_as_its_training_sequence(model, style, monkeypatch):
     given: list[tuple[list[int], int]] = []
-    batched = scoring.batches_by_length
+    batched = scoring.batch_by_length
 
     def spy(sequences, size, **options):
         given.extend((s.ids.tolist(), s.prompt) for s in sequences)
         return batched(sequences, size, **options)
 
-    monkeypatch.setattr(scoring, "batches_by_length", spy)
+    monkeypatch.setattr(scoring, "batch_by_length", spy)
     asked = Example("Which is a bird?", "", "B. owl", "birds", choices=("dog", "owl", "eel"))
     choose(model, template(style), [asked], batch_size=2, max_length=1000)
     trained = tokenise(corpus((asked,)), template(style), 1000, None)[0]

@@ -14,7 +14,7 @@ from scipy.spatial.distance import jensenshannon
 from fedloom.common.errors import UserError
 from fedloom.data.clusters import clustered
 from fedloom.data.corpus import Corpus, Example
-from fedloom.data.heterogeneity import difference, gini, heterogeneity, jensen_shannon
+from fedloom.data.heterogeneity import describe_difference, gini, heterogeneity, jensen_shannon
 from fedloom.data.splitters import partition
 from fedloom.recipe.recipe import SplitConfig
 
@@ -152,8 +152,11 @@ def test_the_two_numbers_at_their_ends():
     by_hand = math.sqrt(0.5 * math.log2(4 / 3) + 0.5 * (0.5 * math.log2(2 / 3) + 0.5))
     assert apart["categories"] == pytest.approx(by_hand)
     assert heterogeneity([{"a": 3}, {"a": 9}]) == {"categories": None, "sizes": pytest.approx(0.25)}
-    assert difference(apart) == f"how different clients are, 0 alike to 1: {by_hand:.2f} in categories, 0.00 in size"
-    assert difference(None) == ""
+    assert (
+        describe_difference(apart)
+        == f"how different clients are, 0 equal to 1: {by_hand:.2f} in categories, 0.00 in size"
+    )
+    assert describe_difference(None) == ""
 
 
 def test_a_smaller_alpha_is_more_different():

@@ -47,7 +47,7 @@ def nothing_at_hand(monkeypatch, tmp_path):
     real = os.environ.get("FEDLOOM_DATA")
     monkeypatch.delenv("FEDLOOM_DATA", raising=False)
     monkeypatch.setenv("FEDLOOM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(hub, "load", out_of_reach)
+    monkeypatch.setattr(hub, "load_hub", out_of_reach)
     return real
 
 
@@ -112,13 +112,13 @@ def test_an_object_that_holds_one_array_and_json_lines_called_json(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.jsonl", b'{"output": "x"}\n{"output": \n', r"a.jsonl, line 2 is not JSON \(.*column \d+\): mend that line"),
-        ("a.jsonl", b'{"output": "x"}\n\n["x"]\n', r"a.jsonl, line 3 holds a list: every row is an object"),
+        ("a.jsonl", b'{"output": "x"}\n{"output": \n', r"a.jsonl, line 2 is not JSON \(.*column \d+\): fix that line"),
+        ("a.jsonl", b'{"output": "x"}\n\n["x"]\n', r"a.jsonl, line 3 is a list, but every row must be an object"),
         ("a.jsonl", b'{"output": "x"}\n{"output": "\xff"}\n', r"a.jsonl, line 2 is not UTF-8 text"),
         ("a.json", b'[{"output": "x"},\n{"output" "y"}]', r"a.json, line 2 is not JSON"),
-        ("a.json", b'[{"output": "x"}, 3]', r"a.json, element 1 holds int"),
-        ("a.json", b'{"a": [], "b": []}', r"a.json is an object with 2 arrays \(a, b\) and not one"),
-        ("a.json", b"3", r"a.json holds a single int: a .json file is an array"),
+        ("a.json", b'[{"output": "x"}, 3]', r"a.json, element 1 is int"),
+        ("a.json", b'{"a": [], "b": []}', r"a.json is an object with 2 arrays \(a, b\), but must have one"),
+        ("a.json", b"3", r"a.json is a single int, but a .json file must be an array"),
         (
             "a.csv",
             b"instruction,output\na,b\nc,d,e\n",
@@ -128,8 +128,12 @@ def test_an_object_that_holds_one_array_and_json_lines_called_json(tmp_path):
         ("a.csv", b'instruction,output\na,"b"c\n', r"a.csv, line 2 is not CSV"),
         ("a.csv", b"instruction,output\na,\xff\n", r"a.csv, near line \d is not UTF-8 text"),
         ("a.csv", b"", r"has no rows: give a file with at least one example"),
-        ("a.jsonl.gz", gzip.compress(b'{"output": "x"}\n' * 99, mtime=0)[:-20], r"a.jsonl.gz is not a whole gzip file"),
-        ("a.jsonl.gz", b"plain", r"a.jsonl.gz is not a whole gzip file"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"output": "x"}\n' * 99, mtime=0)[:-20],
+            r"a.jsonl.gz is not a complete gzip file",
+        ),
+        ("a.jsonl.gz", b"plain", r"a.jsonl.gz is not a complete gzip file"),
         ("a.parquet", b"PAR1 no more", r"a.parquet is not a readable Parquet file"),
         ("a.txt", b"words", r"a.txt is not a data file: its name ends in none of .json"),
     ],
@@ -159,7 +163,7 @@ def test_a_folder_s_files_are_put_together_and_test_is_the_test_set(tmp_path):
     corpus = load(tmp_path / "sites", by="file")
     assert corpus.categories() == {"north": 1, "south": 2} and len(corpus.test) == 2
     write(tmp_path / "sites" / "north.csv", ROWS[:1])
-    with pytest.raises(UserError, match=r"holds both north.csv and north.jsonl: keep one of them"):
+    with pytest.raises(UserError, match=r"has both north.csv and north.jsonl: remove one of them"):
         load(tmp_path / "sites")
 
 
@@ -262,7 +266,7 @@ def rows_of(text, count=3):
 
 
 def test_the_order_is_path_then_folder_then_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "load", lambda ref: (iter(rows_of("hub", 15_011)), iter(()), "hub"))
+    monkeypatch.setattr(hub, "load_hub", lambda ref: (iter(rows_of("hub", 15_011)), iter(()), "hub"))
     said: list[str] = []
     corpus = load(corpus="fed-dolly", say=said.append)
     assert corpus.source == "hub: databricks/databricks-dolly-15k@bdd27f4d94b9" and len(corpus.examples) == 15_011
@@ -311,7 +315,7 @@ def test_a_path_that_leads_nowhere(path, sentence):
 
 
 def test_an_empty_folder_is_no_source(tmp_path):
-    with pytest.raises(UserError, match=r"holds no data file: give"):
+    with pytest.raises(UserError, match=r"has no data file: give"):
         load(tmp_path)
 
 
@@ -322,7 +326,7 @@ def test_a_hub_id_is_read_like_a_file(monkeypatch):
         asked.append(ref)
         return iter([{"question": "q", "answer": "a"}]), iter(()), "hub"
 
-    monkeypatch.setattr(hub, "load", found)
+    monkeypatch.setattr(hub, "load_hub", found)
     corpus = load("owner/name:main@0123abcd")
     assert asked == [HubRef("owner/name", "main", revision="0123abcd")]
     assert corpus.name == "owner-name:main@0123abcd" and corpus.source == "hub: owner/name:main@0123abcd"
@@ -345,7 +349,7 @@ def test_the_hub_is_given_up_quickly(monkeypatch):
 
 def test_offline_without_a_cache_is_a_reason_not_a_crash(tmp_path):
     """A process of its own, so that the libraries read an empty cache's place and no network is tried."""
-    script = "from fedloom.data import hub\ntry:\n hub.load(hub.HubRef('owner/name'))\nexcept hub.HubUnavailable as e: print(e)"
+    script = "from fedloom.data import hub\ntry:\n hub.load_hub(hub.HubRef('owner/name'))\nexcept hub.HubUnavailable as e: print(e)"
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "not cached, and the hub is out of reach or switched off"
@@ -425,10 +429,10 @@ def test_codealpaca_groups_small_languages_under_meta_before_the_limit(tmp_path)
     ],
 )
 def test_the_hub_s_codealpaca_is_sorted_by_the_language_named(text, language):
-    assert codealpaca.language_named(text) == language
+    assert codealpaca.find_language(text) == language
     example = Example(text, "", "code", "")
-    assert codealpaca.with_language(example, {}).category == language
-    assert codealpaca.with_language(Example(text, "", "code", "sql"), {}).category == "sql"
+    assert codealpaca.set_language(example, {}).category == language
+    assert codealpaca.set_language(Example(text, "", "code", "sql"), {}).category == "sql"
 
 
 @pytest.fixture
@@ -536,8 +540,8 @@ def test_skills_depend_on_the_seed_alone(skill_corpus):
 
 def test_a_skill_with_too_few_questions_is_refused():
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(UserError, match=r"products makes only 100 different questions, not 150: allow larger sizes"):
-        skills.entries("products", {"max_digits": 1}, 150, seed=1)
+    with pytest.raises(UserError, match=r"products has only 100 different questions, not 150: allow larger sizes"):
+        skills.generate_entries("products", {"max_digits": 1}, 150, seed=1)
 
 
 def test_gsm_symbolic_gives_worked_answers(tmp_path):

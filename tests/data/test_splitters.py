@@ -18,7 +18,7 @@ from fedloom.common.errors import UserError
 from fedloom.data import splitters
 from fedloom.data.corpus import Corpus, Example
 from fedloom.data.heterogeneity import heterogeneity
-from fedloom.data.splitters import partition, select_questions, select_test_set, split_table
+from fedloom.data.splitters import partition, select_questions, select_test_set, tabulate_split
 from fedloom.recipe.recipe import SplitConfig
 
 CATEGORIES = st.lists(st.sampled_from(["python", "c++", "sql", "a/b", "", "ü"]), min_size=1, max_size=120)
@@ -62,7 +62,7 @@ def test_every_example_is_held_exactly_once(categories, data, fractions, seed):
         size = len(shard.indices)
         assert abs(len(shard.test) - size * split.test) <= 1 or len(shard.test) == size - 1
     assert partition(corpus, split, seed) == parts
-    json.dumps(split_table(corpus, parts))
+    json.dumps(tabulate_split(corpus, parts))
 
 
 @given(st.lists(st.sampled_from("abcd"), min_size=40, max_size=200), st.integers(0, 99))
@@ -92,7 +92,7 @@ def test_small_alpha_is_skewed_and_large_alpha_is_even():
 
     def largest_share(alpha: float) -> float:
         parts = partition(corpus, split_of("dirichlet", 4, alpha=alpha), 7)
-        table = split_table(corpus, parts)
+        table = tabulate_split(corpus, parts)
         per_category = [[row["categories"].get(c, 0) for row in table["clients"]] for c in table["categories"]]
         return float(np.mean([max(counts) / sum(counts) for counts in per_category]))
 
@@ -103,7 +103,7 @@ def test_small_alpha_is_skewed_and_large_alpha_is_even():
 def test_dirichlet_proportions_have_the_mean_and_spread_of_their_distribution():
     alpha, clients = 0.7, 5
     rng = np.random.default_rng(3)
-    drawn = np.array([splitters.proportions(alpha, clients, rng) for _ in range(4000)])
+    drawn = np.array([splitters.draw_proportions(alpha, clients, rng) for _ in range(4000)])
     mean = 1 / clients
     variance = mean * (1 - mean) / (clients * alpha + 1)
     assert np.allclose(drawn.mean(axis=0), mean, atol=4 * math.sqrt(variance / 4000))
@@ -121,7 +121,7 @@ def test_dirichlet_keeps_the_smallest_size(min_size, clients, seed):
 
 
 def test_dirichlet_refuses_a_smallest_size_that_cannot_be():
-    with pytest.raises(UserError, match=r"4 clients with split.min_size=5 need 20 examples and there are 19: lower"):
+    with pytest.raises(UserError, match=r"4 clients with split.min_size=5 need 20 examples, but there are 19: lower"):
         partition(corpus_of(["a"] * 19), split_of("dirichlet", 4, alpha=0.5, min_size=5, validation=0, test=0), 1)
 
 
@@ -138,7 +138,7 @@ def test_meta_puts_values_together_in_balanced_clients():
 
 
 def test_client_names_are_short_different_and_fit_for_folders():
-    names = splitters.client_names([["a/b"], ["a_b"], ["A_B"], [".."], ["x" * 99], [f"language-{i}" for i in range(9)]])
+    names = splitters.name_clients([["a/b"], ["a_b"], ["A_B"], [".."], ["x" * 99], [f"language-{i}" for i in range(9)]])
     assert names == ["a_b", "a_b-2", "A_B-3", "_", "x" * 40, "language-0+8 others"]
 
 
@@ -152,9 +152,9 @@ def test_the_seed_changes_the_split_and_repeats_it():
 def test_a_client_s_division_depends_on_nobody_else():
     categories = ["a", "b"] * 20
     split = split_of("meta")
-    alone = splitters.divided(range(0, 40, 2), categories, split, "a", 5)
+    alone = splitters.divide(range(0, 40, 2), categories, split, "a", 5)
     assert partition(corpus_of(categories), split, 5).shards["a"] == alone
-    assert splitters.divided(range(38, -1, -2), categories, split, "a", 5) == alone, (
+    assert splitters.divide(range(38, -1, -2), categories, split, "a", 5) == alone, (
         "the order of indices does not matter"
     )
 
@@ -183,8 +183,8 @@ def test_the_split_does_not_depend_on_the_hash_seed():
 @pytest.mark.parametrize(
     ("categories", "split", "sentence"),
     [
-        (["a"] * 3, split_of("uniform", 4), r"split.num_clients=4 is more than the 3 examples there are: lower it"),
-        (["a"] * 3, split_of("dirichlet", 4, alpha=1), r"split.num_clients=4 is more than the 3 examples there are"),
+        (["a"] * 3, split_of("uniform", 4), r"split.num_clients=4 is more than the 3 examples: lower it"),
+        (["a"] * 3, split_of("dirichlet", 4, alpha=1), r"split.num_clients=4 is more than the 3 examples"),
         (["a"] * 9, split_of("dirichlet", 2), r"dirichlet needs split.alpha: .* try split.alpha=0.5"),
         ([""] * 9, split_of("meta"), r"meta finds no value in the column 'category': set split.by .*splitter=uniform"),
         (["a", "b"] * 9, split_of("meta", 3), r"split.num_clients=3 is more than the 2 values of 'category'.*lower"),
@@ -208,7 +208,7 @@ def test_what_cannot_be_split_is_refused_with_the_mend(categories, split, senten
 
 @given(st.integers(0, 40), st.lists(st.integers(0, 9), min_size=1, max_size=8))
 def test_shares_add_up_and_are_within_one_of_the_exact_share(total, weights):
-    counts = splitters.shares(total, weights)
+    counts = splitters.apportion(total, weights)
     if sum(weights) == 0:
         assert counts == [0] * len(weights)
         return
@@ -220,7 +220,7 @@ def test_shares_add_up_and_are_within_one_of_the_exact_share(total, weights):
 
 def test_split_table_counts_what_each_client_holds():
     corpus = corpus_of(["a"] * 20 + ["b"] * 10)
-    table = split_table(corpus, partition(corpus, split_of("meta", test=0.2, validation=0.1), 4))
+    table = tabulate_split(corpus, partition(corpus, split_of("meta", test=0.2, validation=0.1), 4))
     assert table == {
         "splitter": "meta",
         "seed": 4,

@@ -15,7 +15,7 @@ from fedloom.evaluation.score import choose, generate, score
 from fedloom.evaluation.suites import GSM, MULTIPLE_CHOICE, Suite
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import attach
-from fedloom.models.forward import release
+from fedloom.models.forward import default_peft_model
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig, Recipe
 from tests.helpers import tiny
@@ -44,7 +44,7 @@ def likelihood(model: AdaptedModel, template: Template, asked: Example, text: st
     """log p(answer and end | prompt), from one plain forward pass over the whole sequence."""
     prompt, answer = template.prompt_ids(asked), template.answer_ids(text)
     with torch.no_grad():
-        logits = release(model)(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+        logits = default_peft_model(model)(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
     return sum(float(logits[len(prompt) + i - 1, token]) for i, token in enumerate(answer))
 
 
@@ -84,7 +84,7 @@ def test_a_choice_that_is_too_long_is_cut_and_still_compared(model, template):
             prompt = template.prompt_ids(q)[-12:]
             answer = template.answer_ids(f"{letter}. {text}")[:8]
             with torch.no_grad():
-                logits = release(model)(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
+                logits = default_peft_model(model)(input_ids=torch.tensor([prompt + answer])).logits[0].log_softmax(-1)
             values[f"{letter}. {text}"] = sum(float(logits[11 + i, token]) for i, token in enumerate(answer))
         assert choice == max(values, key=values.__getitem__)
 

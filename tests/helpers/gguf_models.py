@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from fedloom.models.gguf.vocabulary import CUTS
+from fedloom.models.gguf.vocabulary import SPLIT_RULES
 from tests.helpers import tiny
 
 ROWS = 430  # of the embedding, a few more than there are tokens
@@ -52,7 +52,7 @@ def as_llama_3() -> PreTrainedTokenizerFast:
     declared = json.loads(made.backend_tokenizer.to_str())
     declared["model"]["ignore_merges"] = True
     backend = Tokenizer.from_str(json.dumps(declared))
-    (cut,) = (steps[0] for steps, (name, _) in CUTS.items() if name == "llama-bpe")
+    (cut,) = (steps[0] for steps, (name, _) in SPLIT_RULES.items() if name == "llama-bpe")
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(cut), "isolated"),

@@ -71,7 +71,7 @@ def learned(algorithm: Any, updates: list[Update]) -> dict[str, LowRank]:
         for share, update in zip(shares, updates, strict=True):
             own = {**shared, **update.payload.tensors}
             terms.append((float(share) * ALPHA / RANK, own[p.b].double(), own[p.a].double()))
-        result[p.weight] = LowRank.total(terms)
+        result[p.weight] = LowRank.stack(terms)
     return result
 
 

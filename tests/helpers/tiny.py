@@ -12,7 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fedloom.models.random_model import VOCABULARY, tokenizer
+from fedloom.models.random_model import VOCABULARY
+from fedloom.models.random_model import build_tokenizer as tokenizer
 from fedloom.testing.tiny import WORDS, rows, write_rows
 
 __all__ = ["METHODS", "SHAPE", "WORDS", "causal_lm", "rows", "save_model", "words_tokenizer", "write_rows"]

@@ -218,12 +218,12 @@ def test_these_tests_see_what_is_wrong(broken, recipe, tmp_path, monkeypatch):
     base = saved(tmp_path / "base", model_of("llama"), tiny.words_tokenizer("digits"))
     run(recipe(base), tmp_path / "run")
     if broken == "order of rows":
-        monkeypatch.setattr(gguf_model, "_rows", lambda tensor, heads: tensor.detach().float())
+        monkeypatch.setattr(gguf_model, "_reorder_rows", lambda tensor, heads: tensor.detach().float())
     elif broken == "rotation":
         monkeypatch.setattr(gguf_model.gguf.GGUFWriter, "add_rope_freq_base", lambda writer, value: None)
         monkeypatch.setattr(gguf_model, "_rotation_factors", lambda model: torch.full((4,), 1.05))
     else:
-        monkeypatch.setattr("fedloom.models.gguf.vocabulary.CUTS", {("digits", "words"): ("qwen2", False)})
+        monkeypatch.setattr("fedloom.models.gguf.vocabulary.SPLIT_RULES", {("digits", "words"): ("qwen2", False)})
     with exported(tmp_path / "run", tmp_path) as (there, model, tokenizer):
         if broken == "cut":
             assert any(there.ids(text) != tokenizer(text)["input_ids"] for text in TEXTS)

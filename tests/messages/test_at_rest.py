@@ -9,7 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fedloom.messages.at_rest import VERSION, Damaged, from_bytes, load_tensors, packed, to_bytes, unpacked
+from fedloom.messages.at_rest import (
+    VERSION,
+    DamagedFile,
+    decode_state,
+    encode_state,
+    from_bytes,
+    load_tensors,
+    to_bytes,
+)
 from fedloom.messages.types import Payload
 
 TENSORS = {"w": torch.arange(6.0).reshape(2, 3), "a": torch.tensor(7, dtype=torch.int16), "none": torch.zeros(0, 2)}
@@ -42,7 +50,7 @@ def test_the_file_says_version_metadata_and_digest():
 def test_another_tensor_under_the_same_digest_is_damage(altered):
     about = header(to_bytes(Payload({"w": TENSORS["w"]})))
     assert from_bytes(save({"w": TENSORS["w"]}, metadata=about)).tensors.keys() == {"w"}
-    with pytest.raises(Damaged, match="its tensors were altered"):
+    with pytest.raises(DamagedFile, match="its tensors were altered"):
         from_bytes(save(altered, metadata=about))
 
 
@@ -50,9 +58,9 @@ def test_another_tensor_under_the_same_digest_is_damage(altered):
 def test_a_file_of_somebody_else_is_damage(gone):
     about = header(to_bytes(Payload({"w": TENSORS["w"]})))
     left = None if gone == "all" else {k: v for k, v in about.items() if k != gone}
-    with pytest.raises(Damaged, match="cannot be read"):
+    with pytest.raises(DamagedFile, match="cannot be read"):
         from_bytes(save({"w": TENSORS["w"]}, metadata=left))
-    with pytest.raises(Damaged, match="cannot be read"):  # metadata that no payload may have
+    with pytest.raises(DamagedFile, match="cannot be read"):  # metadata that no payload may have
         from_bytes(save({"w": TENSORS["w"]}, metadata={**about, "meta": '{"x": NaN}'}))
 
 
@@ -66,7 +74,7 @@ def test_what_is_written_does_not_follow_the_tensors():
 
 
 def test_what_operators_made_does_not_rest():
-    with pytest.raises(AssertionError, match="decoded first"):
+    with pytest.raises(AssertionError, match="decoded before it is stored"):
         to_bytes(Payload({}, {}, {"operators": []}))
 
 
@@ -77,7 +85,7 @@ def test_sections_come_back_with_their_own_tensors_and_metadata():
         "operators": Payload(),
         "hooks": Payload({}, {"seen": [1, 2]}),
     }
-    got = unpacked(packed(state))
+    got = decode_state(encode_state(state))
     assert {s: (set(p.tensors), p.meta) for s, p in got.items()} == {
         "personal": ({"a/b", "c"}, {"k": 1}),
         "optimizer": ({"c"}, {}),
@@ -89,11 +97,11 @@ def test_sections_come_back_with_their_own_tensors_and_metadata():
 
 
 def test_empty_state_is_no_file():
-    assert packed({}) is None
-    assert packed({"personal": Payload(), "optimizer": Payload()}) is None
-    assert unpacked(None) == {}
+    assert encode_state({}) is None
+    assert encode_state({"personal": Payload(), "optimizer": Payload()}) is None
+    assert decode_state(None) == {}
     for some in (Payload({}, {"k": 0}), Payload({"t": torch.zeros(0)})):
-        assert packed({"personal": Payload(), "optimizer": some}) is not None
+        assert encode_state({"personal": Payload(), "optimizer": some}) is not None
 
 
 def test_plain_tensor_files(tmp_path):

@@ -18,7 +18,7 @@ from fedloom.messages.types import Payload
         ({"": torch.ones(1)}, {}, "a string of 1 to 512 characters"),
         ({3: torch.ones(1)}, {}, "a string of 1 to 512 characters"),
         ({}, {"m": torch.ones(1)}, r"meta that cannot be kept \(.*is a Tensor.*tensors in kept\.tensors"),
-        ({}, {"m": float("nan")}, "only finite numbers"),
+        ({}, {"m": float("nan")}, "numbers must be finite"),
         ({}, {"m": "x" * 20_000}, "at most 16384"),
     ],
     ids=["list", "sparse", "meta", "no name", "number", "tensor in meta", "nan", "long"],

@@ -193,10 +193,10 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("made", "sentence"),
     [
-        (memoryview(b""), "shorter than its own head"),
-        (memoryview(b"1234567"), "shorter than its own head"),
-        (body({}, size=3), "claims more bytes than there are"),
-        (body([]), "the body's head is no mapping"),
+        (memoryview(b""), "shorter than its own header"),
+        (memoryview(b"1234567"), "shorter than its own header"),
+        (body({}, size=3), "claims more bytes than the body has"),
+        (body([]), "the body's header is no mapping"),
         (body({"F32": ENTRY}, bytes(7)), "do not lie one after another"),
         (body({"F32": ENTRY}, bytes(9)), "bytes that belong to no part"),
         (body({}, bytes(1)), "bytes that belong to no part"),

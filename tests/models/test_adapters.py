@@ -152,7 +152,7 @@ def test_a_missing_pad_token_takes_an_existing_row(tmp_path):
 
 def test_a_tokenizer_larger_than_the_embedding_is_refused_not_resized(tmp_path):
     tiny.save_model(tmp_path, tiny.causal_lm(vocab_size=100))
-    with pytest.raises(UserError, match=r"259 tokens and its embedding 100 rows"):
+    with pytest.raises(UserError, match=r"259 tokens, but its embedding only 100 rows"):
         load_base(ModelConfig(name=str(tmp_path)))
 
 

@@ -14,7 +14,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 
-from fedloom.common.randomness import derived_seed
+from fedloom.common.randomness import derive_seed
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenisedCorpus, TokenSequence
 from fedloom.evaluation.loss import loss_sums
@@ -22,7 +22,7 @@ from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import attach
 from fedloom.models.attention import packed as attention
 from fedloom.models.attention.packed import packed_attention
-from fedloom.models.forward import batches_by_length, plain_attention, supports_packing, token_losses
+from fedloom.models.forward import batch_by_length, plain_attention, supports_packing, token_losses
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig
 from tests.helpers import tiny
@@ -90,7 +90,7 @@ def reference(architecture: str, seqs: Sequence[TokenSequence], seed: int = 5) -
     """Losses in order and gradients by name of plain peft: right padding, all logits, labels shifted by hand."""
     config = LoraConfig(r=2, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(seed, "init"))
+        torch.manual_seed(derive_seed(seed, "init"))
         model = get_peft_model(base_model(architecture), config).eval()
     names = sorted(n for n, p in model.named_parameters() if p.requires_grad)
     parameters = dict(model.named_parameters())
@@ -225,9 +225,9 @@ def test_packed_attention_is_softmax_attention_by_hand(window):
         assert torch.allclose(out[0, :, head], scores.softmax(-1) @ v[0, head // 2], atol=1e-6)
 
 
-def test_batches_by_length_hold_every_sequence_once_longest_first():
+def test_batch_by_length_hold_every_sequence_once_longest_first():
     seqs = sequences()
-    batches = batches_by_length(seqs, 3, packed=False, pad=3, examples=[10, 11, 12, 13])
+    batches = batch_by_length(seqs, 3, packed=False, pad=3, examples=[10, 11, 12, 13])
     assert [b.examples for b in batches] == [(11, 12, 10), (13,)]
     assert [b.lengths for b in batches] == [(30, 17, 5), (2,)]
 

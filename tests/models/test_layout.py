@@ -19,7 +19,7 @@ from fedloom.models.layout import (
     WeightedMean,
     block_sum,
     check_names,
-    one_window,
+    joint_window,
 )
 
 SHAPES = {"b.weight": (2, 3), "a.weight": (4,), "c": ()}
@@ -120,7 +120,8 @@ def test_the_mean_is_the_rational_mean_rounded_once(pairs):
         mean.add({"w": torch.tensor([value])}, weight)
     exact = sum(Fraction(v) * w for v, w in pairs) / sum(w for _, w in pairs)
     largest = max(abs(v) for v, _ in pairs)
-    assert abs(float(mean.result()) - float(exact)) <= 6e-8 * abs(float(exact)) + 1e-14 * largest
+    subnormal = 2.0**-150  # half the smallest fp32 number: below 1e-38 the rounding is absolute
+    assert abs(float(mean.result()) - float(exact)) <= 6e-8 * abs(float(exact)) + 1e-14 * largest + subnormal
 
 
 def test_the_accumulator_is_fp64():
@@ -140,7 +141,7 @@ def test_updates_of_another_precision_are_averaged_in_full():
 
 @pytest.mark.parametrize("weight", [0, -1])
 def test_an_update_without_examples_has_no_weight(weight):
-    with pytest.raises(ValueError, match="at least one example"):
+    with pytest.raises(ValueError, match="must be at least 1"):
         WeightedMean(Layout({"w": (1,)})).add({"w": torch.ones(1)}, weight)
 
 
@@ -177,7 +178,7 @@ def test_adding_over_one_window_and_tensor_by_tensor_are_the_same_bits():
         flat = torch.randn(layout.numel, generator=torch.Generator().manual_seed(k)) * 10.0 ** (5 * k)
         windows = layout.views(flat)
         copies = {n: t.clone() for n, t in windows.items()}
-        assert one_window(list(windows.values())) is not None and one_window(list(copies.values())) is None
+        assert joint_window(list(windows.values())) is not None and joint_window(list(copies.values())) is None
         together.add(dict(reversed(windows.items())), 3 * k, 0.5)
         apart.add(copies, 3 * k, 0.5)
     assert torch.equal(apart.result(torch.float64), together.result(torch.float64))
@@ -186,10 +187,10 @@ def test_adding_over_one_window_and_tensor_by_tensor_are_the_same_bits():
 def test_one_window_is_made_of_neighbours_alone():
     flat = torch.arange(24.0)
     a, b, c = flat[:6].view(2, 3), flat[6:8], flat[8:]
-    assert torch.equal(one_window([a, b, c]), flat) and torch.equal(one_window([b, c]), flat[6:])
-    assert one_window([]) is None
-    assert one_window([a, c]) is None and one_window([b, a]) is None and one_window([a, a]) is None
-    assert one_window([a.t(), b]) is None and one_window([flat[::2]]) is None
-    assert one_window([a, flat[6:8].view(torch.int32)]) is None
+    assert torch.equal(joint_window([a, b, c]), flat) and torch.equal(joint_window([b, c]), flat[6:])
+    assert joint_window([]) is None
+    assert joint_window([a, c]) is None and joint_window([b, a]) is None and joint_window([a, a]) is None
+    assert joint_window([a.t(), b]) is None and joint_window([flat[::2]]) is None
+    assert joint_window([a, flat[6:8].view(torch.int32)]) is None
     other = torch.empty(4)
-    assert one_window([flat[20:], other]) is None  # two memories, wherever they lie
+    assert joint_window([flat[20:], other]) is None  # two memories, wherever they lie

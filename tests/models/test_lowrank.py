@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedloom.models.lowrank import LowRank, Pair, leading, one_thread, pairs, relative_gap
+from fedloom.models.lowrank import LoraPair, LowRank, find_lora_pairs, one_thread, relative_gap, subspace_iteration
 
 
 def low(rank: int, seed: int = 0, out: int = 7, into: int = 5) -> LowRank:
@@ -29,7 +29,7 @@ def nearest(dense: torch.Tensor, rank: int) -> torch.Tensor:
 def test_truncated_is_the_best_approximation_and_has_the_rank_that_was_asked_for(rank):
     """Rank 3 in a 7 × 5 matrix: cut below 3, and padded with zeros above."""
     three = low(3)
-    cut = three.truncated(rank)
+    cut = three.truncate(rank)
     assert (cut.b.shape, cut.a.shape) == ((7, rank), (rank, 5))
     assert close(cut.dense(), nearest(three.dense(), rank))
     assert torch.equal(cut.b[:, 3:], torch.zeros(7, max(0, rank - 3), dtype=torch.float64))
@@ -37,7 +37,7 @@ def test_truncated_is_the_best_approximation_and_has_the_rank_that_was_asked_for
     assert cut.b.dtype == cut.a.dtype == torch.float64
     sizes = cut.b.norm(dim=0), cut.a.norm(dim=1)
     assert close(*sizes)  # B = U√S and A = √S Vh: both carry half
-    single = three.single().truncated(rank)
+    single = three.single().truncate(rank)
     assert single.b.dtype == single.a.dtype == torch.float32 and single.b.shape == (7, rank)
 
 
@@ -46,7 +46,7 @@ def test_more_columns_than_the_matrix_is_wide_are_cut_to_what_it_has():
     u, s, vh = wide.svd()
     assert (u.shape, s.shape, vh.shape) == ((7, 5), (5,), (5, 5))
     assert close(u @ torch.diag(s) @ vh, wide.dense())
-    assert close(wide.truncated(6).dense(), wide.dense())
+    assert close(wide.truncate(6).dense(), wide.dense())
 
 
 def test_the_signs_of_singular_vectors_are_fixed():
@@ -63,7 +63,7 @@ def test_the_signs_of_singular_vectors_are_fixed():
 
 def test_sums_and_norms_are_those_of_the_dense_products():
     one, two = low(2, 1), low(3, 2)
-    both = LowRank.total([(0.25, one.b, one.a), (-2.0, two.b, two.a)])
+    both = LowRank.stack([(0.25, one.b, one.a), (-2.0, two.b, two.a)])
     assert both.rank == 5
     assert close(both.dense(), 0.25 * one.dense() - 2.0 * two.dense())
     assert close(one.plus(two, -0.5).dense(), one.dense() - 0.5 * two.dense())
@@ -110,7 +110,7 @@ def test_gaps_are_over_all_weights_together():
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_leading_directions_of_a_dense_matrix(rank):
     dense = low(5).dense()
-    found = leading(dense, rank, torch.Generator().manual_seed(3))
+    found = subspace_iteration(dense, rank, torch.Generator().manual_seed(3))
     assert (found.b.shape, found.a.shape) == ((7, rank), (rank, 5))
     assert close(found.dense(), nearest(dense, rank))
 
@@ -120,9 +120,9 @@ def test_leading_directions_of_a_matrix_wider_than_what_is_drawn():
     draw = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(60, 60, generator=draw, dtype=torch.float64))[0] for _ in range(2))
     dense = u @ torch.diag(0.8 ** torch.arange(60, dtype=torch.float64)) @ v.T
-    found = leading(dense, 4, torch.Generator().manual_seed(1))
+    found = subspace_iteration(dense, 4, torch.Generator().manual_seed(1))
     assert float((found.dense() - nearest(dense, 4)).norm()) < 1e-6
-    rough = leading(dense, 4, torch.Generator().manual_seed(1), rounds=0)
+    rough = subspace_iteration(dense, 4, torch.Generator().manual_seed(1), rounds=0)
     assert float((rough.dense() - nearest(dense, 4)).norm()) > 1e-3
 
 
@@ -135,13 +135,13 @@ def test_modules_are_found_by_their_two_factors():
         "head.lora_B.weight",
         "head.lora_A.weight",
     ]
-    assert pairs(names) == [
-        Pair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", "layers.0.q_proj.weight"),
-        Pair("head.lora_A.weight", "head.lora_B.weight", "head.weight"),
+    assert find_lora_pairs(names) == [
+        LoraPair(f"{stem}.lora_A.weight", f"{stem}.lora_B.weight", "layers.0.q_proj.weight"),
+        LoraPair("head.lora_A.weight", "head.lora_B.weight", "head.weight"),
     ]
-    assert pairs(iter(names[:1])) == []
-    with pytest.raises(ValueError, match=r"x\.lora_A\.weight has no x\.lora_B\.weight beside it"):
-        pairs(["x.lora_A.weight"])
+    assert find_lora_pairs(iter(names[:1])) == []
+    with pytest.raises(ValueError, match=r"x\.lora_A\.weight has no partner x\.lora_B\.weight"):
+        find_lora_pairs(["x.lora_A.weight"])
 
 
 def test_one_thread_inside_and_as_many_as_before_after():

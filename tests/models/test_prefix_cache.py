@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import fedloom
 from fedloom.common import cache_folder
 from fedloom.common.errors import UserError
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.experiment.prepare import prepare
@@ -23,10 +23,10 @@ from fedloom.federation.watch import Watch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import attach
 from fedloom.models.forward import supports_prefix, token_losses
-from fedloom.models.layers import first_trained
+from fedloom.models.layers import first_trained_layer
 from fedloom.models.loading import Base
-from fedloom.models.prefix_cache import MEGABYTE, PrefixCache, no_prefix, prefix_digest
-from fedloom.models.recompute import sparing
+from fedloom.models.prefix_cache import MEGABYTE, PrefixCache, prefix_digest, prefix_obstacle
+from fedloom.models.recompute import save_memory
 from fedloom.recipe.recipe import AdapterConfig, Recipe
 from fedloom.training.flops import Flops
 from tests.helpers import tiny
@@ -53,7 +53,7 @@ def trained(model: AdaptedModel, **spared) -> tuple[torch.Tensor, torch.Tensor]:
     """(losses, gradient) of one pass."""
     model.grad.zero_()
     model.module.train()
-    with forked_torch(0, "dropout"), sparing(model, spared.get("recompute", False), spared.get("chunk")):
+    with fork_torch(0, "dropout"), save_memory(model, spared.get("recompute", False), spared.get("chunk")):
         losses = token_losses(model, BATCH)
         losses.mean().backward()
     model.module.eval()
@@ -85,7 +85,7 @@ def test_chosen_layers_train_and_no_others(method):
         base = tiny.causal_lm(num_hidden_layers=6).requires_grad_(False)
         model = attach(Base(base, tiny.tokenizer(), ""), AdapterConfig(**settings, layers=wanted), 0)
         assert layers_of(model) == expected
-        assert first_trained(model) == min(expected)
+        assert first_trained_layer(model) == min(expected)
         assert float(trained(model)[1].norm()) > 0
 
 
@@ -103,7 +103,7 @@ def test_its_export_is_what_peft_loads(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"layers": "first-2"}, "it is a list of numbers, or last-4 and the like"),
+        ({"layers": "first-2"}, "set a list of numbers, or last-4 and the like"),
         ({"layers": []}, "leaves nothing to train"),
         ({"layers": [-1]}, "adapter.layers"),
         ({"layers": [1], "bias": "all"}, "use lora_only"),
@@ -120,7 +120,7 @@ def test_layers_that_the_model_or_the_algorithm_does_not_have_are_refused(tiny_r
     for wanted in ([1, 6], "last-7"):
         with pytest.raises(UserError, match=r"but the model has 6 layers \(0 to 5\)"):
             adapted(layers=wanted)
-    with pytest.raises(UserError, match="so does this algorithm"):
+    with pytest.raises(UserError, match="algorithm that chooses the layers"):
         prepare(tiny_recipe({"algorithm": "fedavg_outer", "adapter.layers": "last-1"}), Watch())
 
 
@@ -134,7 +134,7 @@ def test_losses_and_gradients_are_those_without_it(kind, tmp_path):
     model = {
         "full": lambda: attach(Base(base.requires_grad_(False), None, ""), AdapterConfig(method="full", layers=[4]), 0),
     }.get(kind, lambda: adapted(base, dropout=0.3 if kind == "dropout" else 0.0))()
-    assert no_prefix(model, packed=True) == ""
+    assert prefix_obstacle(model, packed=True) == ""
     losses, gradient = trained(model)
     assert float(gradient.norm()) > 0
     assert supports_prefix(model)
@@ -206,7 +206,7 @@ def test_a_base_that_an_algorithm_changed_is_computed_as_it_is(tmp_path):
     below, above = (f"model.layers.{i}.mlp.up_proj.weight" for i in (1, 5))
     delta = torch.full_like(model.base_weights()[below], 0.05)
     model.set_base_delta({above: delta})
-    assert model.prefix.serves(model)
+    assert model.prefix.fits_model(model)
     model.set_base_delta({below: delta})
     changed, _ = trained(model)
     cache, model.prefix = model.prefix, None
@@ -266,7 +266,7 @@ def test_a_run_has_the_same_result_in_less_work(tiny_recipe, deep_model, tmp_pat
     assert len({c["adapter_sha256"] for c in cached}) == 1  # whatever the cache held
     assert cached[0]["cost"]["train_tokens"] == plain["cost"]["train_tokens"]
     assert cached[1]["cost"]["train_flops"] < cached[0]["cost"]["train_flops"] < 0.75 * plain["cost"]["train_flops"]
-    assert list((cache_folder.home() / "prefix").rglob("*.safetensors"))
+    assert list((cache_folder.cache_home() / "prefix").rglob("*.safetensors"))
 
 
 def test_an_algorithm_that_adds_to_base_weights_has_the_same_result(tiny_recipe, deep_model, tmp_path):
@@ -279,9 +279,7 @@ def test_an_algorithm_that_adds_to_base_weights_has_the_same_result(tiny_recipe,
 
 
 def test_what_has_no_frozen_prefix_is_refused(tiny_recipe):
-    with pytest.raises(
-        UserError, match=r"train\.cache_prefix=8 cannot be used: something that trains lies in the first"
-    ):
+    with pytest.raises(UserError, match=r"train\.cache_prefix=8 cannot be used: something trains in the first"):
         prepare(tiny_recipe({"train.cache_prefix": 8}), Watch())
     layers = {"adapter.layers": "last-1", "train.cache_prefix": 8}
     with pytest.raises(UserError, match="batches are padded"):
@@ -290,9 +288,9 @@ def test_what_has_no_frozen_prefix_is_refused(tiny_recipe):
         prepare(tiny_recipe({**layers, "train.cohort": 2}), Watch())
     with pytest.raises(UserError, match="which is for one process"):
         prepare(tiny_recipe({**layers, "runtime.ranks": 2}), Watch())
-    assert "drops out at random below" in no_prefix(adapted(gpt2(resid_pdrop=0.1)), packed=True)
-    assert "drops out at random below" in no_prefix(adapted(gpt2(embd_pdrop=0.1)), packed=True)
-    assert no_prefix(adapted(gpt2(), dropout=0.1), packed=True) == ""
+    assert "has dropout below" in prefix_obstacle(adapted(gpt2(resid_pdrop=0.1)), packed=True)
+    assert "has dropout below" in prefix_obstacle(adapted(gpt2(embd_pdrop=0.1)), packed=True)
+    assert prefix_obstacle(adapted(gpt2(), dropout=0.1), packed=True) == ""
 
 
 def test_operations_are_those_that_are_done(tmp_path):

@@ -10,14 +10,14 @@ from transformers import Gemma2Config, Gemma2ForCausalLM
 import fedloom
 from fedloom.algorithms.base import Algorithm
 from fedloom.common.errors import UserError
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import attach
 from fedloom.models.forward import supports_chunks, token_losses
 from fedloom.models.loading import Base
-from fedloom.models.recompute import can_recompute, sparing
+from fedloom.models.recompute import recompute_obstacle, save_memory
 from fedloom.recipe.recipe import AdapterConfig
 from tests.helpers import tiny
 
@@ -46,7 +46,7 @@ def trained(
 
     model.grad.zero_()
     model.module.train()
-    with forked_torch(0, "dropout"), sparing(model, recompute, chunk):
+    with fork_torch(0, "dropout"), save_memory(model, recompute, chunk):
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             losses = token_losses(model, batch)
             total = losses.mean()
@@ -62,7 +62,7 @@ def test_losses_and_gradients_are_those_of_plain_training(method, packed):
     losses, gradient, _ = trained(model, packed, False, None)
     assert float(gradient.norm()) > 0
     for recompute, chunk in ((True, None), (False, 7), (True, 7)):
-        if recompute and can_recompute(model, packed):
+        if recompute and recompute_obstacle(model, packed):
             assert (method, packed) == ("prefix", False)
             continue
         other, same, _ = trained(model, packed, recompute, chunk)

@@ -55,7 +55,7 @@ def test_the_table_names_what_peft_and_the_recipe_have():
         ({"method": "lora", "virtual_tokens": 4}, "adapter.virtual_tokens belongs to prompt_tuning"),
         ({"method": "full", "target_modules": ["q_proj"]}, "adapter.target_modules belongs to"),
         ({"method": "adalora", "dora": True}, "adapter.dora belongs to lora"),
-        ({"method": "prompt_tuning", "init": "text"}, "needs the text"),
+        ({"method": "prompt_tuning", "init": "text"}, "needs a text"),
         ({"method": "prompt_tuning", "init_text": "x"}, "set adapter.init=text"),
         ({"method": "prefix_tuning", "init": "random", "prefix_projection": True}, "leave one of them out"),
         ({"method": "prefix_tuning", "encoder_hidden_size": 8}, "needs adapter.prefix_projection"),

@@ -243,9 +243,7 @@ def test_a_recipe_is_frozen():
         recipe.train.lr = 1.0
 
 
-@pytest.mark.parametrize(
-    ("content", "said"), [("[1, 2]", "holds list"), ("", "holds NoneType"), ("a: [", "is not YAML")]
-)
+@pytest.mark.parametrize(("content", "said"), [("[1, 2]", "is a list"), ("", "is a NoneType"), ("a: [", "is not YAML")])
 def test_a_file_that_is_no_recipe(tmp_path, content, said):
     (tmp_path / "bad.yaml").write_text(content)
     with pytest.raises(UserError, match=said):

@@ -152,5 +152,5 @@ def test_a_16_bit_base_learns_through_its_delta(recipe, tmp_path, name):
 
 
 def test_slora_is_refused_on_a_16_bit_base(recipe, tmp_path):
-    with pytest.raises(UserError, match="have to be float32"):
+    with pytest.raises(UserError, match="must be float32"):
         run(recipe("slora", **{"model.dtype": "bfloat16"}), tmp_path / "run")

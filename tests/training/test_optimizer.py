@@ -90,7 +90,7 @@ def test_on_disk_the_moments_need_no_memory():
 
 def test_nothing_is_left_behind_and_a_full_disk_is_an_error(monkeypatch):
     stepped("disk", "adamw", range(1), FLAT)
-    assert list((cache_folder.home() / "offload").iterdir()) == []
+    assert list((cache_folder.cache_home() / "offload").iterdir()) == []
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -98,7 +98,7 @@ def test_nothing_is_left_behind_and_a_full_disk_is_an_error(monkeypatch):
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"):
         stepped("disk", "adamw", range(1), FLAT)
-    assert list((cache_folder.home() / "offload").iterdir()) == []
+    assert list((cache_folder.cache_home() / "offload").iterdir()) == []
 
 
 def test_a_full_disk_ends_a_run_in_a_sentence(tiny_recipe, tmp_path, monkeypatch):
@@ -125,7 +125,7 @@ def test_a_run_has_the_same_bits(tiny_recipe, tmp_path, state):
 
 
 def test_what_has_nothing_to_offload_is_refused(tiny_recipe):
-    with pytest.raises(UserError, match="sgd without momentum keeps no state"):
+    with pytest.raises(UserError, match="sgd without momentum has no state"):
         Recipe.parse({"train": {"optimizer": "sgd", "optimizer_offload": "disk"}})
     with pytest.raises(UserError, match=r"train\.optimizer_offload=cpu but the model is on the CPU"):
         prepare(tiny_recipe({"train.optimizer_offload": "cpu"}), Watch())

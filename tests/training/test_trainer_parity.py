@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_cosine_schedul
 
 import fedloom
 from fedloom.algorithms.averaging.fedavg import FedAvg
-from fedloom.common.randomness import derived_seed
+from fedloom.common.randomness import derive_seed
 from fedloom.data.batching import Plan, round_indices
 from fedloom.experiment.prepare import prepare
 from fedloom.federation.watch import Watch
@@ -58,7 +58,7 @@ def plain_loop(recipe: fedloom.Recipe, rows: list[dict[str, str]], steps: list[l
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.name)
     config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.target_modules, task_type="CAUSAL_LM")
     with torch.random.fork_rng():
-        torch.manual_seed(derived_seed(recipe.seed, "init"))
+        torch.manual_seed(derive_seed(recipe.seed, "init"))
         model = get_peft_model(model, config).train()
     parameters = named(model)
     trace = Trace(start=copies(parameters))

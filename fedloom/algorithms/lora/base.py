@@ -21,7 +21,7 @@ from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
 from fedloom.models.layout import Adapter, Layout, WeightedMean, check_names
-from fedloom.models.lowrank import A_END, B_END, LowRank, Pair, pairs, relative_gap
+from fedloom.models.lowrank import A_END, B_END, LoraPair, LowRank, find_lora_pairs, relative_gap
 
 METHODS = frozenset({"lora"})
 
@@ -52,7 +52,7 @@ class LoRAAlgorithm(base.Algorithm):
 
     def _known(self, model: AdaptedModel) -> AdaptedModel:
         names = model.adapter.layout.names
-        self.pairs = pairs(names)
+        self.pairs = find_lora_pairs(names)
         self.scales = model.lora_scales()
         plain = {n for p in self.pairs for n in (p.a, p.b)}
         foreign = [n for n in names if n not in plain]
@@ -90,7 +90,7 @@ class LoRAAlgorithm(base.Algorithm):
 
     # ------------------------------------------------------------------ arithmetic
 
-    def product(self, tensors: Tensors, pair: Pair) -> LowRank:
+    def product(self, tensors: Tensors, pair: LoraPair) -> LowRank:
         """Return s·B·A of one module, in float64."""
         return LowRank(self.scales[pair.weight] * tensors[pair.b].double().cpu(), tensors[pair.a].double().cpu())
 
@@ -108,10 +108,10 @@ class LoRAAlgorithm(base.Algorithm):
         """Base weight → Σ p_k ΔW_k, the result of an exact rule."""
         return {p.weight: self.total(held, p) for p in self.pairs}
 
-    def total(self, held: Held, pair: Pair) -> LowRank:
+    def total(self, held: Held, pair: LoraPair) -> LowRank:
         """Return Σ p_k s·B_k·A_k of one module, as stacked factors."""
         products = [self.product(t, pair) for t in held.tensors]
-        return LowRank.total((p, low.b, low.a) for p, low in zip(held.shares, products, strict=True))
+        return LowRank.stack((p, low.b, low.a) for p, low in zip(held.shares, products, strict=True))
 
     def gap(self, held: Held) -> float:
         """‖Σ p_k ΔW_k − s·B·A‖ / ‖Σ p_k ΔW_k‖ for the shared B, A: how inexact this round is."""

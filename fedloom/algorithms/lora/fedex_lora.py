@@ -29,7 +29,7 @@ def averaged(shares: Sequence[float], b: Sequence[torch.Tensor], a: Sequence[tor
     """Return (B̄·Ā, Σ p_k B_k·A_k − B̄·Ā) in the dtype of the factors; their sum is exact."""
     b_mean = sum((p * x for p, x in zip(shares, b, strict=True)), torch.zeros_like(b[0]))
     a_mean = sum((p * x for p, x in zip(shares, a, strict=True)), torch.zeros_like(a[0]))
-    residual = LowRank.total((p, x - b_mean, y - a_mean) for p, x, y in zip(shares, b, a, strict=True))
+    residual = LowRank.stack((p, x - b_mean, y - a_mean) for p, x, y in zip(shares, b, a, strict=True))
     return LowRank(b_mean, a_mean), residual
 
 

@@ -32,7 +32,7 @@ from fedloom.common.randomness import torch_generator
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.layout import Adapter, Layout, WeightedMean
-from fedloom.models.lowrank import leading, pairs
+from fedloom.models.lowrank import find_lora_pairs, subspace_iteration
 from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.trainer import FitResult, LocalRun
 
@@ -44,7 +44,7 @@ def _sparse(sizes: Sizes) -> int:
     density = sizes.options.density
     if density is None:
         return sizes.delta(sizes.rank)
-    shapes = ((sizes.layout.shapes[p.b][0], sizes.layout.shapes[p.a][1]) for p in pairs(sizes.layout.names))
+    shapes = ((sizes.layout.shapes[p.b][0], sizes.layout.shapes[p.a][1]) for p in find_lora_pairs(sizes.layout.names))
     return sum(NUMBER * max(1, round(density * rows * columns)) for rows, columns in shapes)
 
 
@@ -153,7 +153,9 @@ class SLoRA(LoRAAlgorithm):
         for pair in self.pairs:
             change = self.dense(pair.weight).double().cpu()
             unused = first[pair.a].double()
-            found = leading(change, len(unused), torch_generator(self.seed, "init", client=f"svd/{pair.weight}"))
+            found = subspace_iteration(
+                change, len(unused), torch_generator(self.seed, "init", client=f"svd/{pair.weight}")
+            )
             start = split(found, unused)
             self.shared.views[pair.b].copy_(start.b / self.scales[pair.weight])
             self.shared.views[pair.a].copy_(start.a)

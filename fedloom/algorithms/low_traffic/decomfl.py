@@ -26,7 +26,7 @@ from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.low_traffic.directions import Direction
 from fedloom.algorithms.low_traffic.history import Replayed, listed
 from fedloom.algorithms.low_traffic.zeroth import check_compile, descend
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.messages.types import Payload, Update
 from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.trainer import FitResult, LocalRun
@@ -72,7 +72,7 @@ class DeComFL(Replayed):
             for number in range(step * count, (step + 1) * count):
                 yield self.space.dense(Direction(self.round, number))
 
-        dropout = partial(forked_torch, self.seed, "dropout", self.round)
+        dropout = partial(fork_torch, self.seed, "dropout", self.round)
         result, steps = descend(
             run,
             self,

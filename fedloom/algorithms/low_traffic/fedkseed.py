@@ -27,7 +27,7 @@ from fedloom.algorithms.about import NUMBER, About, Sizes
 from fedloom.algorithms.low_traffic.directions import Direction, Directions, Replay, check_coefficients
 from fedloom.algorithms.low_traffic.zeroth import check_compile, descend
 from fedloom.common.errors import ClientFailed
-from fedloom.common.randomness import forked_torch, numpy_generator
+from fedloom.common.randomness import fork_torch, numpy_generator
 from fedloom.messages.types import Payload, Update
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.attach import Models
@@ -137,7 +137,7 @@ class FedKSeed(base.Algorithm):
             picked.append(int(rng.integers(self.options.seeds)))
             yield self._directions.dense(Direction(0, picked[-1]))
 
-        dropout = partial(forked_torch, self.seed, "dropout", self.round)
+        dropout = partial(fork_torch, self.seed, "dropout", self.round)
         result, steps = descend(
             run,
             self,

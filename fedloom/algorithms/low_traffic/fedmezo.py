@@ -19,7 +19,7 @@ from fedloom.algorithms.about import About
 from fedloom.algorithms.averaging import fedavg
 from fedloom.algorithms.low_traffic.directions import Direction, Directions
 from fedloom.algorithms.low_traffic.zeroth import check_compile, descend
-from fedloom.common.randomness import derived_seed, forked_torch
+from fedloom.common.randomness import derive_seed, fork_torch
 from fedloom.recipe.recipe import AdapterConfig, ModelConfig, TrainConfig
 from fedloom.training.trainer import FitResult, LocalRun
 
@@ -40,7 +40,7 @@ class FedMeZO(fedavg.FedAvg):
         check_compile("fedmezo", train)
 
     def local_training(self, run: LocalRun) -> FitResult:
-        own = derived_seed(self.seed, "seeds", self.round, self.client)
+        own = derive_seed(self.seed, "seeds", self.round, self.client)
         directions = Directions(own, run.model.adapter.layout.numel)
         count = self.options.perturbations
 
@@ -48,7 +48,7 @@ class FedMeZO(fedavg.FedAvg):
             for number in range(step * count, (step + 1) * count):
                 yield directions.dense(Direction(self.round, number))
 
-        dropout = partial(forked_torch, self.seed, "dropout", self.round)
+        dropout = partial(fork_torch, self.seed, "dropout", self.round)
         result, _ = descend(
             run,
             self,

@@ -22,7 +22,7 @@ import torch
 from fedloom.common.errors import ClientFailed, UserError
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.recompute import sparing
+from fedloom.models.recompute import save_memory
 from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.flops import Flops, flops_of
 from fedloom.training.trainer import FitResult, Learner, LocalRun
@@ -121,7 +121,7 @@ class _Loss:
     @torch.no_grad()
     def __call__(self) -> float:
         total = 0.0
-        with self._dropout(), sparing(self._model, recompute=False, chunk=self._chunk):
+        with self._dropout(), save_memory(self._model, recompute=False, chunk=self._chunk):
             for batch in self._batches:
                 total += float(self._learner.local_loss(self._model, batch, self._step_units))
                 self._result.tokens += batch.tokens

@@ -77,7 +77,7 @@ class Aligner:
         corpus = load_corpus(data, seed=seed + 1 if options.seed is None else options.seed)
         template = Template.choose(model.tokenizer, options.template)
         self.options, self.seed = options, seed
-        self.sequences = tokenise(corpus, template, options.max_length, cache_folder.home() / "tokenised")
+        self.sequences = tokenise(corpus, template, options.max_length, cache_folder.cache_home() / "tokenised")
         self.pad = model.tokenizer.pad_token_id or 0
         self.settings = Distillation(options.lr, options.kl, options.layerwise)
 

@@ -163,7 +163,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
             if latents is None:
                 own = self._middle()
                 latents = own if isinstance(self.compression, Plain) else self.compression.latents(own)
-            self._wire = self.compression.wire(latents)
+            self._wire = self.compression.encode(latents)
         return self._wire
 
     def _distil_once(self) -> None:
@@ -186,7 +186,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         emulator = self._emulator()
         self._held[client] = self.version
         if self._files is None:
-            self._files = shipping.files_of(self.model.causal_lm, self.model.tokenizer)
+            self._files = shipping.encode_files(self.model.causal_lm, self.model.tokenizer)
         tensors = {
             **self.shared.tensors(),
             **prefixed(emulator, EMULATOR),
@@ -233,7 +233,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
         outer = self.shared.tensors() if self.model.full else {}
         given = [*rest.values(), *outer.values()]
         return {
-            "parameters": self.compression.numbers(wire, self._shapes) + sum(t.numel() for t in given),
+            "parameters": self.compression.count_numbers(wire, self._shapes) + sum(t.numel() for t in given),
             "parameters_of_model": sum(p.numel() for p in weights),
             "bytes": sum(t.nbytes for t in (*wire.values(), *given)),
             "bytes_of_model": sum(p.nbytes for p in weights),
@@ -256,13 +256,13 @@ class FedOT(fedavg_outer.FedAvgOuter):
         self.cut = Cut(cut["path"], cut["total"], self.options.bottom, self.options.top, tuple(cut["kept"]))
         dtype = getattr(torch, payload.meta["dtype"])
         files = payload.under(FILE)
-        empty = shipping.skeleton(files, self.cut, dtype)
+        empty = shipping.build_skeleton(files, self.cut, dtype)
         inside = self.cut.prefixes(self.cut.kept)
         self._shapes = {n: p.shape for n, p in empty.named_parameters() if n.startswith(inside)}
         self.compression = self._compression(dtype)
-        middle = self.compression.read(payload.under(EMULATOR), self._shapes)
+        middle = self.compression.decode(payload.under(EMULATOR), self._shapes)
         outer = _adapter(payload) if self.adapter.method == "full" else {}
-        base_model = shipping.fill(empty, {**payload.under(FROZEN), **middle, **outer}, files, models.device)
+        base_model = shipping.fill_skeleton(empty, {**payload.under(FROZEN), **middle, **outer}, files, models.device)
         self.model = attach(base_model, self.adapter, self.seed, self.cut.prefixes(self.cut.outer))
         self.version = int(payload.meta["emulator"])
         return self.model
@@ -277,7 +277,7 @@ class FedOT(fedavg_outer.FedAvgOuter):
             raise ClientFailed("stale_emulator", f"the server is at emulator {sent} and this client at {self.version}")
         weights = self.model.base_weights()
         with torch.no_grad():
-            for name, weight in self.compression.read(wire, self._shapes).items():
+            for name, weight in self.compression.decode(wire, self._shapes).items():
                 weights[name].copy_(weight)
         self.version = sent
 

@@ -1,1 +1,1 @@
-"""The corpora that fedloom knows by name, one page each: source, columns, examples."""
+"""The built-in corpora, one file each: source, columns, examples."""

@@ -1,4 +1,4 @@
-"""fed-alpaca: Stanford Alpaca's 52,002 instructions, dealt out evenly to three clients."""
+"""fed-alpaca: Stanford Alpaca's 52,002 instructions, split evenly among three clients."""
 
 from __future__ import annotations
 

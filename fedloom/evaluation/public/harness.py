@@ -163,7 +163,7 @@ def score(
                 log.warning(
                     f"{name}: {wanted} answered examples were asked for, and that source has {docs.shots} to show"
                 )
-            with attention.using(model.causal_lm, plain_attention(model)), torch.random.fork_rng():
+            with attention.use_attention(model.causal_lm, plain_attention(model)), torch.random.fork_rng():
                 torch.manual_seed(SEED)
                 found = evaluate(lm=lm, task_dict=loaded, limit=limit, log_samples=True)
             tasks[name] = _task(found, name, measured.metric, docs)

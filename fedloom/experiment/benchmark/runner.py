@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fedloom.common import environment
 from fedloom.common.errors import RunFailed, UserError
-from fedloom.common.files import unfinished, write_json
+from fedloom.common.files import is_unfinished, write_json
 from fedloom.common.logs import reworded
 from fedloom.experiment.benchmark.columns import Numbers, measured
 from fedloom.experiment.benchmark.declaration import Benchmark, Cell, Values
@@ -179,7 +179,7 @@ def _finish(recipe: Recipe, folder: Path) -> Summary:
     there = read_summary(RunFolder(folder))
     if there is not None:
         return there
-    environment.forget_peak_memory()
+    environment.reset_peak_memory()
     with reworded(lambda text: None):  # a benchmark logs its cells only; each run's events are in its folder
         return run(recipe, folder, resume=RunFolder(folder).holds_a_run).summary
 
@@ -250,7 +250,7 @@ def _claim(benchmark: Benchmark, out: Path, size: str | None) -> None:
         differs = sorted(key for key in {*there, *wanted} if there.get(key) != wanted.get(key))
         raise UserError(f"{out} has another benchmark ({', '.join(differs)} differ): name another --out")
     if there is None:
-        if out.is_dir() and not all(unfinished(path) for path in out.iterdir()):
+        if out.is_dir() and not all(is_unfinished(path) for path in out.iterdir()):
             raise UserError(f"{out} is not empty and has no benchmark: name another --out")
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / "benchmark.json", wanted)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from fedloom.federation.checks.facts import ModelFacts
 from fedloom.federation.checks.rule import Rule
 from fedloom.models.forward import supports_chunks, supports_packing, supports_prefix
-from fedloom.models.prefix_cache import no_prefix
-from fedloom.models.recompute import can_recompute
+from fedloom.models.prefix_cache import prefix_obstacle
+from fedloom.models.recompute import recompute_obstacle
 from fedloom.training.cohort_probe import refusal
 from fedloom.training.compiling import trouble
 
@@ -20,7 +20,7 @@ def _positions(f: ModelFacts) -> int:
 def _no_prefix(f: ModelFacts) -> str:
     if f.train.cache_prefix is None:
         return ""
-    why = no_prefix(f.model, f.packed)
+    why = prefix_obstacle(f.model, f.packed)
     return why or (
         "" if supports_prefix(f.model) else "this model's later layers need more than what the one before gives"
     )
@@ -88,7 +88,7 @@ MODEL_RULES = (
     Rule[ModelFacts](
         "model.checkpointing",
         "`train.checkpointing` with a model whose layers cannot be computed again",
-        lambda f: f.train.checkpointing and can_recompute(f.model, f.packed),
+        lambda f: f.train.checkpointing and recompute_obstacle(f.model, f.packed),
         lambda f, why: f"train.checkpointing=true cannot be used: {why}; set train.checkpointing=false",
     ),
     Rule[ModelFacts](

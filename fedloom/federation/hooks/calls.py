@@ -22,7 +22,7 @@ from fedloom.messages.kept import check_kept
 from fedloom.messages.names import prefixed
 from fedloom.messages.types import Payload
 from fedloom.models.adapters import AdaptedModel
-from fedloom.models.layout import exchange
+from fedloom.models.layout import swap
 from fedloom.recipe.recipe import HookConfig, Recipe
 
 #: Where a client's store and the server's checkpoint have them.
@@ -146,11 +146,11 @@ class Hooks:
         if stand_in is None:
             yield
             return
-        exchange(algorithm.shared.flat, stand_in)
+        swap(algorithm.shared.flat, stand_in)
         try:
             yield
         finally:
-            exchange(algorithm.shared.flat, stand_in)
+            swap(algorithm.shared.flat, stand_in)
 
     def _stand_in(self, algorithm: Algorithm) -> torch.Tensor | None:
         found = [t for hook in self._hooks.values() if (t := hook.deploys(algorithm)) is not None]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.common.errors import RunFailed, UserError
-from fedloom.common.files import folder_name, link, write_bytes, write_json
+from fedloom.common.files import folder_name, link_file, write_bytes, write_json
 from fedloom.federation.record.events import Stopped
-from fedloom.messages.at_rest import VERSION, Damaged, from_bytes, packed, to_bytes, unpacked
+from fedloom.messages.at_rest import VERSION, DamagedFile, decode_state, encode_state, from_bytes, to_bytes
 from fedloom.messages.types import Cost, Payload
 
 
@@ -118,7 +118,7 @@ class Checkpoints:
         try:
             data = to_bytes(state.server)
             for name, path in state.files.items():
-                link(path, scratch / name)
+                link_file(path, scratch / name)
             write_bytes(scratch / "server.safetensors", data)
             write_json(scratch / "state.json", _described(state, data))
             target = self.path(state.round)
@@ -145,24 +145,24 @@ class Checkpoints:
             described = json.loads((folder / "state.json").read_text())
             data = (folder / "server.safetensors").read_bytes()
         except (OSError, ValueError) as error:
-            raise Damaged(f"it cannot be read ({type(error).__name__})") from error
+            raise DamagedFile(f"it cannot be read ({type(error).__name__})") from error
         if not isinstance(described, dict) or described.pop("sha256", None) != _json_digest(described):
-            raise Damaged("state.json was altered")
+            raise DamagedFile("state.json was altered")
         if described["version"] != VERSION:
             raise UserError(
                 f"the checkpoints in {self.folder} have version {described['version']}, and this fedloom reads version "
                 f"{VERSION}: resume with the fedloom that began the run, or start again with --overwrite"
             )
         if len(data) != described["tensors"]["bytes"]:
-            raise Damaged(f"server.safetensors has {len(data)} of {described['tensors']['bytes']} bytes")
+            raise DamagedFile(f"server.safetensors has {len(data)} of {described['tensors']['bytes']} bytes")
         if hashlib.sha256(data).hexdigest() != described["tensors"]["sha256"]:
-            raise Damaged("server.safetensors was altered")
+            raise DamagedFile("server.safetensors was altered")
         files = {name: folder / name for name in described["files"]}
         for name, path in files.items():
             try:
                 from_bytes(path.read_bytes())
-            except (OSError, Damaged) as error:
-                raise Damaged(f"{name} cannot be read") from error
+            except (OSError, DamagedFile) as error:
+                raise DamagedFile(f"{name} cannot be read") from error
         return RoundState(described["round"], from_bytes(data), described["notes"], files)
 
     def newest(self) -> tuple[RoundState | None, list[str]]:
@@ -175,7 +175,7 @@ class Checkpoints:
         for round in rounds:
             try:
                 return self.load(round), said
-            except Damaged as damage:
+            except DamagedFile as damage:
                 said.append(f"the checkpoint of round {round} is damaged: {damage}; using the one before it")
         if rounds:
             raise RunFailed(
@@ -229,12 +229,12 @@ class ClientStore:
 
     def save(self, client: str, round: int, state: Mapping[str, Payload]) -> None:
         """Store `state` (section → payload) of the end of `round`; write nothing if all payloads are empty."""
-        data = packed(state)
+        data = encode_state(state)
         if data is not None:
             self.put(client, round, data)
 
     def put(self, client: str, round: int, data: bytes) -> None:
-        """Store a state that `packed` has encoded."""
+        """Store a state that `encode_state` has encoded."""
         write_bytes(self._folder(client) / f"round-{round:04d}.safetensors", data)
         boundary = round - self.keep + 1  # a fallback never needs a state older than the one after this round
         settled = [r for r in self._rounds(client) if r <= boundary]
@@ -246,7 +246,7 @@ class ClientStore:
 
         Raises Damaged if the state exists and cannot be read: without it, the run would silently be another one.
         """
-        return unpacked(self.get(client, up_to))
+        return decode_state(self.get(client, up_to))
 
     def get(self, client: str, up_to: int) -> bytes | None:
         """Return the bytes that `load` decodes; None if there are none."""

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from fedloom.common.errors import UserError
-from fedloom.common.files import locked, unfinished, write_bytes, write_json
+from fedloom.common.files import is_unfinished, lock_file, write_bytes, write_json
 from fedloom.common.yaml import load_yaml
 from fedloom.federation.record.checkpoints import Checkpoints
 from fedloom.recipe.library import find_recipe
@@ -108,12 +108,12 @@ def opened(path: Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     if (
         not folder.holds_a_run
         and path.is_dir()
-        and any(p.name not in OTHERS and not unfinished(p) for p in path.iterdir())
+        and any(p.name not in OTHERS and not is_unfinished(p) for p in path.iterdir())
     ):
         raise UserError(f"{path} is not empty and holds no run: name another folder with --out")
     made = [p for p in (path, *path.parents) if not p.exists()]
     path.mkdir(parents=True, exist_ok=True)
-    lock = locked(path / ".lock")
+    lock = lock_file(path / ".lock")
     if lock is None:
         raise UserError(f"run folder {path} is in use by another process: wait for it, or use another --out")
     with lock:

@@ -29,7 +29,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from fedloom.common.files import folder_name, link, write_bytes
+from fedloom.common.files import folder_name, link_file, write_bytes
 from fedloom.federation.rounds.collection import Accept, below_quorum
 from fedloom.federation.rounds.dispatcher import Dispatcher
 from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule
@@ -256,7 +256,7 @@ class AsynchronousRounds:
             return
         self.now = notes["now"]
         for name, path in files.items():
-            link(path, self._folder / name)
+            link_file(path, self._folder / name)
         waiting = [_restored(values) for values in notes["waiting"]]
         self._waiting = {w.outcome.client: w for w in waiting}
 

@@ -24,7 +24,7 @@ from fedloom.federation.rounds.virtual_time import VirtualTime
 from fedloom.federation.runtime import Runtime
 from fedloom.federation.watch import Tick
 from fedloom.messages.operators.channel import ServerChannel
-from fedloom.messages.types import STARTED_ANEW, UNEXPECTED_CODING, VANISHED, Assignment, Failure, Outcome, Update
+from fedloom.messages.types import LOST_STATE, UNEXPECTED_CODING, VANISHED, Assignment, Failure, Outcome, Update
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class Dispatcher:
         )
         if self.channel is None:
             return assignment
-        return self.channel.sent(assignment, first and algorithm.own_initial)
+        return self.channel.encode(assignment, first and algorithm.own_initial)
 
     def outcomes(self, kind: Any, round: int, clients: Sequence[str], dataset: Any = "test") -> Iterator[Outcome]:
         """Send one assignment to each client; outcomes as they arrive."""
@@ -137,11 +137,11 @@ class Dispatcher:
         """
         first = outcome.cost.download_bytes if outcome.client in self._fresh else 0
         self._fresh.discard(outcome.client)
-        if isinstance(outcome, Failure) and outcome.reason in STARTED_ANEW | VANISHED:
+        if isinstance(outcome, Failure) and outcome.reason in LOST_STATE | VANISHED:
             self._contacted.discard(outcome.client)
         outcome = replace(outcome, cost=replace(outcome.cost, broadcast_bytes=first))
         if self.channel is not None:
-            return self.channel.opened(outcome) if kind == "train" else outcome
+            return self.channel.decode(outcome) if kind == "train" else outcome
         if isinstance(outcome, Update) and outcome.payload.coding is not None:
             return Failure(outcome.client, outcome.round, "bad_payload", UNEXPECTED_CODING, outcome.cost)
         return outcome

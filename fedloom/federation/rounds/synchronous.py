@@ -20,7 +20,7 @@ from fedloom.federation.rounds.collection import Accept, below_quorum
 from fedloom.federation.rounds.dispatcher import Dispatcher
 from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule
 from fedloom.messages.at_rest import from_bytes, to_bytes
-from fedloom.messages.types import STARTED_ANEW, VANISHED, Failure, Outcome, Payload, Update
+from fedloom.messages.types import LOST_STATE, VANISHED, Failure, Outcome, Payload, Update
 
 #: Seconds between two times that a lost client is asked whether it is back, where a round is below quorum.
 PAUSE = 1.0
@@ -162,7 +162,7 @@ class SynchronousRounds:
         Clients whose simulated devices vanished get it again too, which takes no time; failures are reported after that.
         """
         virtual, fewest = self._virtual, self._schedule.federation.min_clients
-        again = STARTED_ANEW if virtual is None else VANISHED
+        again = LOST_STATE if virtual is None else VANISHED
         until, usable, attempts = time.monotonic() + self._waits, 0, 0
         asked: Sequence[str] = self._clients
         while True:

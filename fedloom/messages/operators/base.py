@@ -1,11 +1,12 @@
-"""An operator is one step on a payload's way: it encodes flat parts, and decodes what it made.
+"""An operator: one step of a payload's encoding, and its inverse.
 
-    layout   what encode makes of such parts: names, dtypes, counts. Both sides compute it, so a message cannot claim sizes
-    encode   parts → parts, and a few JSON notes for the other side
-    decode   parts → parts, checked before anything is allocated
+    layout   the names, dtypes and counts that encode gives for such parts. Both sides compute it, so no message can
+             claim other sizes
+    encode   parts → parts, and a few JSON notes for the receiver
+    decode   parts → parts, checked before memory is allocated
 
-An operator acts on every part that it is for and hands the others on: lossy ones act on floats, and integers, booleans
-and bytes pass them unchanged. It does not know what the numbers mean, who sends them, nor which operators stand beside it.
+An operator changes only the parts that it is for. Lossy operators change floats; integers, booleans and bytes pass
+unchanged. An operator does not know what the numbers mean, who sends them, or which other operators are in the chain.
 """
 
 from __future__ import annotations
@@ -24,30 +25,30 @@ Notes = dict[str, Any]
 
 
 class CannotEncode(ValueError):
-    """A payload that an operator does not take, such as one with numbers that are not finite; says why in one sentence."""
+    """A payload that an operator cannot encode, such as one with non-finite numbers; the message says why."""
 
 
 class OperatorOptions(BaseModel):
-    """An operator's own options, which stand beside its name in a recipe. Unknown ones are refused."""
+    """An operator's own options, given next to its name in a recipe. Unknown options are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LossyOptions(OperatorOptions):
     error_feedback: bool = Field(
-        False, description="keep what this operator and those after it lost, and add it to the client's next update"
+        False, description="keep what this operator and later ones lose, and add it to the client's next update"
     )
 
 
 @dataclass
 class Around:
-    """What an operator may read besides the parts.
+    """What an operator may read in addition to the parts.
 
     Attributes:
         table: names and shapes of the payload.
         generator: this message's random numbers; None when decoding.
-        reference: name → tensor that both sides hold, what `delta` is against.
-        exact: every operator of the chain is lossless.
+        reference: name → tensor that both sides have; `delta` encodes the difference from it.
+        exact: whether every operator of the chain is lossless.
     """
 
     table: Table
@@ -57,12 +58,13 @@ class Around:
 
 
 class Operator(ABC):
-    """Subclass, and name it in the registry (docs/operators.md).
+    """The base class of operators. Subclass it, and register the subclass (docs/operators.md).
 
     Attributes:
-        lossless: decode(encode(x)) is x, bit for bit.
-        needs_reference: works only where both sides hold the last broadcast.
-        for_differences: leaves out most numbers, so that on whole weights it would destroy them.
+        lossless: whether decode(encode(x)) is x, bit for bit.
+        needs_reference: whether both sides need the last broadcast.
+        for_differences: whether it drops most numbers, and so would destroy whole weights.
+        Options: the class of its options.
     """
 
     lossless: ClassVar[bool] = True
@@ -79,18 +81,18 @@ class Operator(ABC):
 
     @abstractmethod
     def layout(self, spec: Spec, exact: bool = False) -> Spec:
-        """What `encode` makes of parts like these. `exact` as in `Around`."""
+        """Return the layout of the parts that `encode` returns for such parts. `exact` as in `Around`."""
 
     @abstractmethod
     def encode(self, parts: Parts, around: Around) -> tuple[Parts, Notes]:
-        """New parts and notes. Raises CannotEncode."""
+        """Return new parts, and notes for the receiver. Raises CannotEncode."""
 
     @abstractmethod
     def decode(self, parts: Parts, spec: Spec, notes: Notes, around: Around) -> Parts:
-        """The parts that `encode` was given, of which `spec` is the layout. Raises BadPayload."""
+        """Return the parts that `encode` got; `spec` is their layout. Raises BadPayload."""
 
     def error(self, largest: float) -> float:
-        """The most by which a decoded element can differ, given that none is larger than this in size."""
+        """Return the largest difference of a decoded element, if no element is larger than `largest` in size."""
         return 0.0
 
 
@@ -98,13 +100,13 @@ def is_float(part: Part) -> bool:
     return part.dtype in FLOATS
 
 
-def finite(values: torch.Tensor, what: str) -> torch.Tensor:
-    """`values`, or CannotEncode where one is not finite: one NaN would spoil a whole block."""
+def check_finite(values: torch.Tensor, what: str) -> torch.Tensor:
+    """Return `values`. Raises CannotEncode if one is not finite: a single NaN would spoil a whole block."""
     if not bool(torch.isfinite(values).all()):
-        raise CannotEncode(f"{what} takes finite numbers only, and the payload has some that are not")
+        raise CannotEncode(f"{what} needs finite numbers, but the payload has some that are not")
     return values
 
 
-def no_notes(notes: Notes) -> None:
+def check_no_notes(notes: Notes) -> None:
     if notes:
-        raise BadPayload("an operator's notes are not what it writes")
+        raise BadPayload("the notes of an operator do not fit it: it writes none")

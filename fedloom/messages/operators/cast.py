@@ -1,7 +1,7 @@
-"""Casts: floats travel in 16 bits and arrive in their own dtype again.
+"""Casts: send floats in 16 bits and decode them to their own dtype.
 
-bf16 keeps fp32's range and 8 significant bits; fp16 keeps 11 bits and ends at 65504. A cast that would turn a finite number
-into an infinite one is refused, NaN and ±Inf pass as they are. 16-bit floats pass unchanged.
+bf16 has fp32's range and 8 significant bits; fp16 has 11 bits and ends at 65504. A cast that would turn a finite number
+into an infinite one is refused; NaN and ±Inf pass unchanged, as do 16-bit floats.
 """
 
 from __future__ import annotations
@@ -11,12 +11,20 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from fedloom.messages.operators.base import Around, CannotEncode, LossyOptions, Notes, Operator, is_float, no_notes
+from fedloom.messages.operators.base import (
+    Around,
+    CannotEncode,
+    LossyOptions,
+    Notes,
+    Operator,
+    check_no_notes,
+    is_float,
+)
 from fedloom.messages.operators.flat import Part, Parts, Spec
 
 
 class CastOptions(LossyOptions):
-    dtype: Literal["bf16", "fp16"] = Field("bf16", description="the 16-bit float that travels")
+    dtype: Literal["bf16", "fp16"] = Field("bf16", description="the 16-bit float to send")
 
 
 class Bf16Options(LossyOptions):
@@ -52,7 +60,7 @@ class Cast(Operator):
         return narrow
 
     def decode(self, parts: Parts, spec: Spec, notes: Notes, around: Around) -> Parts:
-        no_notes(notes)
+        check_no_notes(notes)
         return {n: parts[n].to(part.dtype) for n, part in spec.items()}
 
     def error(self, largest: float) -> float:

@@ -1,14 +1,15 @@
-"""A chain of operators: encoded in the order that a recipe names, decoded in reverse.
+"""A chain of operators: encode in the order that a recipe names, decode in reverse.
 
     payload ─ flat parts ─ operator 1 ─ … ─ operator n ─▶ parts, and a coding: {"operators", "table", "notes"}
 
-The receiver knows the chain from its own recipe. From it and the table of names follows what the parts must look like after
-every operator, so that a message is measured against that before anything is allocated. With error feedback the residual is
-what the whole rest of the chain lost,
+The receiver knows the chain from its own recipe. Chain and table of names determine the layout of the parts after every
+operator. A message is checked against that before memory is allocated. With error feedback the residual is what the
+rest of the chain lost,
 
     r_t = (x_t + r_{t-1}) - decode(encode(x_t + r_{t-1})),    so    Σ decoded + r_T = Σ x      (arXiv 1901.09847)
 
-kept by name, because what a client sends may differ from round to round. This file does not know who sends, nor when.
+The residual is stored by name, because a client may send other tensors in other rounds. This file does not know who
+sends, or when.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ from fedloom.common.complaints import parse_options
 from fedloom.common.errors import UserError
 from fedloom.messages import limits
 from fedloom.messages.operators.base import Around, Operator, is_float
-from fedloom.messages.operators.flat import BadPayload, Part, Parts, Spec, Table, check, flatten, unflatten
+from fedloom.messages.operators.flat import BadPayload, Part, Parts, Spec, Table, check_parts, flatten, unflatten
 from fedloom.messages.types import Payload
 
-#: What a client keeps for error feedback: name → what has not been sent yet. Changed in place.
+#: A client's residual of error feedback: name → what has not been sent yet. Changed in place.
 Residual = dict[str, torch.Tensor]
 
 
 class Chain:
-    """Operators in a row. `described` is their JSON with all options, as it stands in messages."""
+    """Operators in order. `described` is their JSON with all options, as in messages."""
 
     def __init__(self, operators: Sequence[Operator] = (), described: Sequence[Mapping[str, Any]] = ()) -> None:
         self.operators = tuple(operators)
@@ -41,9 +42,9 @@ class Chain:
 
     @classmethod
     def parse(cls, values: Sequence[str | Mapping[str, Any]], where: str = "operators") -> Chain:
-        """A chain from a recipe's list; `where` is its key. Raises UserError for what cannot be."""
+        """Build a chain from a recipe's list; `where` is its key. Raises UserError for an invalid chain."""
         if len(values) > limits.OPERATORS:
-            raise UserError(f"{where} has {len(values)} operators: at most {limits.OPERATORS} make a chain")
+            raise UserError(f"{where} has {len(values)} operators, but at most {limits.OPERATORS} may be chained")
         operators, described = [], []
         for value in values:
             given = {"name": value} if isinstance(value, str) else dict(value)
@@ -57,21 +58,21 @@ class Chain:
         return chain
 
     def _check_order(self, where: str) -> None:
-        """Refuse what would silently do nothing, or not what it says."""
+        """Raise UserError for an order in which an operator does nothing, or not what it says."""
         spec: Spec = {"F32": Part(torch.float32, 1000)}
         names = [d["name"] for d in self.described]
         first = True
         for i, operator in enumerate(self.operators):
             if operator.needs_reference and i:
-                raise UserError(f"{where}: {names[i]} stands after {names[i - 1]}: put it first in the chain")
+                raise UserError(f"{where}: {names[i]} comes after {names[i - 1]}: put it first in the chain")
             if not operator.lossless and not any(is_float(part) for part in spec.values()):
                 raise UserError(
-                    f"{where}: {names[i]} stands after {names[i - 1]}, which leaves no floats: put it before"
+                    f"{where}: {names[i]} comes after {names[i - 1]}, which leaves no floats: put it before"
                 )
             if operator.error_feedback and not first:
                 raise UserError(
-                    f"{where}: error_feedback stands on {names[i]}, which is not the first lossy operator: set it on the "
-                    "first one, it covers those after it"
+                    f"{where}: error_feedback is set on {names[i]}, which is not the first lossy operator: set it on "
+                    "the first one, which covers those after it"
                 )
             first = first and operator.lossless
             spec = operator.layout(spec, self.lossless)
@@ -95,12 +96,13 @@ class Chain:
         reference: Mapping[str, torch.Tensor] | None = None,
         residual: Residual | None = None,
     ) -> Payload:
-        """The payload as it travels; the payload itself where the chain is empty. Raises CannotEncode.
+        """Return the encoded payload, or the payload itself if the chain is empty. Raises CannotEncode.
 
         Args:
+            payload: plain.
             generator: for stochastic rounding and random draws.
-            reference: what both sides hold, for `delta`.
-            residual: what error feedback kept; replaced by what it keeps now.
+            reference: what both sides have, for `delta`.
+            residual: the residual of error feedback; replaced by the new one.
         """
         if not self.operators:
             return payload
@@ -110,16 +112,16 @@ class Chain:
         corrected: tuple[int, Parts] | None = None
         for i, operator in enumerate(self.operators):
             if operator.error_feedback:
-                corrected = i, _with_residual(parts, table, residual or {})
+                corrected = i, _add_residual(parts, table, residual or {})
                 parts = {n: corrected[1].get(n, t).to(t.dtype) for n, t in parts.items()}
             specs.append(operator.layout(specs[-1], self.lossless))
             parts, note = operator.encode(parts, around)
-            check(parts, specs[-1])
+            check_parts(parts, specs[-1])
             notes.append(note)
         if corrected is not None and residual is not None:
             at, wanted = corrected
-            back = self._undone(parts, specs, notes, replace(around, generator=None), at)
-            _keep(residual, table, {n: t - back[n] for n, t in wanted.items()})
+            back = self._decode_down_to(parts, specs, notes, replace(around, generator=None), at)
+            _update_residual(residual, table, {n: t - back[n] for n, t in wanted.items()})
         return Payload(parts, payload.meta, {"operators": self.described, "table": table.to_json(), "notes": notes})
 
     def decode(
@@ -128,38 +130,38 @@ class Chain:
         reference: Mapping[str, torch.Tensor] | None = None,
         max_bytes: int = limits.PAYLOAD_BYTES,
     ) -> Payload:
-        """The plain payload. Raises BadPayload; nothing larger than `max_bytes` is allocated."""
+        """Return the plain payload. Raises BadPayload; allocates nothing larger than `max_bytes`."""
         coding = payload.coding
         if coding is None and not self.operators:
             return payload
         names = [d["name"] for d in self.described]
         if not isinstance(coding, dict) or coding.get("operators") != self.described:
-            raise BadPayload(f"the payload is not encoded by the operators that the recipe names, {names}")
+            raise BadPayload(f"the payload is not encoded by the recipe's operators, {names}")
         notes = coding.get("notes")
         if not isinstance(notes, list) or [type(n) for n in notes] != [dict] * len(names):
-            raise BadPayload("the operators' notes are not one mapping for each")
+            raise BadPayload("the notes do not have one mapping per operator")
         table = Table.from_json(coding.get("table"))
         if table.nbytes > max_bytes:
-            raise BadPayload(f"the table claims {table.nbytes} bytes; at most {max_bytes} are taken")
+            raise BadPayload(f"the table claims {table.nbytes} bytes, but at most {max_bytes} are allowed")
         specs = [table.spec()]
         for operator in self.operators:
             specs.append(operator.layout(specs[-1], self.lossless))
-        check(payload.tensors, specs[-1])
-        parts = self._undone(payload.tensors, specs, notes, Around(table, None, reference, self.lossless))
+        check_parts(payload.tensors, specs[-1])
+        parts = self._decode_down_to(payload.tensors, specs, notes, Around(table, None, reference, self.lossless))
         return Payload(unflatten(parts, table), payload.meta)
 
-    def _undone(
+    def _decode_down_to(
         self, parts: Parts, specs: Sequence[Spec], notes: Sequence[dict[str, Any]], around: Around, down_to: int = 0
     ) -> Parts:
         for i in reversed(range(down_to, len(self.operators))):
             parts = self.operators[i].decode(parts, specs[i], notes[i], around)
-            check(parts, specs[i])
+            check_parts(parts, specs[i])
         return parts
 
 
-def _with_residual(parts: Parts, table: Table, residual: Residual) -> Parts:
-    """x + r of every float part, in fp32 (fp64 for fp64), as a new tensor."""
-    made = {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for n, t in parts.items() if _float(t)}
+def _add_residual(parts: Parts, table: Table, residual: Residual) -> Parts:
+    """Return x + r for every float part, in fp32 (fp64 for fp64), as new tensors."""
+    made = {n: t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for n, t in parts.items() if _is_float(t)}
     for part, name, start, shape in table.places():
         kept = residual.get(name)
         if part in made and kept is not None and tuple(kept.shape) == shape:
@@ -167,11 +169,11 @@ def _with_residual(parts: Parts, table: Table, residual: Residual) -> Parts:
     return made
 
 
-def _keep(residual: Residual, table: Table, left: Parts) -> None:
+def _update_residual(residual: Residual, table: Table, left: Parts) -> None:
     for part, name, start, shape in table.places():
         if part in left:
             residual[name] = left[part][start : start + prod(shape)].view(shape).clone()
 
 
-def _float(values: torch.Tensor) -> bool:
+def _is_float(values: torch.Tensor) -> bool:
     return is_float(Part(values.dtype, 0))

@@ -1,12 +1,13 @@
-"""Both ends of the way: which chain a payload goes through, what each side holds for it, and what becomes a failure.
+"""Both ends of the connection: choose a payload's chain, store what it needs, and turn errors into failures.
 
-    server  sent ───── initial or down ────▶ received  client
-            opened ◀──────── up ──────────── encoded
+    server  encode ──── initial or down ────▶ decode  client
+            decode ◀───────── up ──────────── encode
 
-`initial` is for the first payload that a client gets in a run, `down` for all later ones, evaluation's too, `up` for the
-updates. Nothing but the client's own residual of error feedback has to be remembered by either side from round to round; so
-error feedback and `delta` belong to `up`: on the way down the server would have to hold a copy for each client.
-This file does not know runtimes: what it makes is a payload like any other.
+`initial` is for the first payload that a client gets in a run, `down` for all later ones, evaluation's too, `up` for
+the
+updates. Between rounds a side stores nothing but the client's residual of error feedback. So error feedback and `delta`
+belong to `up`: on the way down the server would have to store a copy for each client. This file does not know runtimes:
+it returns payloads like any other.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from fedloom.messages.operators.flat import BadPayload, bits
 from fedloom.messages.types import Assignment, Failure, Outcome, Payload, Update
 from fedloom.recipe.recipe import OperatorsConfig
 
-#: Broadcasts of a client that are held for an update that is late, where `delta` is in use.
-HELD = 4
+#: Broadcasts stored per client with `delta`, so that a late update can still be decoded.
+STORED_BROADCASTS = 4
 
 
 @dataclass(frozen=True)
 class Chains:
-    """A recipe's three chains."""
+    """A recipe's three chains: of first payloads, of updates, and of all later payloads to clients."""
 
     initial: Chain
     up: Chain
@@ -43,10 +44,11 @@ class Chains:
 
     @classmethod
     def of(cls, config: OperatorsConfig, differences: bool = False) -> Chains:
-        """Raises UserError for unknown names and options, and for chains that cannot be.
+        """Build the chains. Raises UserError for unknown names and options, and for invalid chains.
 
         Args:
-            differences: updates are differences from the broadcast already, as under privacy.
+            config: the recipe's section `operators`.
+            differences: whether updates are already differences from the broadcast, as under privacy.
         """
         chains = {
             n: Chain.parse([o.model_dump() for o in getattr(config, n)], f"operators.{n}")
@@ -56,20 +58,20 @@ class Chains:
             chain = chains[name]
             if chain.needs_reference:
                 raise UserError(
-                    f"operators.{name} has delta, which is against what a client got: it belongs to operators.up"
+                    f"operators.{name} has delta, which needs an earlier broadcast: it belongs to operators.up"
                 )
             if chain.error_feedback:
                 raise UserError(
-                    f"operators.{name} has error_feedback, for which the server would keep a copy for every client: "
+                    f"operators.{name} has error_feedback, for which the server would store a copy per client: "
                     "it belongs to operators.up"
                 )
         if differences and chains["up"].needs_reference:
-            raise UserError("operators.up has delta, but under privacy updates are differences already: leave it out")
+            raise UserError("operators.up has delta, but under privacy updates are already differences: leave it out")
         for name, chain in chains.items():
             zeroing = [d["name"] for o, d in zip(chain.operators, chain.described, strict=True) if o.for_differences]
             if zeroing and not chain.needs_reference and not (differences and name == "up"):
-                mend = "put delta before it" if name == "up" else "it belongs to operators.up, after delta"
-                raise UserError(f"operators.{name} has {zeroing[0]}, which would zero most of the weights: {mend}")
+                fix = "put delta before it" if name == "up" else "it belongs to operators.up, after delta"
+                raise UserError(f"operators.{name} has {zeroing[0]}, which would zero most of the weights: {fix}")
         return cls(**chains)
 
 
@@ -83,30 +85,34 @@ class ServerChannel:
         self._references: dict[str, dict[int, dict[str, torch.Tensor]]] = {}  # client → round → what it got
         self._last: dict[str, torch.Tensor] | None = None
 
-    def sent(self, assignment: Assignment, own_initial: bool) -> Assignment:
-        """The assignment with its payload encoded.
+    def encode(self, assignment: Assignment, own_initial: bool) -> Assignment:
+        """Return the assignment with its payload encoded.
 
         Args:
-            own_initial: the payload is an initial one unlike those of rounds (an emulator), sent anew after a restart.
+            assignment: with a plain payload.
+            own_initial: whether the payload is an initial one unlike those of rounds (an emulator), sent again after a
+                restart.
         """
         client, first = assignment.client, own_initial or assignment.client not in self._met
         chain = self.chains.initial if first else self.chains.down
         self._met.add(client)
-        try:  # one generator for all clients: what is equal before is equal after, and is held once
+        try:  # one generator for all clients: equal payloads stay equal, and are stored once
             coded = chain.encode(assignment.payload, torch_generator(self.seed, "quantise", assignment.round))
         except CannotEncode as error:
             raise RunFailed(f"round {assignment.round} cannot be sent: {error}; finished rounds are kept") from error
         if self.chains.up.needs_reference and assignment.kind == "train":
             held = self._references.setdefault(client, {})
-            held[assignment.round] = self._held((assignment.payload if chain.lossless else chain.decode(coded)).tensors)
-            for old in sorted(held)[:-HELD]:
+            held[assignment.round] = self._copy_broadcast(
+                (assignment.payload if chain.lossless else chain.decode(coded)).tensors
+            )
+            for old in sorted(held)[:-STORED_BROADCASTS]:
                 del held[old]
         return replace(assignment, payload=coded)
 
-    def opened(self, outcome: Outcome) -> Outcome:
-        """The outcome of training with its payload decoded, or a `Failure` that says what is wrong with it.
+    def decode(self, outcome: Outcome) -> Outcome:
+        """Return a training outcome with its payload decoded, or a `Failure` that says what is wrong with it.
 
-        Called as it comes from the runtime: what waits anywhere after that is plain.
+        Called on each outcome as it comes from the runtime, so that later stages store only plain ones.
         """
         if not isinstance(outcome, Update):
             return outcome
@@ -117,24 +123,27 @@ class ServerChannel:
             return Failure(outcome.client, outcome.round, "bad_payload", str(error), outcome.cost)
 
     def notes(self) -> dict[str, Any]:
-        """What a checkpoint has to hold: who got a first payload, where that differs from later ones."""
+        """Return what a checkpoint stores: which clients got a first payload, if that differs from later ones."""
         differ = self.chains.initial.described != self.chains.down.described
         return {"met": sorted(self._met)} if differ else {}
 
     def load_notes(self, notes: Mapping[str, Any]) -> None:
         self._met = set(notes.get("met", ()))
 
-    def _held(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A copy that later rounds do not touch; the last one again where it is the same."""
+    def _copy_broadcast(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return a copy that later rounds do not change; the last copy if it is equal."""
         last = self._last
-        if last is None or set(last) != set(tensors) or not all(_same(last[n], t) for n, t in tensors.items()):
+        if last is None or set(last) != set(tensors) or not all(_equal_bits(last[n], t) for n, t in tensors.items()):
             last = {n: t.detach().cpu().clone() for n, t in tensors.items()}
             self._last = last
         return last
 
 
 class ClientChannel:
-    """A client's end; in a simulation it plays all clients in turn, `received` begins each turn."""
+    """A client's end: decodes assignments, encodes updates.
+
+    In a simulation it serves all clients, one after another.
+    """
 
     def __init__(self, chains: Chains, seed: int) -> None:
         self.chains = chains
@@ -142,8 +151,8 @@ class ClientChannel:
         self._reference: dict[str, torch.Tensor] | None = None
         self._residual: Residual = {}
 
-    def received(self, assignment: Assignment) -> Payload:
-        """The plain payload of an assignment. Raises ClientFailed."""
+    def decode(self, assignment: Assignment) -> Payload:
+        """Return an assignment's plain payload. Raises ClientFailed. Has to be called first for each assignment."""
         self._residual, self._reference = {}, None
         operators = None if assignment.payload.coding is None else assignment.payload.coding.get("operators")
         chains = (self.chains.initial, self.chains.down)
@@ -157,11 +166,11 @@ class ClientChannel:
         return payload
 
     def resume(self, state: Payload | None) -> None:
-        """Take up what `state` kept."""
+        """Restore what `state` returned."""
         self._residual = dict(state.tensors) if state is not None else {}
 
-    def encoded(self, payload: Payload, client: str, round: int) -> Payload:
-        """What leaves the client. Raises ClientFailed."""
+    def encode(self, payload: Payload, client: str, round: int) -> Payload:
+        """Return the encoded payload. Raises ClientFailed."""
         generator = torch_generator(self.seed, "quantise", round, client)
         try:
             return self.chains.up.encode(payload, generator, self._reference, self._residual)
@@ -169,10 +178,10 @@ class ClientChannel:
             raise ClientFailed("non_finite", str(error)) from error
 
     def state(self) -> Payload:
-        """What error feedback has to send later, for the client's own store."""
+        """Return the residual of error feedback, to be stored with the client's own state."""
         return Payload(dict(self._residual))
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in every bit, so that a NaN is itself and -0 is not 0."""
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Return whether two tensors are equal in every bit: a NaN equals itself, and -0 differs from 0."""
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))

@@ -1,9 +1,11 @@
-"""Delta: what travels is the difference from the last broadcast, which both sides hold.
+"""Delta: send the difference from the last broadcast, which both sides have.
 
-The reference is what the client *decoded* in the assignment that it answers, so a lossy way down shifts both sides alike. A
-tensor whose name, dtype or shape is not in the broadcast travels as it is. Before a lossy operator the difference is one of
-numbers, and integers stay as they are. In a chain of lossless operators it is the exclusive or of the bits, because
-(x - r) + r is not x in floating point; near numbers share their leading bits, so it compresses as well.
+The reference is what the client *decoded* in the assignment that it answers, so a lossy chain down shifts both sides
+equally. A tensor whose name, dtype or shape is not in the broadcast is sent as it is. Before a lossy operator the
+difference is that of the numbers, and integers stay as they are. In a chain of lossless operators it is the exclusive
+or
+of the bits, because (x - r) + r is not x in floating point. Near numbers share their leading bits, so it compresses as
+well.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import ClassVar
 
 import torch
 
-from fedloom.messages.operators.base import Around, Notes, Operator, OperatorOptions, is_float, no_notes
+from fedloom.messages.operators.base import Around, Notes, Operator, OperatorOptions, check_no_notes, is_float
 from fedloom.messages.operators.flat import BadPayload, Part, Parts, Spec, bits
 
 
 class DeltaOptions(OperatorOptions):
-    """There are none."""
+    """No options."""
 
 
 class Delta(Operator):
@@ -40,7 +42,7 @@ class Delta(Operator):
         return made, {}
 
     def decode(self, parts: Parts, spec: Spec, notes: Notes, around: Around) -> Parts:
-        no_notes(notes)
+        check_no_notes(notes)
         made: Parts = {}
         for name, part in spec.items():
             if around.exact:
@@ -53,9 +55,9 @@ class Delta(Operator):
         return made
 
     def _reference(self, part: str, dtype: torch.dtype, count: int, around: Around) -> torch.Tensor:
-        """[count], zero where the broadcast has no such tensor."""
+        """Return the reference [count]; zero where the broadcast has no such tensor."""
         if around.reference is None:
-            raise BadPayload("there is no broadcast that this difference could be against")
+            raise BadPayload("the difference has no broadcast to be added to")
         flat = torch.zeros(count, dtype=dtype)
         for own, name, start, shape in around.table.places():
             there = around.reference.get(name)

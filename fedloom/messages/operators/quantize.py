@@ -1,18 +1,19 @@
-"""Block quantisation: 256 neighbours of the flat buffer share one scale, each of them becomes a small integer.
+"""Block quantisation: 256 neighbours of the flat buffer share one scale, and each becomes a small integer.
 
-    bits      levels                       scale s of a block with largest |x| = m       a value takes
+    bits      levels                       scale s of a block with largest |x| = m       size of a value
     8         -127 … 127                   m/127                                         8 bits
-    4         -7 … 7                       m/7                                           4 bits, two to a byte
-    2         -2, -1, 0, 1                 -x/2 of the x with |x| = m, so that it is -2   2 bits, four to a byte
-    ternary   -1, 0, 1                     nearest: see below; stochastic: m             1.6 bits, five to a byte
+    4         -7 … 7                       m/7                                           4 bits, two per byte
+    2         -2, -1, 0, 1                 -x/2 of the x with |x| = m, so that it is -2   2 bits, four per byte
+    ternary   -1, 0, 1                     nearest: see below; stochastic: m             1.6 bits, five per byte
 
-A scale travels as bf16, rounded away from zero so that no value falls off the end: half the bytes of fp32, and at most 1/128
-more error. Nearest rounding errs by s/2 at most (bits 2: by |s|, on the side that has one level less). Stochastic rounding
-is floor(x/s + u) with u uniform in [0, 1): off by less than s, and right in the mean (QSGD, arXiv 1610.02132; with three
-levels TernGrad, arXiv 1705.07878). Ternary to the nearest keeps what is over 0.7 of the block's mean |x|, with their mean as
-the scale, which is close to the least squared error (Ternary Weight Networks, arXiv 1605.04711).
+A scale is sent as bf16, rounded away from zero so that no value is over the last level: half the bytes of fp32, and at
+most 1/128 more error. Nearest rounding has an error of at most s/2 (bits 2: |s|, on the side with one level less).
+Stochastic rounding is floor(x/s + u) with u uniform in [0, 1): its error is below s, and its mean is right (QSGD, arXiv
+1610.02132; with three levels TernGrad, arXiv 1705.07878). Ternary nearest keeps values over 0.7 of the block's mean
+|x|,
+with their mean as the scale, which is close to the least squared error (Ternary Weight Networks, arXiv 1605.04711).
 
-Numbers that are not finite are refused. This file does not know tensors' names: a block may reach over two tensors.
+Non-finite numbers are refused. This file does not know tensors' names: a block may reach over two tensors.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ from fedloom.messages.operators.base import (
     LossyOptions,
     Notes,
     Operator,
-    finite,
+    check_finite,
+    check_no_notes,
     is_float,
-    no_notes,
 )
 from fedloom.messages.operators.flat import BadPayload, Part, Parts, Spec
 
 Bits = Literal[8, 4, 2, "ternary"]
 
 
-#: Values in a byte, and the lowest and the highest level.
+#: Values per byte, the lowest and the highest level.
 PACKING: dict[Bits, tuple[int, int, int]] = {8: (1, -127, 127), 4: (2, -7, 7), 2: (4, -2, 1), "ternary": (5, -1, 1)}
 
 
@@ -49,7 +50,7 @@ class QuantizeOptions(LossyOptions):
     )
 
     @model_validator(mode="after")
-    def _levels_on_both_sides(self) -> QuantizeOptions:
+    def _check_rounding(self) -> QuantizeOptions:
         if self.bits == 2 and self.rounding == "stochastic":
             raise ValueError("bits=2 has one level less on one side, so it rounds to the nearest: use bits=ternary")
         return self
@@ -81,10 +82,10 @@ class Quantize(Operator):
         return made, {}
 
     def _encode(self, values: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """values: [n] → codes: bytes, scales: [blocks] bits of bf16."""
+        """Quantise values [n]: return codes [bytes] and scales [blocks] as bits of bf16."""
         if values.dtype == torch.float64 and bool((values.abs() > torch.finfo(torch.float32).max).any()):
-            raise CannotEncode("quantize works in fp32, and a float64 number of the payload is over its range")
-        values = finite(values.float(), "quantize")
+            raise CannotEncode("quantize works in fp32, but a float64 number of the payload is over its range")
+        values = check_finite(values.float(), "quantize")
         count, block = values.numel(), self.options.block
         rest = -count % block
         blocks = (torch.nn.functional.pad(values, (0, rest)) if rest else values).view((count + rest) // block, block)
@@ -99,7 +100,10 @@ class Quantize(Operator):
         return _pack(codes, each), scales.bfloat16().view(torch.int16)
 
     def _scales(self, blocks: torch.Tensor, rest: int) -> torch.Tensor:
-        """[blocks, block] → [blocks] in fp32; the last `rest` values of the last block are padding."""
+        """Return the scales [blocks], fp32, of [blocks, block].
+
+        The last `rest` values of the last block are padding.
+        """
         size = blocks.abs()
         if self.options.bits == 2:
             if not len(blocks):
@@ -115,7 +119,7 @@ class Quantize(Operator):
         return (size.amax(1) if len(blocks) else blocks.new_zeros(0)) / PACKING[self.options.bits][2]
 
     def decode(self, parts: Parts, spec: Spec, notes: Notes, around: Around) -> Parts:
-        no_notes(notes)
+        check_no_notes(notes)
         return {
             n: self._decode(parts[f"{n}.codes"], parts[f"{n}.scales"], part) if is_float(part) else parts[n]
             for n, part in spec.items()
@@ -124,7 +128,7 @@ class Quantize(Operator):
     def _decode(self, codes: torch.Tensor, scales: torch.Tensor, part: Part) -> torch.Tensor:
         sizes = scales.view(torch.bfloat16).float()
         if not bool(torch.isfinite(sizes).all()) or (self.options.bits != 2 and bool((sizes < 0).any())):
-            raise BadPayload("a scale of a quantised block is no finite number from 0 up")
+            raise BadPayload("a scale of a quantised block is not finite, or below 0")
         each, low, high = PACKING[self.options.bits]
         levels = _unpack(codes, each)[: part.count]
         if levels.numel() and int(levels.max()) > high - low:
@@ -136,7 +140,7 @@ class Quantize(Operator):
         if whole < part.count:
             values[whole:].mul_(sizes[-1])
         most = min(torch.finfo(part.dtype).max, torch.finfo(torch.float32).max)
-        return values.clamp_(-most, most).to(part.dtype)  # m rounded up may be over the largest number that there is
+        return values.clamp_(-most, most).to(part.dtype)  # m rounded up may be over the dtype's largest number
 
     def error(self, largest: float) -> float:
         _, _, high = PACKING[self.options.bits]
@@ -146,13 +150,13 @@ class Quantize(Operator):
 
 
 def _round_up(scales: torch.Tensor) -> torch.Tensor:
-    """fp32 numbers as the nearest bf16 away from zero, still in fp32: add just under one unit, cut the lower 16 bits."""
+    """Round fp32 to the nearest bf16 away from zero, still in fp32: add just under one unit, cut the lower 16 bits."""
     up = ((scales.view(torch.int32) + 0xFFFF) >> 16 << 16).view(torch.float32)
     return torch.where(torch.isinf(up), scales.sign() * torch.finfo(torch.bfloat16).max, up)
 
 
 def _pack(codes: torch.Tensor, each: int) -> torch.Tensor:
-    """Small integers, `each` of them to a byte, the first in the lowest place."""
+    """Pack small integers, `each` per byte, the first in the lowest place."""
     if each == 1:
         return codes
     base = {2: 16, 4: 4, 5: 3}[each]
@@ -171,6 +175,6 @@ def _unpack(packed: torch.Tensor, each: int) -> torch.Tensor:
     places = torch.empty(packed.numel(), each, dtype=torch.uint8)
     left = packed
     for place in range(each):
-        places[:, place] = left % base if place < each - 1 else left  # what is left over is refused as a level
+        places[:, place] = left % base if place < each - 1 else left  # too large a rest is refused later, as a level
         left = left // base
     return places.view(-1)

@@ -1,9 +1,9 @@
-"""Attention for padding-free batches: several sequences in one row, each attending only to itself.
+"""Attention for padding-free batches: several sequences in one row, each of which attends only to itself.
 
-Registered with transformers as an attention function, so that every architecture which goes through its attention
-interface takes it. The lengths of the sequences travel as the keyword `segment_lengths` from the model's forward down
-to here, sealed where layers are compiled (training/compiling.py). Per-segment SDPA runs on CPU and GPU alike; no GPU
-has run this file yet. It does not know what is trained.
+It is registered with transformers as an attention function, so every architecture that uses transformers' attention
+interface can use it. The model's forward passes the sequences' lengths down to here as the keyword `segment_lengths`,
+wrapped where layers are compiled (training/compiling.py). SDPA per segment runs on CPU and GPU; no GPU has run
+this file yet. It does not know what is trained.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "fedloom_packed"
 
 
-class Sealed:
-    """A value on its way through a compiled layer to its attention: torch would make code anew for every other tuple."""
+class Opaque:
+    """A value that a compiled layer passes on unread, since torch would compile again for every other tuple."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
 
 
-def opened(value: Any) -> Any:
-    """What a keyword of a layer holds, whether or not it was sealed."""
-    return value.value if isinstance(value, Sealed) else value
+def unwrap(value: Any) -> Any:
+    """Return the value of a layer's keyword, whether or not it is wrapped."""
+    return value.value if isinstance(value, Opaque) else value
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled layer stops here and goes on behind it
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled code of the layer continues after this call
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -41,20 +41,20 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    segment_lengths: tuple[int, ...] | Sealed | None = None,
+    segment_lengths: tuple[int, ...] | Opaque | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | Sealed | None = None,
+    prefix_states: Sequence[tuple[torch.Tensor, torch.Tensor]] | Opaque | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention within each segment, and to this layer's prefix where there is one.
+    """Attend causally within each segment, and to this layer's prefix if there is one.
 
     Shapes: query [1, heads, T, d]; key and value [1, kv_heads, T, d]; returns [1, T, heads, d].
-    `prefix_states` has for each layer the prefix's keys and values, each [1, kv_heads, v, d].
-    Raises ValueError where it is called without `segment_lengths`, or for what SDPA cannot do.
+    `prefix_states` has each layer's prefix keys and values, each [1, kv_heads, v, d].
+    Raises ValueError without `segment_lengths`, and with arguments that SDPA does not support.
     """
-    lengths: tuple[int, ...] | None = opened(segment_lengths)
-    states: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = opened(prefix_states)
+    lengths: tuple[int, ...] | None = unwrap(segment_lengths)
+    states: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = unwrap(prefix_states)
     if lengths is None or attention_mask is not None or softcap is not None:
         raise ValueError("packed attention needs segment_lengths, no mask and no softcap")
     if states is None and len(set(lengths)) == 1 < len(lengths):
@@ -89,7 +89,7 @@ def _equal_segments(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """Segments of one length, through one call: they are a batch without padding. Shapes as in `packed_attention`."""
+    """Compute segments of equal length in one call, as a batch without padding. Shapes as in `packed_attention`."""
     count, length = len(lengths), lengths[0]
     q, k, v = (
         x.reshape(x.shape[1], count, length, -1).transpose(0, 1) for x in (query, key, value)
@@ -104,10 +104,10 @@ def _equal_segments(
 
 
 def _mask(length: int, before: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[length, before + length] bool, True where a query may look; None where that is plain causal attention.
+    """Return the mask [length, before + length], True where a query may look; None for plain causal attention.
 
-    `before` positions of a prefix come first, so a query stands at `before` + its own place in the segment, where
-    SDPA's own is_causal would count from 0.
+    The prefix's `before` positions come first. So a query's position is `before` + its place in the segment; SDPA's own
+    is_causal would count from 0.
     """
     if not before and (window is None or length <= window):
         return None
@@ -120,14 +120,14 @@ def _mask(length: int, before: int, window: int | None, device: torch.device) ->
 ALL_ATTENTION_FUNCTIONS.register(NAME, packed_attention)
 
 
-def plain(model: PreTrainedModel) -> str:
-    """The attention function for padded batches and generation."""
+def default_attention(model: PreTrainedModel) -> str:
+    """Return the name of the attention function for padded batches and generation."""
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
 
 
 @contextmanager
-def using(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Run this block with another attention function. A configuration value is set and put back; nothing is rebuilt."""
+def use_attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """Use another attention function in this block. Only a configuration value changes; nothing is rebuilt."""
     before = model.config._attn_implementation
     model.config._attn_implementation = implementation
     try:

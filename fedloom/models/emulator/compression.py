@@ -1,8 +1,8 @@
-"""How the weights of an emulator's middle travel: as they are, in 8 or 4 bits, or as two thin factors.
+"""Compress the weights of an emulator's middle for sending: as they are, in 8 or 4 bits, or as two thin factors.
 
-Each way of compression turns weights into *latents*, which alignment may train, renders latents into the weights that a
-client will compute with (differentiably), and writes them as the tensors that travel. What a client makes of those is
-what `render` gave, bit for bit. Vectors (norms, biases) are small and travel as they are.
+Each compression turns weights into *latents*, which alignment may train. It renders latents into the weights that a
+client computes with (differentiably), and encodes them as the tensors that are sent. A client decodes those to exactly
+what `render` gave, bit for bit. Vectors (norms, biases) are small and are sent as they are.
 
 Legend: W [out, in] or as stored; B [out, r], A [r, in]; s the scale of a block of `BLOCK` weights. This file does not
 know which layers there are.
@@ -23,53 +23,58 @@ from fedloom.models.lowrank import LowRank, one_thread
 Tensors = Mapping[str, torch.Tensor]
 
 
-#: Weights that share a scale, counted along the flattened weight.
+#: Weights that share a scale, in the order of the flattened weight.
 BLOCK = 128
 
 
 class Compression(ABC):
-    """Attributes:
-    dtype: of the base model's weights.
+    """A way to compress weights.
+
+    Attributes:
+        dtype: of the base model's weights.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 
     def latents(self, weights: Tensors) -> dict[str, torch.Tensor]:
-        """fp32 copies of `weights` in the form that is trained."""
+        """Return fp32 copies of `weights` in the form that is trained."""
         return {n: w.detach().float().clone() for n, w in weights.items()}
 
     def render(self, latents: Tensors) -> dict[str, torch.Tensor]:
-        """Weight name → what a client computes with; differentiable in the latents."""
+        """Map each weight name to the weight that a client computes with. Differentiable in the latents."""
         return {n: w.to(self.dtype) for n, w in latents.items()}
 
     @abstractmethod
-    def wire(self, latents: Tensors) -> dict[str, torch.Tensor]:
-        """What travels, detached."""
+    def encode(self, latents: Tensors) -> dict[str, torch.Tensor]:
+        """Return the tensors to send, detached."""
 
     @abstractmethod
-    def read(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-        """The client's half: weights from what travelled. Raises ValueError for what does not fit `shapes`."""
+    def decode(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+        """Return the weights from the tensors that were sent.
 
-    def numbers(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> int:
-        """Numbers of the model that a receiver holds: the weights, or what they are made of."""
+        Raises ValueError for tensors that do not fit `shapes`.
+        """
+
+    def count_numbers(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> int:
+        """Count the numbers that a receiver stores: the weights, or the factors that they are computed from."""
         return sum(prod(s) for s in shapes.values())
 
 
 class Plain(Compression):
-    """The weights themselves."""
+    """No compression: the weights themselves."""
 
-    def wire(self, latents: Tensors) -> dict[str, torch.Tensor]:
+    def encode(self, latents: Tensors) -> dict[str, torch.Tensor]:
         return {n: w.detach().to(self.dtype) for n, w in latents.items()}
 
-    def read(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-        return {n: fitting(n, _taken(wire, n), s).to(self.dtype) for n, s in shapes.items()}
+    def decode(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+        return {n: check_shape(n, _get(wire, n), s).to(self.dtype) for n, s in shapes.items()}
 
 
 class Quantised(Compression):
-    """Whole numbers in `bits` bits, and for every `BLOCK` of them one fp32 scale s = max|w| / (2^(bits−1) − 1).
+    """Integers of `bits` bits, with one fp32 scale s = max|w| / (2^(bits−1) − 1) for every `BLOCK` of them.
 
-    Rounding to nearest, so |w − s·q| ≤ s/2. Alignment trains through the rounding as if it were not there (the
+    Rounds to nearest, so |w − s·q| ≤ s/2. Alignment trains through the rounding as if it were not there (the
     straight-through estimator of Bengio et al., arXiv 1308.3432).
     """
 
@@ -80,11 +85,11 @@ class Quantised(Compression):
 
     def render(self, latents: Tensors) -> dict[str, torch.Tensor]:
         return {
-            n: (_Rounded.apply(w, self.bits) if w.ndim > 1 else w).to(self.dtype)  # type: ignore[no-untyped-call]
+            n: (_RoundStraightThrough.apply(w, self.bits) if w.ndim > 1 else w).to(self.dtype)  # type: ignore[no-untyped-call]
             for n, w in latents.items()
         }
 
-    def wire(self, latents: Tensors) -> dict[str, torch.Tensor]:
+    def encode(self, latents: Tensors) -> dict[str, torch.Tensor]:
         sent: dict[str, torch.Tensor] = {}
         for n, w in latents.items():
             if w.ndim < 2:
@@ -94,24 +99,24 @@ class Quantised(Compression):
             sent[f"{n}/{self.kind}"] = pack_nibbles(whole) if self.bits == 4 else whole
         return sent
 
-    def read(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    def decode(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
         made = {}
         for n, shape in shapes.items():
             if len(shape) < 2:
-                made[n] = fitting(n, _taken(wire, n), shape).to(self.dtype)
+                made[n] = check_shape(n, _get(wire, n), shape).to(self.dtype)
                 continue
             size = prod(shape)
             blocks = -(-size // BLOCK)
             length = torch.Size([blocks * BLOCK // (2 if self.bits == 4 else 1)])
-            whole = fitting(n, _taken(wire, f"{n}/{self.kind}"), length)
-            scale = fitting(n, _taken(wire, f"{n}/scale"), torch.Size([blocks]))
+            whole = check_shape(n, _get(wire, f"{n}/{self.kind}"), length)
+            scale = check_shape(n, _get(wire, f"{n}/scale"), torch.Size([blocks]))
             whole = unpack_nibbles(whole) if self.bits == 4 else whole
             made[n] = dequantise(whole, scale, shape).to(self.dtype)
         return made
 
 
 class Factored(Compression):
-    """Two factors B·A of rank r = ⌈share · min(out, in)⌉: the nearest such product (Eckart–Young)."""
+    """Two factors B·A of rank r = ⌈share · min(out, in)⌉: the best approximation of that rank (Eckart–Young)."""
 
     def __init__(self, dtype: torch.dtype, share: float) -> None:
         super().__init__(dtype)
@@ -121,42 +126,42 @@ class Factored(Compression):
         return max(1, -int(-self.share * min(shape) // 1))
 
     def check(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Refuse factors that hold more numbers than the weights that they stand for."""
+        """Raise UserError if the factors have at least as many numbers as the weights that they replace."""
         weights = [s for s in shapes.values() if len(s) == 2]
         factors, whole = sum(self.rank(s) * sum(s) for s in weights), sum(prod(s) for s in weights)
         if factors >= whole:
             raise UserError(
-                f"algorithm.keep_rank={self.share:g} makes factors of {factors:,} numbers from a middle of {whole:,}: "
-                "nothing is saved; set it lower, at 0.5 or less for square weights"
+                f"algorithm.keep_rank={self.share:g} makes factors of {factors:,} numbers from a middle of {whole:,}, "
+                "which saves nothing: set it lower, at 0.5 or less for square weights"
             )
 
     def latents(self, weights: Tensors) -> dict[str, torch.Tensor]:
         made: dict[str, torch.Tensor] = {}
         for n, w in weights.items():
             if w.ndim == 2:
-                low = factors(w, self.rank(w.shape))
+                low = factorise(w, self.rank(w.shape))
                 made[f"{n}/A"], made[f"{n}/B"] = low.a, low.b
             else:
                 made[n] = w.detach().float().clone()
         return made
 
     def render(self, latents: Tensors) -> dict[str, torch.Tensor]:
-        return self._products({n: t.to(self.dtype) for n, t in latents.items()})
+        return self._multiply({n: t.to(self.dtype) for n, t in latents.items()})
 
-    def wire(self, latents: Tensors) -> dict[str, torch.Tensor]:
+    def encode(self, latents: Tensors) -> dict[str, torch.Tensor]:
         return {n: t.detach().to(self.dtype) for n, t in latents.items()}
 
-    def read(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
+    def decode(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
         for n, s in shapes.items():
             parts = {f"{n}/A": (self.rank(s), s[1]), f"{n}/B": (s[0], self.rank(s))} if len(s) == 2 else {n: s}
             for part, shape in parts.items():
-                fitting(part, _taken(wire, part), torch.Size(shape))
-        return self._products(wire)
+                check_shape(part, _get(wire, part), torch.Size(shape))
+        return self._multiply(wire)
 
-    def numbers(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> int:
+    def count_numbers(self, wire: Tensors, shapes: Mapping[str, torch.Size]) -> int:
         return sum(t.numel() for t in wire.values())
 
-    def _products(self, tensors: Tensors) -> dict[str, torch.Tensor]:
+    def _multiply(self, tensors: Tensors) -> dict[str, torch.Tensor]:
         made = {}
         for n, t in tensors.items():
             if n.endswith("/A"):
@@ -168,7 +173,7 @@ class Factored(Compression):
 
 
 def make_compression(kind: str, dtype: torch.dtype, bits: int, share: float) -> Compression:
-    """`kind` as in a recipe: drop_layers (weights as they are), quantize or low_rank."""
+    """Build a compression. `kind` as in a recipe: drop_layers (weights as they are), quantize or low_rank."""
     makers: dict[str, Any] = {
         "drop_layers": lambda: Plain(dtype),
         "quantize": lambda: Quantised(dtype, bits),
@@ -179,8 +184,11 @@ def make_compression(kind: str, dtype: torch.dtype, bits: int, share: float) -> 
 
 
 @one_thread()
-def factors(weight: torch.Tensor, rank: int) -> LowRank:
-    """B√, √A of the leading `rank` singular directions of `weight` [out, in], fp32; computed in fp64."""
+def factorise(weight: torch.Tensor, rank: int) -> LowRank:
+    """Return the balanced factors U√S and √S Vh of the leading `rank` singular directions of `weight` [out, in].
+
+    Computed in fp64; the result is fp32.
+    """
     u, s, vh = torch.linalg.svd(weight.detach().double().cpu(), full_matrices=False)
     root = s[:rank].sqrt()
     low = LowRank(u[:, :rank] * root, root[:, None] * vh[:rank]).single()
@@ -188,7 +196,10 @@ def factors(weight: torch.Tensor, rank: int) -> LowRank:
 
 
 def quantise(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(whole numbers [blocks · BLOCK] int8, scales [blocks] fp32) of a flattened weight; the last block is padded."""
+    """Return (integers [blocks · BLOCK] int8, scales [blocks] fp32) of a flattened weight.
+
+    The last block is padded with zeros.
+    """
     flat = weight.float().reshape(-1)
     blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
     largest = 2 ** (bits - 1) - 1
@@ -199,12 +210,12 @@ def quantise(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def dequantise(whole: torch.Tensor, scale: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """s·q in fp32."""
+    """Return s·q in fp32, in `shape`."""
     return (whole.view(-1, BLOCK).float() * scale[:, None]).reshape(-1)[: prod(shape)].view(shape)
 
 
 def pack_nibbles(whole: torch.Tensor) -> torch.Tensor:
-    """[n] int8 in −7 … 7 → [n / 2] uint8, two to a byte, the earlier one in the low half."""
+    """Pack [n] int8 in −7 … 7 → [n / 2] uint8, two per byte, the first in the low half."""
     pairs = (whole.to(torch.int16) + 8).view(-1, 2)
     return (pairs[:, 0] | (pairs[:, 1] << 4)).to(torch.uint8)
 
@@ -214,8 +225,8 @@ def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     return (torch.stack([pairs & 15, pairs >> 4], dim=1) - 8).to(torch.int8).view(-1)
 
 
-class _Rounded(torch.autograd.Function):
-    """Quantised and back; the gradient passes as it is."""
+class _RoundStraightThrough(torch.autograd.Function):
+    """Quantise and dequantise a weight; the gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, bits: int) -> torch.Tensor:
@@ -226,14 +237,14 @@ class _Rounded(torch.autograd.Function):
         return gradients[0], None
 
 
-def fitting(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`tensor`, or ValueError where its shape is not `shape`."""
+def check_shape(name: str, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """Return `tensor`. Raises ValueError if its shape is not `shape`."""
     if tensor.shape != shape:
-        raise ValueError(f"{name} has the shape {tuple(tensor.shape)} instead of {tuple(shape)}")
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}, but must have {tuple(shape)}")
     return tensor
 
 
-def _taken(wire: Tensors, name: str) -> torch.Tensor:
+def _get(wire: Tensors, name: str) -> torch.Tensor:
     if name not in wire:
-        raise ValueError(f"{name} is missing among what travelled")
+        raise ValueError(f"the message has no tensor {name}")
     return wire[name]

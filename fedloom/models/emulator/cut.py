@@ -1,12 +1,12 @@
-"""Which layers of a decoder are tuned, which stand between them, and how that middle is thinned.
+"""Cut a decoder into the layers that are tuned and the middle between them, and thin the middle.
 
     adapter   the first `bottom` and the last `top` layers
-    middle    the layers between them; all of it, or every so-manieth with its first and last kept, is the *emulator*
+    middle    the layers between them. The *emulator* is all of them, or evenly spread ones with the first and the last
 
 Offsite-tuning (Xiao et al., arXiv 2302.04870) calls the three parts A₁, E, A₂. A thinned model keeps the *names* of the
-full one: layer 7 is `…layers.7…` in both, so that every tensor goes home under its own name and nothing is ever matched
-by position. Works for any decoder of transformers whose layers sit in one ModuleList. This file does not know how
-weights are compressed or what travels.
+full one: layer 7 is `…layers.7…` in both. So every tensor returns under its own name, and nothing is matched by
+position. Works for every transformers decoder whose layers are in one ModuleList. This file does not know how weights
+are compressed or what is sent.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from torch import nn
 from fedloom.common.errors import UserError
 from fedloom.models.layers import find_layers
 
-#: Attributes by which a layer's parts find their place in a cache of keys and values.
+#: Attributes in which a layer's modules store its index in the key-value cache.
 PLACES = ("layer_idx", "layer_id")
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a decoder is cut.
+    """The places where a decoder is cut.
 
     Attributes:
-        path: name of the ModuleList that holds the layers, such as ``model.layers``.
-        total: layers of the full model.
-        bottom, top: how many of the first and the last are the adapter.
-        kept: original indices of the middle's layers that the emulator has, in order.
+        path: name of the ModuleList with the layers, such as ``model.layers``.
+        total: number of layers of the full model.
+        bottom, top: how many first and last layers are the adapter.
+        kept: original indices of the middle layers that the emulator keeps, in order.
     """
 
     path: str
@@ -62,15 +62,18 @@ class Cut:
         return (*range(self.bottom), *self.kept, *range(self.total - self.top, self.total))
 
     def prefixes(self, layers: Sequence[int]) -> tuple[str, ...]:
-        """What the names of these layers' tensors begin with."""
+        """Return the prefixes of the names of these layers' tensors."""
         return tuple(f"{self.path}.{i}." for i in layers)
 
 
 def cut_model(model: nn.Module, bottom: int, top: int, drop: float = 0.0, *, hide: bool = True) -> Cut:
-    """Cut `model` and thin its middle by the share `drop`. Raises UserError where the model is too shallow for it.
+    """Cut `model` and drop the share `drop` of its middle. Raises UserError if the model has too few layers.
 
     Args:
-        hide: whether there has to be a middle; without one nothing of the model stays with the server.
+        model: a transformers decoder.
+        bottom, top: how many first and last layers are the adapter.
+        drop: share of the middle's layers to drop.
+        hide: whether there has to be a middle; without one no part of the model stays with the server.
     """
     path, layers = find_layers(model)
     total = len(layers)
@@ -80,13 +83,13 @@ def cut_model(model: nn.Module, bottom: int, top: int, drop: float = 0.0, *, hid
             f"this model has {total} layers, but algorithm.bottom={bottom} and algorithm.top={top}"
             f"{' with a middle between them' if hide else ''} need {needed}: lower algorithm.bottom and algorithm.top"
         )
-    return Cut(path, total, bottom, top, thinned_middle(range(bottom, total - top), drop))
+    return Cut(path, total, bottom, top, thin_middle(range(bottom, total - top), drop))
 
 
-def thinned_middle(middle: Sequence[int], drop: float) -> tuple[int, ...]:
-    """What is left of `middle` without the share `drop`: evenly spread, the first and the last among them.
+def thin_middle(middle: Sequence[int], drop: float) -> tuple[int, ...]:
+    """Drop the share `drop` of `middle`: the rest is evenly spread and includes the first and the last.
 
-    So does offsite-tuning (2302.04870).
+    Offsite-tuning does the same (2302.04870).
     """
     count = len(middle) - round(drop * len(middle))
     if count == len(middle):
@@ -94,15 +97,15 @@ def thinned_middle(middle: Sequence[int], drop: float) -> tuple[int, ...]:
     if count < 2:
         most = (len(middle) - 2) / len(middle) if len(middle) > 2 else 0.0
         raise UserError(
-            f"algorithm.drop={drop:g} leaves {count} of the middle's {len(middle)} layers, and its first and last always "
-            f"stay: set algorithm.drop={int(100 * most) / 100:g} or less"
+            f"algorithm.drop={drop:g} leaves {count} of the middle's {len(middle)} layers, but the first and the last "
+            f"always stay: set algorithm.drop={int(100 * most) / 100:g} or less"
         )
     span, gaps = len(middle) - 1, count - 1
     return tuple(middle[(2 * i * span + gaps) // (2 * gaps)] for i in range(count))
 
 
 class ThinLayers(nn.ModuleList):
-    """Some of a model's layers under their original indices as names; indexing goes by position."""
+    """Some of a model's layers, named by their original indices; indexing is by position."""
 
     def __init__(self, layers: nn.ModuleList, kept: Sequence[int]) -> None:
         super().__init__()
@@ -115,10 +118,10 @@ class ThinLayers(nn.ModuleList):
 
 
 def thin(model: nn.Module, cut: Cut) -> Callable[[], None]:
-    """Leave in `model` only the adapter's layers and the emulator's; returns what undoes it.
+    """Leave only the adapter's and the emulator's layers in `model`. Returns a function that undoes it.
 
-    The configuration's lists with one entry a layer are thinned with it, and so are the indices by which layers find
-    their place in a cache of keys and values.
+    Also thins the configuration's lists with one entry per layer, and renumbers the layers' indices in the key-value
+    cache.
     """
     whole = model.get_submodule(cut.path)
     assert isinstance(whole, nn.ModuleList)
@@ -152,10 +155,10 @@ def thin(model: nn.Module, cut: Cut) -> Callable[[], None]:
 
 
 @contextmanager
-def emulating(model: nn.Module, cut: Cut, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """For the length of a block `model` is the emulator's model: thinned, with `weights` (by name) in its middle.
+def emulate(model: nn.Module, cut: Cut, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Make `model` the emulator's model in this block: thinned, with `weights` (by name) in its middle.
 
-    The weights may be results of a computation; gradients reach what they were computed from. Nothing is copied.
+    The weights may be results of a computation; gradients reach its inputs. Nothing is copied.
     """
     undo = thin(model, cut)
     replaced: list[tuple[nn.Module, str, nn.Parameter]] = []
@@ -176,12 +179,12 @@ def emulating(model: nn.Module, cut: Cut, weights: Mapping[str, torch.Tensor]) -
 
 
 def _configs(model: nn.Module) -> list[Any]:
-    """The configuration, and the text part of it where that is another object. Submodules share these objects."""
+    """Return the configuration, and its text part if that is another object. Submodules share these objects."""
     config: Any = model.config
     text = config.get_text_config()
     return [config] if text is config else [config, text]
 
 
 def _per_layer(value: Any, total: int) -> bool:
-    """Whether a configuration's value has one entry for each layer (`layer_types`, `no_rope_layers` …)."""
+    """Return whether a configuration's value has one entry per layer (`layer_types`, `no_rope_layers` …)."""
     return isinstance(value, list | tuple) and len(value) == total and total > 1

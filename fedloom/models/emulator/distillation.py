@@ -1,15 +1,15 @@
-"""Alignment: the emulator's middle learns to give what the full model's middle gives, on public data.
+"""Alignment: train the emulator's middle on public data to give the output of the full model's middle.
 
-Both models share everything outside of the middle, so the middle's input is the same. With h the hidden states that the
-full middle ends with and ĥ the emulator's,
+Both models share everything outside the middle, so the middle's input is the same. With h the hidden states at the end
+of the full middle and ĥ the emulator's,
 
     loss = mean (h − ĥ)² / mean h²                       offsite-tuning, arXiv 2302.04870: mean squared error of h
          + λ · KL(full ‖ emulator) of the next token      FedBiOT, arXiv 2406.17706
 
-With `layerwise` the first term is the mean over all layers that the emulator kept, each held to the same layer of the
-full model. The division by the size of h and the form of the second term are those of the code that FedBiOT's authors
-publish; the equations of the papers themselves could not be looked up here. Dropout is off. Only the middle's latents
-(compression.py) move; the adapter that stands in the model is used as it is.
+With `layerwise` the first term is the mean over all layers that the emulator kept; each is compared with the same layer
+of the full model. The division by the size of h and the form of the second term follow the code that FedBiOT's authors
+publish; the equations in the papers could not be checked here. Dropout is off. Only the middle's latents
+(compression.py) are trained; the adapter in the model is used as it is.
 
 This file does not know where the data come from.
 """
@@ -26,19 +26,19 @@ from torch.nn.functional import kl_div
 from fedloom.data.batching import Batch
 from fedloom.models.adapters import AdaptedModel
 from fedloom.models.emulator.compression import Compression
-from fedloom.models.emulator.cut import Cut, emulating
+from fedloom.models.emulator.cut import Cut, emulate
 from fedloom.models.forward import label_logits
 from fedloom.models.layout import block_sum
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """How the emulator is aligned.
+    """Settings of an emulator's alignment.
 
     Attributes:
-        lr: AdamW's rate, constant.
+        lr: AdamW's learning rate, constant.
         kl: λ.
-        layerwise: hold every kept layer, not only the last.
+        layerwise: compare every kept layer, not only the last.
         clip: largest norm of a step's gradient.
     """
 
@@ -56,9 +56,9 @@ def align(
     batches: Iterable[Batch],
     settings: Distillation,
 ) -> list[float]:
-    """Train `latents` in place, one step for each batch; returns the loss of each step, before it was taken.
+    """Train `latents` in place, one step per batch. Returns each step's loss, before the step.
 
-    `model` is the full one with the adapter in it; it is left as it was.
+    `model` is the full model with its adapter; it is not changed.
     """
     trained = [latents[n].requires_grad_(True) for n in sorted(latents)]
     optimizer = torch.optim.AdamW(trained, lr=settings.lr, weight_decay=0.0, fused=True)
@@ -67,7 +67,7 @@ def align(
         for batch in batches:
             loss = emulator_loss(model, cut, compression.render(latents), batch, settings)
             for parameter, gradient in zip(trained, torch.autograd.grad(loss, trained, allow_unused=True), strict=True):
-                parameter.grad = gradient  # None where a weight took no part; the adapter's own gradient is not made
+                parameter.grad = gradient  # None for an unused weight; no gradient of the adapter is computed
             torch.nn.utils.clip_grad_norm_(trained, settings.clip)
             optimizer.step()
             losses.append(float(loss.detach()))
@@ -81,12 +81,12 @@ def align(
 def emulator_loss(
     model: AdaptedModel, cut: Cut, weights: Mapping[str, torch.Tensor], batch: Batch, settings: Distillation
 ) -> torch.Tensor:
-    """The loss above with `weights` in the emulator's middle: a scalar."""
+    """Compute the loss above, a scalar, with `weights` in the emulator's middle."""
     batch = batch.to(model.device)
     watched = cut.kept if settings.layerwise else cut.middle[-1:]
-    with torch.no_grad(), _hidden_states(model, cut, watched) as wanted:
+    with torch.no_grad(), _record_hidden_states(model, cut, watched) as wanted:
         teacher = label_logits(model, batch)
-    with emulating(model.causal_lm, cut, weights), _hidden_states(model, cut, watched) as found:
+    with emulate(model.causal_lm, cut, weights), _record_hidden_states(model, cut, watched) as found:
         student = label_logits(model, batch)
     loss = torch.stack([relative_error(found[i], wanted[i], batch) for i in watched]).mean()
     if settings.kl:
@@ -98,7 +98,7 @@ def emulator_loss(
 
 
 def relative_error(found: torch.Tensor, wanted: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """mean (h − ĥ)² / mean h² over real tokens. `found`, `wanted`: [N, L, width], or [1, T, width] packed."""
+    """Compute mean (h − ĥ)² / mean h² over real tokens. `found`, `wanted`: [N, L, width], or [1, T, width] packed."""
     if batch.mask is not None:
         real = batch.mask.bool()
         found, wanted = found[real], wanted[real]
@@ -107,8 +107,8 @@ def relative_error(found: torch.Tensor, wanted: torch.Tensor, batch: Batch) -> t
 
 
 @contextmanager
-def _hidden_states(model: AdaptedModel, cut: Cut, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
-    """Original index of a layer → the hidden states that it gave in this block's forward pass."""
+def _record_hidden_states(model: AdaptedModel, cut: Cut, layers: Sequence[int]) -> Iterator[dict[int, torch.Tensor]]:
+    """Yield a dict that collects layers' hidden states in this block's forward pass, by original index."""
     seen: dict[int, torch.Tensor] = {}
 
     def watch(index: int) -> torch.utils.hooks.RemovableHandle:

@@ -1,15 +1,17 @@
-"""A model as one GGUF file, which llama.cpp and what is built on it load: architecture, tokenizer, tensors.
+"""A model as one GGUF file, for llama.cpp and programs built on it: architecture, tokenizer, tensors.
 
-The file format, the names of tensors and the quantised types are the `gguf` library's. What stands here is which
-architecture of llama.cpp a transformers model is, and in what its tensors differ there:
+The `gguf` library has the file format, the tensors' names and the quantised types. This file knows which architecture
+of
+llama.cpp a transformers model has, and how its tensors differ there:
 
-- llama.cpp's `llama` rotates neighbouring numbers of a query or key (2i, 2i+1), transformers the i-th of the first half
-  with the i-th of the second. So the rows of q and k change places within each head. Its `qwen2` and `qwen3` rotate as
-  transformers does, and their rows stay.
-- A rotation that is scaled is written as one factor for each frequency: those of the plain rotation over the model's own.
+- llama.cpp's `llama` rotates neighbouring numbers of a query or key (2i, 2i+1). transformers rotates the i-th of the
+  first half with the i-th of the second half. So the rows of q and k are reordered within each head. `qwen2` and
+  `qwen3`
+  of llama.cpp rotate as transformers does, and their rows stay.
+- A scaled rotation is written as one factor per frequency: the plain rotation's frequency over the model's own.
 - An output layer that shares the embedding's weights is left out.
 
-Tensors are converted one after another. The file does not know about adapters.
+Tensors are converted one after another. This file does not know about adapters.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from fedloom.common.errors import UserError
 from fedloom.models.gguf.vocabulary import Vocabulary
 
-#: As the command line names them → the type of matrices, and the file's own number for it. Vectors are f32 in all.
+#: Name on the command line → (type of matrices, llama.cpp's number of the file type). Vectors are always f32.
 DTYPES = {
     "f32": (Kind.F32, gguf.LlamaFileType.ALL_F32),
     "f16": (Kind.F16, gguf.LlamaFileType.MOSTLY_F16),
@@ -43,13 +45,13 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Architecture:
-    """One of llama.cpp's.
+    """An architecture of llama.cpp.
 
     Attributes:
-        name: there.
-        permuted: whether rows of q and k change places.
+        name: llama.cpp's.
+        permuted: whether rows of q and k are reordered.
         scaled: whether it reads factors of a scaled rotation.
-        biases: the layers that may have one.
+        biases: names of the layers that may have a bias.
     """
 
     name: gguf.MODEL_ARCH
@@ -73,44 +75,50 @@ ARCHITECTURES = {
 }
 
 
-def architecture(config: PreTrainedConfig) -> Architecture:
-    """llama.cpp's architecture for a model. Raises UserError where there is none, or where it computes something else."""
+def find_architecture(config: PreTrainedConfig) -> Architecture:
+    """Return llama.cpp's architecture for a model.
+
+    Raises UserError if there is none, or if it computes something else.
+    """
     found = ARCHITECTURES.get(config.model_type)
     if found is None:
         raise UserError(
-            f"a model of type {config.model_type} cannot be written as GGUF here, only {', '.join(ARCHITECTURES)}: use "
+            f"a model of type {config.model_type} cannot be written as GGUF, only {', '.join(ARCHITECTURES)}: use "
             "--format merged, and llama.cpp's own converter"
         )
     rotation = config.rope_parameters["rope_type"]
     if rotation not in (("default", "linear", "llama3") if found.scaled else ("default",)):
         raise UserError(
-            f"the rotation {rotation!r} of this {config.model_type} model cannot be written as GGUF here: use "
+            f"the rotation {rotation!r} of this {config.model_type} model cannot be written as GGUF: use "
             "--format merged, and llama.cpp's own converter"
         )
     if config.hidden_act != "silu":
         raise UserError(
-            f"llama.cpp's {gguf.MODEL_ARCH_NAMES[found.name]} has the activation silu and this model has "
+            f"llama.cpp's {gguf.MODEL_ARCH_NAMES[found.name]} uses the activation silu, but this model uses "
             f"{config.hidden_act}: use --format merged"
         )
     return found
 
 
 def write_gguf(model: PreTrainedModel, vocabulary: Vocabulary, path: Path, dtype: str, name: str) -> None:
-    """The model as a new file.
+    """Write the model to a new file.
 
     Args:
+        model: with plain weights, without adapters.
+        vocabulary: of its tokenizer.
+        path: of the file.
         dtype: of the matrices, a name in DTYPES.
-        name: what the file says that it is.
+        name: the model's name in the file.
 
     Raises:
-        UserError: the model is of no architecture that is known here, or a weight is beyond what `dtype` can hold.
-        OSError: there is no room for the file.
+        UserError: llama.cpp has no such architecture, or `dtype` cannot represent a weight.
+        OSError: the disk has no room for the file.
     """
-    found = architecture(model.config)
+    found = find_architecture(model.config)
     tensors = list(_tensors(model, found, DTYPES[dtype][0]))
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[found.name])
     try:
-        _describe(writer, model, dtype, name)
+        _write_settings(writer, model, dtype, name)
         vocabulary.write(writer)
         for tensor in tensors:
             shape = gguf.quant_shape_to_byte_shape(tensor.shape, tensor.kind)
@@ -118,16 +126,16 @@ def write_gguf(model: PreTrainedModel, vocabulary: Vocabulary, path: Path, dtype
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        _reserve(writer)
+        _reserve_disk(writer)
         for tensor in tensors:
-            writer.write_tensor_data(_as_kind(tensor))
+            writer.write_tensor_data(_encode(tensor))
     finally:
         writer.close()
 
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: `load` gives its fp32 numbers when they are needed."""
+    """A tensor of the file; `load` returns its fp32 numbers when they are needed."""
 
     name: str
     shape: tuple[int, ...]
@@ -153,19 +161,22 @@ def _tensors(model: PreTrainedModel, found: Architecture, kind: Kind) -> Iterato
                 f"llama.cpp's {gguf.MODEL_ARCH_NAMES[found.name]} has no place for {name}: use --format merged"
             )
         count = heads.get(layer) if found.permuted else None
-        yield _Tensor(written, tuple(tensor.shape), _kind(tensor, kind), partial(_rows, tensor, count))
+        yield _Tensor(written, tuple(tensor.shape), _choose_kind(tensor, kind), partial(_reorder_rows, tensor, count))
 
 
-def _kind(tensor: torch.Tensor, wanted: Kind) -> Kind:
-    """Vectors stay f32; rows that are no whole number of blocks become f16."""
+def _choose_kind(tensor: torch.Tensor, wanted: Kind) -> Kind:
+    """Return a tensor's type: f32 for vectors, f16 for rows that are no multiple of the block size."""
     if tensor.dim() == 1:
         return Kind.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     return wanted if tensor.shape[-1] % block == 0 else Kind.F16
 
 
-def _rows(tensor: torch.Tensor, heads: int | None) -> torch.Tensor:
-    """fp32; with `heads` the rows of each head in the order 0, d/2, 1, d/2 + 1 … instead of 0, 1, 2 …  [heads·d, …]"""
+def _reorder_rows(tensor: torch.Tensor, heads: int | None) -> torch.Tensor:
+    """Return the tensor in fp32, [heads·d, …].
+
+    With `heads`, each head's rows are in the order 0, d/2, 1, d/2 + 1 … instead of 0, 1, 2 …
+    """
     tensor = tensor.detach().float().cpu()
     if heads is None:
         return tensor
@@ -174,24 +185,24 @@ def _rows(tensor: torch.Tensor, heads: int | None) -> torch.Tensor:
 
 
 def _rotation_factors(model: Any) -> torch.Tensor | None:
-    """[d/2] by which llama.cpp divides the plain frequencies; None where the rotation is plain."""
+    """Return the factors [d/2] by which llama.cpp divides the plain frequencies; None for a plain rotation."""
     rotary = model.model.rotary_emb
     plain, _ = rotary.compute_default_rope_parameters(model.config)
     own = rotary.inv_freq.float().cpu()
     return None if torch.equal(plain, own) else plain / own
 
 
-def _as_kind(tensor: _Tensor) -> NDArray[np.uint8]:
+def _encode(tensor: _Tensor) -> NDArray[np.uint8]:
     numbers = tensor.load().contiguous().numpy()
     with np.errstate(over="ignore"):
         data: NDArray[Any] = gguf.quantize(numbers, tensor.kind)
     if tensor.kind == Kind.F16 and not np.isfinite(data).all():
-        raise UserError(f"{tensor.name} has numbers that f16 cannot hold: use --dtype bf16 or f32")
+        raise UserError(f"{tensor.name} has numbers that are too large for f16: use --dtype bf16 or f32")
     return data.view(np.uint8)
 
 
-def _describe(writer: gguf.GGUFWriter, model: PreTrainedModel, dtype: str, name: str) -> None:
-    """What llama.cpp has to know before the tensors."""
+def _write_settings(writer: gguf.GGUFWriter, model: PreTrainedModel, dtype: str, name: str) -> None:
+    """Write the model's settings, which llama.cpp reads before the tensors."""
     config: Any = model.config
     positions, window = config.max_position_embeddings, getattr(config, "sliding_window", None)
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -200,7 +211,7 @@ def _describe(writer: gguf.GGUFWriter, model: PreTrainedModel, dtype: str, name:
     writer.add_file_type(DTYPES[dtype][1])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_vocab_size(config.vocab_size)
-    # llama.cpp has no window here: up to its length a window changes nothing.
+    # llama.cpp has no window here; up to the window's length it makes no difference.
     writer.add_context_length(min(positions, window) if window else positions)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
@@ -214,8 +225,8 @@ def _describe(writer: gguf.GGUFWriter, model: PreTrainedModel, dtype: str, name:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 
 
-def _reserve(writer: gguf.GGUFWriter) -> None:
-    """Take the disk that the tensors need, so that a full one is told before they are converted."""
+def _reserve_disk(writer: gguf.GGUFWriter) -> None:
+    """Reserve disk space for the tensors, so that a full disk is reported before they are converted."""
     (file,), (tensors,) = writer.fout, writer.tensors
     pad = partial(writer.ggml_pad, n=writer.data_alignment)
     os.posix_fallocate(file.fileno(), 0, pad(file.tell()) + sum(pad(t.nbytes) for t in tensors.values()))

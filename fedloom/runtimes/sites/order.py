@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedloom.common.errors import UserError
-from fedloom.common.files import locked, write_json
+from fedloom.common.files import lock_file, write_json
 from fedloom.common.yaml import load_yaml
 from fedloom.federation.record.events import Event
 from fedloom.runtimes.sites.project import LAUNCHER_CLASS, SERVER_CLASS, SITE_CLASS
@@ -108,7 +108,7 @@ def _check_classes(kit: Path, role: str) -> None:
 
 def hold(kit: Path, command: str) -> TextIO:
     """Lock the kit for this process until the returned file is closed or the process ends. Raises UserError."""
-    lock = locked(kit / ".lock")
+    lock = lock_file(kit / ".lock")
     if lock is None:
         raise UserError(f"another `fedloom {command}` uses {kit}: end that one first")
     return lock

@@ -35,7 +35,7 @@ class Outgoing:
             in_memory = self._held + stream.total <= self._most
             self._held += stream.total if in_memory else 0
         if in_memory:
-            return Message(stream.joined(), done=self._let_go)
+            return Message(stream.join(), done=self._let_go)
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=self._folder, buffering=0) as file:

@@ -29,7 +29,7 @@ from fedloom.common.errors import RunFailed
 from fedloom.common.logs import same_hearers
 from fedloom.federation.runtime import Capabilities, Runtime
 from fedloom.messages import wire
-from fedloom.messages.types import STARTED_ANEW, Assignment, Failure, Outcome
+from fedloom.messages.types import LOST_STATE, Assignment, Failure, Outcome
 from fedloom.runtimes import versions
 from fedloom.runtimes.sites.exchange import Exchange, GaveUp, Patience, Unprepared
 from fedloom.runtimes.sites.link import Bytes, Link
@@ -135,7 +135,7 @@ class Distributed(Runtime):
         try:
             return self._prepare(site)
         except GaveUp as error:
-            if error.reason not in STARTED_ANEW - {"absent"}:
+            if error.reason not in LOST_STATE - {"absent"}:
                 raise
             return self._prepare(site)
 

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from fedloom.common import environment, registry
-from fedloom.common.errors import UserError, disk_trouble
+from fedloom.common.errors import UserError, describe_disk_error
 from fedloom.common.logs import print_sentences
 from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData
 from fedloom.data.loading import for_objective, load_corpus
 from fedloom.data.shard_file import is_shard, read_shard
-from fedloom.data.splitters import divided, select_questions
+from fedloom.data.splitters import divide, select_questions
 from fedloom.data.tokenization import tokenise
 from fedloom.federation.checks import check_site
 from fedloom.federation.client import Client
@@ -109,7 +109,7 @@ def own_data(recipe: Recipe, site: SiteConfig, sites: int) -> tuple[Corpus, Part
     corpus = load_corpus(recipe.data, by=recipe.split.by, seed=recipe.seed, splitter=recipe.split.splitter)
     corpus = for_objective(corpus, recipe.train.objective)
     categories = [e.category for e in corpus.examples]
-    shard = divided(range(len(categories)), categories, recipe.split, site.client, recipe.seed)
+    shard = divide(range(len(categories)), categories, recipe.split, site.client, recipe.seed)
     partition = Partition({site.client: shard}, "own", recipe.seed)
     limit = recipe.evaluation.limit
     asked = select_questions(corpus, partition, None if limit is None else math.ceil(limit / sites), recipe.seed)
@@ -159,7 +159,9 @@ def open_site(
     home = Path(site.home)
     with ranks.in_turn():
         corpus, partition, questions = own_data(recipe, site, sites)
-        tokenizer = shipping.tokenizer_of(shipping.as_tensors(files)) if files else load_tokenizer(recipe.model)
+        tokenizer = (
+            shipping.decode_tokenizer(shipping.files_to_tensors(files)) if files else load_tokenizer(recipe.model)
+        )
         template = open_template(recipe, tokenizer)
         sequences = tokenise(corpus, template, recipe.data.max_length, home / "tokenised")
     suite = registry.suites.get(recipe.evaluation.suite) if recipe.evaluation.suite else None
@@ -206,7 +208,7 @@ class Room:
             if self._place.count > 1:
                 end_rank(error)
             traceback.print_exc()
-            if trouble := disk_trouble(error):
+            if trouble := describe_disk_error(error):
                 return {"state": "failed", "reason": "disk", "detail": self._policy.words(trouble)}, b""
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} in {Path(where.filename).stem}, line {where.lineno}"

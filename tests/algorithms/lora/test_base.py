@@ -11,7 +11,7 @@ from fedloom.algorithms.lora.fedrot_lora import aligned
 from fedloom.algorithms.lora.lora_fair import refined
 from fedloom.common.errors import UserError
 from fedloom.messages.types import Payload
-from fedloom.models.lowrank import LowRank, leading
+from fedloom.models.lowrank import LowRank, subspace_iteration
 from tests.helpers.lora_rounds import client, drawn, local_run, models, server, trained
 
 MIXED = ("flora", "flexlora", "hetlora")
@@ -174,7 +174,7 @@ def test_factorisations_do_not_depend_on_the_number_of_threads():
     for threads in (1, 2):
         torch.set_num_threads(threads)
         low = LowRank(random(1536, 120), random(120, 576))
-        best = leading(random(576, 700), 8, torch.Generator().manual_seed(0))
+        best = subspace_iteration(random(576, 700), 8, torch.Generator().manual_seed(0))
         u, s, vh = low.svd()
         pair = refined([0.5, 0.5], [random(1536, 8), random(1536, 8, seed=1)], [random(8, 700), random(8, 700)], 0.1)
         turned = aligned(random(1536, 8), random(8, 700), random(1536, 8, seed=1), random(8, 700, seed=1))
@@ -187,7 +187,7 @@ def test_leading_directions_of_a_dense_matrix():
     u, _, vh = torch.linalg.svd(random(60, 40), full_matrices=False)
     s = 0.9 ** torch.arange(40, dtype=DOUBLE)
     matrix = (u * s) @ vh
-    found = leading(matrix, 5, torch.Generator().manual_seed(0))
+    found = subspace_iteration(matrix, 5, torch.Generator().manual_seed(0))
     best = s[5:].norm()
     assert best * (1 - 1e-9) <= (matrix - found.dense()).norm() <= best * 1.001
 

@@ -25,7 +25,7 @@ def products(algorithm, payload, dtype=torch.float64):
 def learned_of(algorithm, updates):
     each = [products(algorithm, u.payload) for u in updates]
     return {
-        w: LowRank.total((u.num_examples / 8, e[w].b, e[w].a) for u, e in zip(updates, each, strict=True))
+        w: LowRank.stack((u.num_examples / 8, e[w].b, e[w].a) for u, e in zip(updates, each, strict=True))
         for w in each[0]
     }
 

@@ -12,7 +12,7 @@ import torch
 from fedloom.algorithms.low_traffic.directions import Direction, Directions
 from fedloom.algorithms.low_traffic.zeroth import descend, two_point
 from fedloom.common.errors import ClientFailed
-from fedloom.common.randomness import forked_torch
+from fedloom.common.randomness import fork_torch
 from fedloom.data.batching import Batch
 from fedloom.models import forward
 from fedloom.models.adapters import AdaptedModel
@@ -150,7 +150,7 @@ def test_both_points_see_the_same_dropout():
     config = TrainConfig(steps=2, lr=0.0, schedule="constant")
     run = LocalRun(model, lambda: iter([[batch()]] * 2), config, 0, 2)
     zero = torch.zeros(model.adapter.layout.numel)
-    dropout = partial(forked_torch, 0, "dropout", 1)
+    dropout = partial(fork_torch, 0, "dropout", 1)
     descend(run, Noted(), lambda s: [zero], directions=1, epsilon=1e-3, dropout=lambda s: dropout(f"c/{s}"))
     assert seen[0] == seen[1] and seen[2] == seen[3]
     assert seen[0] != seen[2]

@@ -8,8 +8,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedloom.common.errors import UserError
-from fedloom.models.forward import release
-from fedloom.models.lowrank import LowRank, pairs
+from fedloom.models.forward import default_peft_model
+from fedloom.models.lowrank import LowRank, find_lora_pairs
 from tests.helpers.federation import Federation
 
 SGD = {"train.optimizer": "sgd", "train.lr": 0.3, "train.clip": None, "train.schedule": "constant", "train.steps": 3}
@@ -29,13 +29,13 @@ def test_the_live_model_is_the_sum_of_both_adapters(tiny_recipe, tmp_path, rslor
     f.evaluate("copy", 2)
     scales = f.model.lora_scales()
     kept = f.store.load("copy", 2)["personal"].tensors
-    for pair in pairs(f.model.adapter.views):
+    for pair in find_lora_pairs(f.model.adapter.views):
         assert scales[pair.weight] == pytest.approx(s, rel=1e-12)
         live = LowRank(f.model.adapter.views[pair.b], f.model.adapter.views[pair.a]).double().dense()
         sent = f.server.shared.views
         terms = [(s, t[pair.b].double(), t[pair.a].double()) for t in (sent, kept)]
         assert all((b @ a).any() for _, b, a in terms)
-        assert torch.allclose(s * live, LowRank.total(terms).dense(), rtol=0, atol=1e-12)
+        assert torch.allclose(s * live, LowRank.stack(terms).dense(), rtol=0, atol=1e-12)
 
 
 def test_the_global_half_is_fedavg_at_the_recipes_rank(tiny_recipe, tmp_path):
@@ -108,7 +108,7 @@ def test_the_saved_adapter_is_an_ordinary_lora_that_peft_loads(tiny_recipe, tiny
     f.send(f.assignment("save", "copy", 1))
     ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = release(f.model)(input_ids=ids).logits
+        ours = default_peft_model(f.model)(input_ids=ids).logits
         loaded = PeftModel.from_pretrained(
             AutoModelForCausalLM.from_pretrained(tiny_model), tmp_path / "adapters" / "copy"
         )

@@ -6,10 +6,10 @@ import json
 from collections import Counter
 
 from fedloom.common.logs import heard_by
-from fedloom.data.corpora.codesearchnet import matched
+from fedloom.data.corpora.codesearchnet import pair_descriptions
 from fedloom.data.corpus import Corpus, Example
 from fedloom.data.loading import load_corpus
-from fedloom.data.splitters import partition, split_table
+from fedloom.data.splitters import partition, tabulate_split
 from fedloom.recipe.recipe import DataConfig, SplitConfig
 
 
@@ -21,7 +21,7 @@ def functions(language, count):
 
 def test_half_of_the_answers_are_yes_and_every_no_is_anothers_description():
     both = [row for pair in zip(functions("python", 20), functions("go", 20), strict=True) for row in pair]
-    rows = list(matched(both))
+    rows = list(pair_descriptions(both))
     assert Counter((row["language"], row["output"]) for row in rows) == {
         (language, answer): 10 for language in ("python", "go") for answer in ("Yes", "No")
     }
@@ -32,7 +32,9 @@ def test_half_of_the_answers_are_yes_and_every_no_is_anothers_description():
 
 def test_a_description_that_is_right_after_all_and_rows_without_one_are_left_out():
     same = [{"code": f"code {i}", "docstring": "The same.", "language": "go"} for i in range(4)]
-    assert [row["output"] for row in matched([*same, {"code": "x", "docstring": "", "language": "go"}])] == ["Yes"]
+    assert [row["output"] for row in pair_descriptions([*same, {"code": "x", "docstring": "", "language": "go"}])] == [
+        "Yes"
+    ]
 
 
 def test_codesearchnet_from_files(tmp_path, monkeypatch):
@@ -66,5 +68,5 @@ def test_a_question_of_the_test_set_is_not_trained_on(tmp_path, monkeypatch):
 
 def test_test_questions_that_are_trained_on_are_counted():
     corpus = Corpus("made-up", tuple(Example("the same", "", f"{i}", "a") for i in range(10)), "CC0-1.0", "a test")
-    table = split_table(corpus, partition(corpus, SplitConfig(splitter="uniform", num_clients=1, test=0.3), 1))
+    table = tabulate_split(corpus, partition(corpus, SplitConfig(splitter="uniform", num_clients=1, test=0.3), 1))
     assert table["test_questions_trained_on"] == 3

@@ -263,11 +263,11 @@ def greedy(lm: harness.LiveModel, ids: list[int], count: int) -> str:
 def likelihood(model: AdaptedModel, template: Template, question: Example, answer: str) -> float:
     """log p(the prompt's last line break and the answer), which is what lm-eval scores, by fedloom's packed forward."""
     from fedloom.data.tokenization import TokenSequence
-    from fedloom.models.forward import batches_by_length, token_losses
+    from fedloom.models.forward import batch_by_length, token_losses
 
     ids = template.prompt_ids(question) + template.answer_ids(answer)[:-1]
     sequence = TokenSequence(torch.tensor(ids, dtype=torch.int32).numpy(), len(template.prompt_ids(question)) - 1)
-    (batch,) = batches_by_length([sequence], 1, packed=True, pad=0, examples=[0])
+    (batch,) = batch_by_length([sequence], 1, packed=True, pad=0, examples=[0])
     with torch.no_grad():
         return -float(token_losses(model, batch).sum())
 

@@ -18,7 +18,7 @@ import yaml
 
 import fedloom
 from fedloom.common import registry
-from fedloom.common.environment import forget_peak_memory, peak_memory_bytes
+from fedloom.common.environment import peak_memory_bytes, reset_peak_memory
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.logs import heard_by
 from fedloom.experiment.benchmark import runner
@@ -466,5 +466,5 @@ def test_the_memory_of_a_run_is_not_that_of_the_one_before():
     held = bytearray(b"x" * 400_000_000)
     high = peak_memory_bytes()
     del held
-    forget_peak_memory()
+    reset_peak_memory()
     assert peak_memory_bytes() < high - 300_000_000

@@ -11,7 +11,7 @@ import torch
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import folder_name, write_bytes, write_json
 from fedloom.federation.record.checkpoints import Checkpoints, ClientStore, RoundState
-from fedloom.messages.at_rest import Damaged, from_bytes, load_tensors, to_bytes
+from fedloom.messages.at_rest import DamagedFile, from_bytes, load_tensors, to_bytes
 from fedloom.messages.types import Payload
 
 VALUES = {
@@ -43,13 +43,13 @@ def test_payloads_come_back_bit_for_bit():
 def test_every_truncation_and_every_flipped_byte_is_recognised():
     data = to_bytes(Payload({"w": torch.arange(8.0), "v": torch.ones(3, dtype=torch.int8)}, {"n": 1}))
     for length in range(len(data)):
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedFile):
             from_bytes(data[:length])
     header = 8 + int.from_bytes(data[:8], "little")
     for at in range(header, len(data)):
         altered = bytearray(data)
         altered[at] ^= 128
-        with pytest.raises(Damaged):
+        with pytest.raises(DamagedFile):
             from_bytes(bytes(altered))
 
 
@@ -208,7 +208,7 @@ def test_client_names_become_safe_folders(tmp_path):
 def test_a_damaged_tensor_file_is_said(tmp_path):
     path = Path(tmp_path / "x.safetensors")
     path.write_bytes(b"nothing")
-    with pytest.raises(Damaged, match="cannot be read"):
+    with pytest.raises(DamagedFile, match="cannot be read"):
         load_tensors(path)
 
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_is_damaged_where_any_of_its_files_is(tmp_path, number, how
     path.unlink()
     if how != "gone":
         path.write_bytes(data[:-1] if how == "torn" else data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(Damaged, match=f"{name} cannot be read"):
+    with pytest.raises(DamagedFile, match=f"{name} cannot be read"):
         store.load(2)
     found, said = store.newest()
     assert found.round == 1 and len(found.files) == 2
@@ -265,18 +265,18 @@ def test_what_is_wrong_with_a_damaged_checkpoint_is_said(tmp_path):
         (data[:-1] + bytes([data[-1] ^ 1]), "server.safetensors was altered"),
     ):
         path.write_bytes(written)
-        with pytest.raises(Damaged, match=sentence):
+        with pytest.raises(DamagedFile, match=sentence):
             store.load(1)
     path.write_bytes(data)
     described = path.with_name("state.json")
     described.write_text(described.read_text().replace('"finished": 1', '"finished": 2'))
-    with pytest.raises(Damaged, match=r"state\.json was altered"):
+    with pytest.raises(DamagedFile, match=r"state\.json was altered"):
         store.load(1)
     described.write_text("[]")
-    with pytest.raises(Damaged, match=r"state\.json was altered"):
+    with pytest.raises(DamagedFile, match=r"state\.json was altered"):
         store.load(1)
     described.write_text("{")
-    with pytest.raises(Damaged, match="it cannot be read"):
+    with pytest.raises(DamagedFile, match="it cannot be read"):
         store.load(1)
 
 

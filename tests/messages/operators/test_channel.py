@@ -137,10 +137,10 @@ def over_the_wire(assignment: Assignment) -> Assignment:
 
 def a_round(server: ServerChannel, client: ClientChannel, name: str, round: int, payload: Payload, answer: Payload):
     """(what the client got, what the server got)."""
-    assignment = over_the_wire(server.sent(Assignment("train", name, round, 9, payload), False))
-    got = client.received(assignment)
-    coded = wire.encode_outcome(Update(name, round, client.encoded(answer, name, round)))
-    return got, server.opened(wire.decode_outcome(coded))
+    assignment = over_the_wire(server.encode(Assignment("train", name, round, 9, payload), False))
+    got = client.decode(assignment)
+    coded = wire.encode_outcome(Update(name, round, client.encode(answer, name, round)))
+    return got, server.decode(wire.decode_outcome(coded))
 
 
 def weights(seed: int, spread: float = 1.0) -> dict[str, torch.Tensor]:
@@ -168,46 +168,46 @@ def test_a_difference_is_against_what_the_client_decoded(tiny_recipe, down):
 def test_a_reference_is_a_copy_and_is_held_once_for_all_clients(tiny_recipe, down):
     server, client = ends(tiny_recipe, down=down, initial=["bf16"] if down else [], up=["delta"])
     live = weights(0)
-    sent = {n: over_the_wire(server.sent(Assignment("train", n, 1, 9, Payload(live)), False)) for n in "abc"}
+    sent = {n: over_the_wire(server.encode(Assignment("train", n, 1, 9, Payload(live)), False)) for n in "abc"}
     held = [server._references[n][1]["a"].data_ptr() for n in "abc"]
     assert len(set(held)) == 1
     for t in live.values():
         t.add_(1)
     for name in "cab":  # answered in another order, after the server's own tensors moved
-        got = client.received(sent[name])
+        got = client.decode(sent[name])
         answer = {n: t * 1.5 for n, t in got.tensors.items()}
-        outcome = server.opened(Update(name, 1, client.encoded(Payload(answer), name, 1)))
+        outcome = server.decode(Update(name, 1, client.encode(Payload(answer), name, 1)))
         assert same(outcome.payload.tensors, answer)
     assert not any(server._references.values())
 
 
 def test_a_late_answer_is_against_the_broadcast_of_its_own_round(tiny_recipe):
     server, client = ends(tiny_recipe, up=["delta", "fp16"])
-    first = over_the_wire(server.sent(Assignment("train", "a", 1, 9, Payload(weights(1))), False))
-    client.received(first)
-    answer = client.encoded(Payload(weights(5)), "a", 1)
-    server.sent(Assignment("train", "a", 2, 9, Payload(weights(2))), False)
-    server.sent(Assignment("evaluate", "a", 1, 9, Payload(weights(3))), False)
-    outcome = server.opened(Update("a", 1, answer))
+    first = over_the_wire(server.encode(Assignment("train", "a", 1, 9, Payload(weights(1))), False))
+    client.decode(first)
+    answer = client.encode(Payload(weights(5)), "a", 1)
+    server.encode(Assignment("train", "a", 2, 9, Payload(weights(2))), False)
+    server.encode(Assignment("evaluate", "a", 1, 9, Payload(weights(3))), False)
+    outcome = server.decode(Update("a", 1, answer))
     assert float((outcome.payload.tensors["b"] - weights(5)["b"]).abs().max()) < 4e-3
-    again = server.opened(Update("a", 1, answer))
+    again = server.decode(Update("a", 1, answer))
     assert isinstance(again, Failure) and again.reason == "bad_payload" and "no broadcast" in again.detail
 
 
 def test_updates_are_plain_before_they_wait_anywhere(tiny_recipe, tmp_path):
     server, client = ends(tiny_recipe, up=["delta", INT4])
     for name in "ab":
-        server.sent(Assignment("train", name, 1, 9, Payload(weights(1))), False)
+        server.encode(Assignment("train", name, 1, 9, Payload(weights(1))), False)
     updates = {}
     for name in "ab":
-        client.received(Assignment("train", name, 1, 9, Payload(weights(1))))
-        updates[name] = Update(name, 1, client.encoded(Payload(weights(2), {"k": 1}), name, 1))
+        client.decode(Assignment("train", name, 1, 9, Payload(weights(1))))
+        updates[name] = Update(name, 1, client.encode(Payload(weights(2), {"k": 1}), name, 1))
     expected = {name: server.chains.up.decode(u.payload, weights(1)).tensors for name, u in updates.items()}
-    with pytest.raises(AssertionError, match="decoded first"):
+    with pytest.raises(AssertionError, match="decoded before it is stored"):
         ClientOrder("ab", tmp_path).add(updates["b"])
     waiting = ClientOrder("ab", tmp_path)
     for name in "ba":
-        waiting.add(server.opened(updates[name]))
+        waiting.add(server.decode(updates[name]))
     for name in "ab":
         outcome = waiting.next()
         assert isinstance(outcome, Update) and outcome.payload.meta == {"k": 1}
@@ -218,7 +218,7 @@ def test_the_first_payload_takes_another_chain_and_a_restart_remembers_who_had_i
     server, _ = ends(tiny_recipe, initial=["fp16"], down=["bf16"])
 
     def chain(channel: ServerChannel, client: str, own_initial: bool = False) -> str:
-        sent = channel.sent(Assignment("train", client, 1, 9, Payload(weights(0))), own_initial)
+        sent = channel.encode(Assignment("train", client, 1, 9, Payload(weights(0))), own_initial)
         return sent.payload.coding["operators"][0]["name"]
 
     assert [chain(server, c) for c in "aba"] == ["fp16", "fp16", "bf16"]
@@ -233,12 +233,12 @@ def test_clients_round_differently_and_a_broadcast_alike(tiny_recipe):
     stochastic = {"name": "quantize", "bits": 4, "rounding": "stochastic"}
     server, client = ends(tiny_recipe, initial=[stochastic], down=[stochastic], up=[stochastic])
     ups = [
-        client.encoded(Payload(weights(0)), *who).tensors["F32.codes"]
+        client.encode(Payload(weights(0)), *who).tensors["F32.codes"]
         for who in (("a", 1), ("b", 1), ("a", 2), ("a", 1))
     ]
     assert torch.equal(ups[0], ups[3]) and not torch.equal(ups[0], ups[1]) and not torch.equal(ups[0], ups[2])
     downs = [
-        server.sent(Assignment("train", c, r, 9, Payload(weights(0))), False).payload.tensors["F32.codes"]
+        server.encode(Assignment("train", c, r, 9, Payload(weights(0))), False).payload.tensors["F32.codes"]
         for c, r in (("a", 1), ("b", 1), ("a", 2))
     ]
     assert torch.equal(downs[0], downs[1]) and not torch.equal(downs[0], downs[2])
@@ -248,7 +248,7 @@ def test_clients_round_differently_and_a_broadcast_alike(tiny_recipe):
 
 
 def test_an_update_that_cannot_be_decoded_is_a_failure_and_the_round_goes_on(tiny_recipe, tmp_path, monkeypatch):
-    encoded = ClientChannel.encoded
+    encoded = ClientChannel.encode
 
     def hostile(self, payload, client, round):
         coded = encoded(self, payload, client, round)
@@ -256,11 +256,11 @@ def test_an_update_that_cannot_be_decoded_is_a_failure_and_the_round_goes_on(tin
             coded.tensors["F32.scales"][0] = 0x7FC0
         return coded
 
-    monkeypatch.setattr(ClientChannel, "encoded", hostile)
+    monkeypatch.setattr(ClientChannel, "encode", hostile)
     run(tiny_recipe({"operators.up": [INT8]}), tmp_path / "run")
     failed = [e for e in read_events(tmp_path / "run" / "events.jsonl") if e["event"] == "client_failed"]
     assert [(e["client"], e["round"], e["reason"]) for e in failed] == [("copy", 1, "bad_payload")]
-    assert failed[0]["detail"] == "a scale of a quantised block is no finite number from 0 up"
+    assert failed[0]["detail"] == "a scale of a quantised block is not finite, or below 0"
 
 
 def test_an_assignment_that_cannot_be_decoded_and_an_update_that_cannot_be_encoded_fail_the_client(
@@ -269,13 +269,13 @@ def test_an_assignment_that_cannot_be_decoded_and_an_update_that_cannot_be_encod
     def broken(self, assignment, own_initial):
         return sent(self, assignment, own_initial) if assignment.client != "copy" else assignment
 
-    sent, shared = ServerChannel.sent, Algorithm.shared_state
+    sent, shared = ServerChannel.encode, Algorithm.shared_state
 
     def overflowing(self):
         payload = shared(self)
         return Payload({n: t * 1e30 for n, t in payload.tensors.items()}) if self.client == "last" else payload
 
-    monkeypatch.setattr(ServerChannel, "sent", broken)
+    monkeypatch.setattr(ServerChannel, "encode", broken)
     monkeypatch.setattr(Algorithm, "shared_state", overflowing)
     run(
         tiny_recipe(
@@ -295,7 +295,7 @@ def test_an_assignment_that_cannot_be_decoded_and_an_update_that_cannot_be_encod
     }
     assert failed["copy", "train"] == (
         "bad_payload",
-        "the payload is not encoded by the operators that the recipe names, ['bf16']",
+        "the payload is not encoded by the recipe's operators, ['bf16']",
     )
     assert failed["last", "train"] == (
         "non_finite",
@@ -363,7 +363,7 @@ def test_updates_in_flight_survive_a_kill_with_what_they_are_against(tiny_recipe
 
 def test_private_updates_are_differences_already(tiny_recipe, tmp_path):
     privacy = {"clip": 0.5, "noise": 1.0, "seeded": True}
-    with pytest.raises(UserError, match="under privacy updates are differences already"):
+    with pytest.raises(UserError, match="under privacy updates are already differences"):
         run(tiny_recipe({"operators.up": ["delta", INT8], "privacy": privacy}), tmp_path / "run")
     sparse = [{"name": "sparsify", "fraction": 0.5, "error_feedback": True}, INT8]
     run(tiny_recipe({"operators.up": sparse, "operators.down": [INT8], "privacy": privacy}), tmp_path / "run")
@@ -439,21 +439,21 @@ def test_a_reference_is_taken_anew_where_only_one_tensor_changed(tiny_recipe, ch
 def test_what_is_held_is_held_again_only_where_every_bit_is_the_same(tiny_recipe, after):
     server, _ = ends(tiny_recipe, up=["delta"])
     before = {"a": torch.tensor([1.0, -0.0]), "b": torch.zeros(2)}
-    first = server._held(before)
-    assert server._held({n: t.clone() for n, t in before.items()}) is first
-    again = server._held(after)
+    first = server._copy_broadcast(before)
+    assert server._copy_broadcast({n: t.clone() for n, t in before.items()}) is first
+    again = server._copy_broadcast(after)
     assert again is not first and same(again, after)
     nan = {"a": torch.tensor([float("nan")])}
-    assert server._held(nan) is server._held({"a": nan["a"].clone()})
+    assert server._copy_broadcast(nan) is server._copy_broadcast({"a": nan["a"].clone()})
 
 
 def test_the_last_four_broadcasts_of_a_client_are_held(tiny_recipe):
     server, client = ends(tiny_recipe, up=["delta"])
     answers = {}
     for round in range(1, 7):
-        client.received(server.sent(Assignment("train", "a", round, 9, Payload(weights(round))), False))
-        answers[round] = client.encoded(Payload(weights(10 + round)), "a", round)
-    got = {round: server.opened(Update("a", round, payload)) for round, payload in answers.items()}
+        client.decode(server.encode(Assignment("train", "a", round, 9, Payload(weights(round))), False))
+        answers[round] = client.encode(Payload(weights(10 + round)), "a", round)
+    got = {round: server.decode(Update("a", round, payload)) for round, payload in answers.items()}
     assert [round for round, outcome in got.items() if isinstance(outcome, Failure)] == [1, 2]
     assert all(same(got[round].payload.tensors, weights(10 + round)) for round in (3, 4, 5, 6))
 
@@ -461,10 +461,10 @@ def test_the_last_four_broadcasts_of_a_client_are_held(tiny_recipe):
 def test_a_failure_passes_as_it_is_and_keeps_its_cost(tiny_recipe):
     server, client = ends(tiny_recipe, up=["delta"])
     failure = Failure("a", 1, "odd", "as asked")
-    assert server.opened(failure) is failure
-    client.received(server.sent(Assignment("train", "a", 1, 9, Payload(weights(1))), False))
-    coded = client.encoded(Payload(weights(2)), "a", 1)
+    assert server.decode(failure) is failure
+    client.decode(server.encode(Assignment("train", "a", 1, 9, Payload(weights(1))), False))
+    coded = client.encode(Payload(weights(2)), "a", 1)
     del coded.tensors[next(iter(coded.tensors))]
-    refused = server.opened(Update("a", 1, coded, cost=Cost(upload_bytes=5)))
+    refused = server.decode(Update("a", 1, coded, cost=Cost(upload_bytes=5)))
     assert isinstance(refused, Failure)
     assert (refused.reason, refused.client, refused.round, refused.cost.upload_bytes) == ("bad_payload", "a", 1, 5)

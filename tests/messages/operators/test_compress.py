@@ -10,7 +10,7 @@ import torch
 
 from fedloom.messages import limits
 from fedloom.messages.operators.base import Around
-from fedloom.messages.operators.compress import HEAD, _padding
+from fedloom.messages.operators.compress import HEAD, _padding_size
 from fedloom.messages.operators.flat import BadPayload, Part, Table
 from fedloom.messages.types import Payload
 from tests.helpers.payloads import chain_of, same
@@ -67,7 +67,7 @@ def test_what_shrinks_further_than_the_ratio_is_padded_with_zeros(kind):
 
 
 def test_padding_by_hand():
-    assert [_padding(raw, squeezed) for raw, squeezed in ((0, 1), (16_000, 0), (16_001, 0), (20_000, 1), (20_000, 9))] == [
+    assert [_padding_size(raw, squeezed) for raw, squeezed in ((0, 1), (16_000, 0), (16_001, 0), (20_000, 1), (20_000, 9))] == [
         0, 0, 1, 3, 0,
     ]  # fmt: skip
 
@@ -86,17 +86,17 @@ def test_what_a_head_may_not_claim(kind):
     for wrong, part, sentence in (
         (data[:15], whole, "shorter than its own head"),
         (b"", whole, "shorter than its own head"),
-        (data, Part(torch.int32, 999), "claims 4000 bytes where 3996 belong"),
-        (data, Part(torch.int32, 1001), "claims 4000 bytes where 4004 belong"),
-        (data, Part(torch.int32, 999, bound=True), "claims 4000 bytes where 3996 belong"),
-        (head(4003, squeezed), bound, "truncated, or longer than it says"),  # no whole number of elements
-        (head(raw, squeezed - 1), whole, "truncated, or longer than it says"),
-        (head(raw, squeezed + 1), whole, "truncated, or longer than it says"),
-        (data + b"\0", whole, "truncated, or longer than it says"),
-        (data[:-1], whole, "truncated, or longer than it says"),
-        (head(3996, squeezed), bound, "holds other than the 3996|damaged"),
-        (head(4004, squeezed), bound, "holds other than the 4004|damaged"),
-        (HEAD.pack(raw, squeezed) + bytes(squeezed), whole, "damaged|holds other"),
+        (data, Part(torch.int32, 999), "claims 4000 bytes, but must have 3996"),
+        (data, Part(torch.int32, 1001), "claims 4000 bytes, but must have 4004"),
+        (data, Part(torch.int32, 999, bound=True), "claims 4000 bytes, but must have 3996"),
+        (head(4003, squeezed), bound, "truncated, or longer than it claims"),  # no whole number of elements
+        (head(raw, squeezed - 1), whole, "truncated, or longer than it claims"),
+        (head(raw, squeezed + 1), whole, "truncated, or longer than it claims"),
+        (data + b"\0", whole, "truncated, or longer than it claims"),
+        (data[:-1], whole, "truncated, or longer than it claims"),
+        (head(3996, squeezed), bound, "does not have the 3996|damaged"),
+        (head(4004, squeezed), bound, "does not have the 4004|damaged"),
+        (HEAD.pack(raw, squeezed) + bytes(squeezed), whole, "damaged|does not have"),
     ):
         with pytest.raises(BadPayload, match=sentence):
             decoded(kind, wrong, part)
@@ -108,13 +108,13 @@ def test_padding_that_is_not_zero_is_refused(kind):
     data = bytearray(made[f"x.{kind}"].numpy().tobytes())
     assert HEAD.unpack(data[:16])[1] + 16 < len(data)
     data[-1] = 1
-    with pytest.raises(BadPayload, match="truncated, or longer than it says"):
+    with pytest.raises(BadPayload, match="truncated, or longer than it claims"):
         decoded(kind, bytes(data), Part(torch.uint8, 4_000_000))
 
 
 def test_a_bomb_is_not_unpacked():
     squeezed = zlib.compress(bytes(50_000_000), 9)[2:-4]
-    with pytest.raises(BadPayload, match="claim to hold 50000000: more than 1000 times as many are not unpacked"):
+    with pytest.raises(BadPayload, match="claim to hold 50000000, but at most 1000 times as many"):
         decoded("deflate", HEAD.pack(50_000_000, len(squeezed)) + squeezed, Part(torch.uint8, 50_000_000))
 
 
@@ -127,7 +127,7 @@ def test_a_stream_that_holds_a_byte_more_or_is_followed_by_another_is_refused(ki
         (0, squeeze(memoryview(b"a"))),
     ):
         data = HEAD.pack(size, len(stream)) + stream
-        with pytest.raises(BadPayload, match=r"damaged|holds other"):
+        with pytest.raises(BadPayload, match=r"damaged|does not have"):
             decoded(kind, data, Part(torch.uint8, size))
     for size in (0, 3):
         stream = squeeze(memoryview(b"abc"[:size]))

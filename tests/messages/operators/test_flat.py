@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fedloom.messages import limits
-from fedloom.messages.operators.flat import BadPayload, Part, Table, bits, check, flatten, raw_bytes, unflatten
+from fedloom.messages.operators.flat import BadPayload, Part, Table, bits, check_parts, flatten, raw_bytes, unflatten
 
 TENSORS = {
     "b": torch.tensor([10.0, 11.0]),
@@ -45,7 +45,7 @@ def test_what_comes_back_is_sorted_and_has_memory_of_its_own():
 
 
 def test_a_type_that_does_not_travel_is_refused():
-    with pytest.raises(ValueError, match=r"w has dtype torch\.complex128, which does not travel"):
+    with pytest.raises(ValueError, match=r"w has the dtype torch\.complex128, which messages do not support"):
         Table.of({"w": torch.zeros(1, dtype=torch.complex128)})
 
 
@@ -64,7 +64,7 @@ LARGEST = limits.PAYLOAD_BYTES
         ([], "no mapping of dtypes to lists"),
         ({"F32": {}}, "no mapping of dtypes to lists"),
         ({"F32": [], "I64": None}, "no mapping of dtypes to lists"),
-        ({"F33": [["a", [1]]]}, "the dtype 'F33', which is not known"),
+        ({"F33": [["a", [1]]]}, "the unknown dtype .F33."),
         ({"F32": [("a", [1])]}, "no.* row of the table|is not .name, shape"),
         ({"F32": [["a"]]}, "is not .name, shape"),
         ({"F32": [["a", [1], 0]]}, "is not .name, shape"),
@@ -75,16 +75,16 @@ LARGEST = limits.PAYLOAD_BYTES
         ({"F32": [["a", [1]]], "I64": [["a", [1]]]}, "names 'a' twice"),
         ({"F32": [["b", [1]], ["a", [1]]]}, "not in sorted order"),
         ({"I64": [["a", [1]]], "F32": [["b", [1]]]}, "not in sorted order"),
-        ({"F32": [["a", [1] * (limits.DIMENSIONS + 1)]]}, "not made of at most 16 sizes"),
-        ({"F32": [["a", [-1]]]}, "not made of at most 16 sizes from 0 up"),
-        ({"F32": [["a", [-2, -3]]]}, "not made of at most 16 sizes from 0 up"),
-        ({"F32": [["a", [1.0]]]}, "not made of at most 16 sizes"),
-        ({"F32": [["a", [True]]]}, "not made of at most 16 sizes"),
-        ({"U8": [["a", [LARGEST + 1]]]}, "not made of at most 16 sizes"),
-        ({"U8": [["a", [2, LARGEST // 2 + 1]]]}, "larger than any payload may be"),
-        ({"U8": [["a", [0, LARGEST, 2]]]}, "larger than any payload may be"),
-        ({"U8": [["a", [LARGEST]], ["b", [1]]]}, f"claims {LARGEST + 1} bytes; at most {LARGEST} are taken"),
-        ({"F64": [["a", [LARGEST // 8 + 1]]]}, "at most .* are taken"),
+        ({"F32": [["a", [1] * (limits.DIMENSIONS + 1)]]}, "must have at most 16 sizes"),
+        ({"F32": [["a", [-1]]]}, "must have at most 16 sizes, each 0 or more"),
+        ({"F32": [["a", [-2, -3]]]}, "must have at most 16 sizes, each 0 or more"),
+        ({"F32": [["a", [1.0]]]}, "must have at most 16 sizes"),
+        ({"F32": [["a", [True]]]}, "must have at most 16 sizes"),
+        ({"U8": [["a", [LARGEST + 1]]]}, "must have at most 16 sizes"),
+        ({"U8": [["a", [2, LARGEST // 2 + 1]]]}, "larger than the largest payload"),
+        ({"U8": [["a", [0, LARGEST, 2]]]}, "larger than the largest payload"),
+        ({"U8": [["a", [LARGEST]], ["b", [1]]]}, f"claims {LARGEST + 1} bytes, but at most {LARGEST} are allowed"),
+        ({"F64": [["a", [LARGEST // 8 + 1]]]}, "at most .* are allowed"),
     ],
     ids=str,
 )
@@ -112,17 +112,17 @@ def test_no_table_has_more_tensors_than_may_travel(monkeypatch):
 def test_parts_have_to_be_what_the_chain_makes():
     spec = {"x": Part(torch.float32, 3), "y": Part(torch.uint8, 4, bound=True)}
     good = {"x": torch.zeros(3), "y": torch.zeros(4, dtype=torch.uint8)}
-    check(good, spec)
-    check({**good, "y": good["y"][:0]}, spec)
+    check_parts(good, spec)
+    check_parts({**good, "y": good["y"][:0]}, spec)
     for bad in (
         {"x": good["x"]}, {**good, "z": good["x"]}, {**good, "x": torch.zeros(2)}, {**good, "x": torch.zeros(4)},
         {**good, "x": torch.zeros(3, 1)}, {**good, "x": torch.zeros(3, dtype=torch.int32)},
         {**good, "y": torch.zeros(5, dtype=torch.uint8)}, {**good, "y": torch.zeros(2, 2, dtype=torch.uint8)},
     ):  # fmt: skip
-        with pytest.raises(BadPayload, match=r"where the chain makes"):
-            check(bad, spec)
-    with pytest.raises(BadPayload, match="part y holds 5 of U8 where the chain makes at most 4 of U8"):
-        check({**good, "y": torch.zeros(5, dtype=torch.uint8)}, spec)
+        with pytest.raises(BadPayload, match=r"but the chain gives"):
+            check_parts(bad, spec)
+    with pytest.raises(BadPayload, match="part y has 5 of U8, but the chain gives at most 4 of U8"):
+        check_parts({**good, "y": torch.zeros(5, dtype=torch.uint8)}, spec)
     assert (Part(torch.float64, 3).nbytes, Part(torch.bool, 3).nbytes) == (24, 3)
 
 

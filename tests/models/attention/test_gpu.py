@@ -29,7 +29,7 @@ def gpu(monkeypatch):
 
     def play(*installed: str, capability: tuple[int, int] = (9, 0)) -> None:
         monkeypatch.setattr(gpu_attention.importlib.util, "find_spec", lambda n: object() if n in installed else None)
-        monkeypatch.setattr(gpu_attention, "_varlen", lambda: played_varlen)
+        monkeypatch.setattr(gpu_attention, "_flash_function", lambda: played_varlen)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
     return play
@@ -52,18 +52,18 @@ def test_auto_is_flash_where_it_can_be_had_and_sdpa_elsewhere(gpu):
 @pytest.mark.parametrize(
     ("wanted", "device", "installed", "capability", "dtype", "dropout", "said"),
     [
-        ("flash_attention_2", "cpu", ["flash_attn"], (9, 0), HALF, 0.0, "runs on a GPU alone, and the model is on cpu"),
-        ("flex", "cpu", ["triton"], (9, 0), HALF, 0.0, "runs on a GPU alone, and the model is on cpu"),
+        ("flash_attention_2", "cpu", ["flash_attn"], (9, 0), HALF, 0.0, "runs only on a GPU, and the model is on cpu"),
+        ("flex", "cpu", ["triton"], (9, 0), HALF, 0.0, "runs only on a GPU, and the model is on cpu"),
         ("flash_attention_2", "cuda", [], (9, 0), HALF, 0.0, "the package flash-attn is not installed"),
         ("flash_attention_2", "cuda", ["flash_attn"], (9, 0), WHOLE, 0.0, r"model\.dtype=float32"),
         ("flash_attention_2", "cuda", ["flash_attn"], (7, 5), HALF, 0.0, r"this GPU has 7\.5"),
         ("flex", "cuda", [], (9, 0), HALF, 0.0, "triton, which is not installed"),
-        ("flex", "cuda", ["triton"], (9, 0), HALF, 0.1, "draws no dropout"),
+        ("flex", "cuda", ["triton"], (9, 0), HALF, 0.1, "has no dropout"),
     ],
 )
 def test_what_cannot_be_had_is_refused(gpu, wanted, device, installed, capability, dtype, dropout, said):
     gpu(*installed, capability=capability)
-    with pytest.raises(UserError, match=rf"model\.attention={wanted} cannot be had: .*{said}"):
+    with pytest.raises(UserError, match=rf"model\.attention={wanted} cannot be used: .*{said}"):
         choose_attention(wanted, device, dtype, dropout)
 
 
@@ -72,7 +72,7 @@ def test_a_flash_attn_that_cannot_be_imported_is_not_there(gpu, monkeypatch):
         raise ImportError("flash_attn_2_cuda.so: undefined symbol: _ZN3c105ErrorC2\nmore")
 
     gpu("flash_attn")
-    monkeypatch.setattr(gpu_attention, "_varlen", broken)
+    monkeypatch.setattr(gpu_attention, "_flash_function", broken)
     assert choose_attention("auto", "cuda", HALF) == "sdpa"
     with pytest.raises(UserError, match=r"is installed and cannot be imported \(flash_attn_2.*_ZN3c105ErrorC2\); set "):
         choose_attention("flash_attention_2", "cuda", HALF)
@@ -116,7 +116,7 @@ def played_varlen(
 @pytest.mark.parametrize("lengths", [(9, 4, 7), (6, 6)], ids=str)
 @pytest.mark.parametrize("kernel", ["flash", "flex"])
 def test_it_gives_what_a_call_for_each_segment_gives(monkeypatch, kernel, lengths, window, prefix):
-    monkeypatch.setattr(gpu_attention, "_varlen", lambda: played_varlen)
+    monkeypatch.setattr(gpu_attention, "_flash_function", lambda: played_varlen)
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, heads, sum(lengths), 16, generator=draw) for heads in (4, 2, 2))
     states = (
@@ -133,7 +133,7 @@ def test_it_gives_what_a_call_for_each_segment_gives(monkeypatch, kernel, length
 @pytest.mark.parametrize("kernel", [packed_flash, packed_flex])
 def test_queries_and_keys_that_a_rotation_has_promoted_come_in_the_values_dtype(monkeypatch, kernel):
     monkeypatch.setattr(
-        gpu_attention, "_varlen", lambda: played_varlen
+        gpu_attention, "_flash_function", lambda: played_varlen
     )  # whose products refuse two dtypes, as flash does
     q, k = (torch.randn(1, 2, 8, 16) for _ in range(2))
     with torch.no_grad():
@@ -157,21 +157,21 @@ def test_what_it_cannot_do_is_an_error(kernel):
 
 @pytest.mark.parametrize("name", ["flash_attention_2", "flex"])
 def test_a_model_takes_it_and_is_tried(monkeypatch, name):
-    monkeypatch.setattr(gpu_attention, "_varlen", lambda: played_varlen)
+    monkeypatch.setattr(gpu_attention, "_flash_function", lambda: played_varlen)
     base = tiny.causal_lm().requires_grad_(False)
     model = attach(Base(base, tiny.tokenizer(), "", name), AdapterConfig(rank=2), 0)
     assert supports_packing(model)
     assert model.causal_lm.config._attn_implementation == PACKED[name]
-    monkeypatch.setattr(gpu_attention, "_varlen", lambda: lambda q, *a, **k: q)
+    monkeypatch.setattr(gpu_attention, "_flash_function", lambda: lambda q, *a, **k: q)
     assert supports_packing(model) == (name == "flex")
 
 
 def test_a_recipe_says_what_was_chosen(tiny_recipe, tiny_model, monkeypatch):
     assert prepare(tiny_recipe(), Watch()).recipe.model.attention == "sdpa"
-    with pytest.raises(UserError, match="runs on a GPU alone"):
+    with pytest.raises(UserError, match="runs only on a GPU"):
         load_base(ModelConfig(name=str(tiny_model), attention="flex"))
     monkeypatch.setattr("fedloom.models.loading.choose_attention", lambda wanted, *a: "flash_attention_2")
-    monkeypatch.setattr(gpu_attention, "_varlen", lambda: lambda q, *a, **k: q)  # a kernel that is off
+    monkeypatch.setattr(gpu_attention, "_flash_function", lambda: lambda q, *a, **k: q)  # a kernel that is off
     said: list[str] = []
     assert prepare(tiny_recipe(), Watch(say=said.append)).recipe.model.attention == "sdpa"
     assert any("flash_attention_2 does not give this model's losses here" in text for text in said)
@@ -186,7 +186,7 @@ def test_it_is_tried_in_the_precision_of_training(monkeypatch):
         seen.add(v.dtype)
         return played_varlen(q, k, v, *more, **keywords)
 
-    monkeypatch.setattr(gpu_attention, "_varlen", lambda: varlen)
+    monkeypatch.setattr(gpu_attention, "_flash_function", lambda: varlen)
     base = Base(tiny.causal_lm().requires_grad_(False), tiny.tokenizer(), "", "flash_attention_2")
     assert settle_attention("auto", attach(base, AdapterConfig(rank=2), 0), "bf16") == "flash_attention_2"
     assert seen == {torch.bfloat16}

@@ -11,7 +11,7 @@ from fedloom.models.emulator.compression import (
     Factored,
     Quantised,
     dequantise,
-    factors,
+    factorise,
     make_compression,
     pack_nibbles,
     quantise,
@@ -36,7 +36,7 @@ def shapes() -> dict[str, torch.Size]:
 def test_a_client_reads_what_the_server_renders_bit_for_bit(kind, bits, share, dtype):
     compression = make_compression(kind, dtype, bits, share)
     latents = compression.latents({n: w.to(dtype) for n, w in weights().items()})
-    read = compression.read(compression.wire(latents), shapes())
+    read = compression.decode(compression.encode(latents), shapes())
     rendered = compression.render(latents)
     assert read.keys() == rendered.keys() == weights().keys()
     assert all(torch.equal(read[n], rendered[n]) and read[n].dtype == dtype for n in read)
@@ -73,7 +73,7 @@ def test_two_four_bit_numbers_share_a_byte():
 def test_quantised_weights_take_as_few_bytes_as_they_say(bits, smallest):
     large = {"w": torch.randn(256, 256)}
     compression = Quantised(torch.float32, bits)
-    wire = compression.wire(compression.latents(large))
+    wire = compression.encode(compression.latents(large))
     blocks = 256 * 256 // BLOCK
     assert sum(t.nbytes for t in wire.values()) == 256 * 256 * bits // 8 + 4 * blocks
     assert large["w"].nbytes / sum(t.nbytes for t in wire.values()) > smallest
@@ -81,11 +81,11 @@ def test_quantised_weights_take_as_few_bytes_as_they_say(bits, smallest):
 
 def test_factors_at_full_rank_are_the_weight_and_below_it_the_best():
     weight = weights()["a.weight"]
-    full = factors(weight, 24)
+    full = factorise(weight, 24)
     assert torch.allclose(full.b @ full.a, weight, atol=1e-5)
     values = torch.linalg.svdvals(weight.double())
     for rank in (1, 7, 23):
-        low = factors(weight, rank)
+        low = factorise(weight, rank)
         assert low.b.shape == (24, rank) and low.a.shape == (rank, 40)
         gap = torch.linalg.matrix_norm((low.b.double() @ low.a.double()) - weight.double())
         assert float(gap) == pytest.approx(float(values[rank:].square().sum().sqrt()), rel=1e-5)  # Eckart–Young
@@ -93,25 +93,25 @@ def test_factors_at_full_rank_are_the_weight_and_below_it_the_best():
 
 def test_factors_travel_as_factors():
     compression = Factored(torch.float32, 0.25)
-    wire = compression.wire(compression.latents(weights()))
+    wire = compression.encode(compression.latents(weights()))
     assert {n: tuple(t.shape) for n, t in wire.items() if n.startswith("a.weight")} == {
         "a.weight/A": (6, 40),
         "a.weight/B": (24, 6),
     }
-    assert compression.numbers(wire, shapes()) == 6 * 64 + 2 * 40 + 24 + 40
-    with pytest.raises(UserError, match=r"algorithm.keep_rank=0.9 makes factors of .* nothing is saved"):
+    assert compression.count_numbers(wire, shapes()) == 6 * 64 + 2 * 40 + 24 + 40
+    with pytest.raises(UserError, match=r"algorithm.keep_rank=0.9 makes factors of .* which saves nothing"):
         Factored(torch.float32, 0.9).check(shapes())
 
 
 @pytest.mark.parametrize(("kind", "bits", "share"), KINDS)
 def test_what_is_missing_or_misshapen_is_refused(kind, bits, share):
     compression = make_compression(kind, torch.float32, bits, share)
-    wire = compression.wire(compression.latents(weights()))
+    wire = compression.encode(compression.latents(weights()))
     name = next(n for n in wire if n.startswith("a.weight"))
-    with pytest.raises(ValueError, match="missing"):
-        compression.read({n: t for n, t in wire.items() if n != name}, shapes())
+    with pytest.raises(ValueError, match="has no tensor"):
+        compression.decode({n: t for n, t in wire.items() if n != name}, shapes())
     with pytest.raises(ValueError, match="has the shape"):
-        compression.read({**wire, name: wire[name].flatten()[:-2]}, shapes())
+        compression.decode({**wire, name: wire[name].flatten()[:-2]}, shapes())
 
 
 @pytest.mark.parametrize(("kind", "bits", "share"), KINDS)

@@ -10,8 +10,8 @@ import torch
 
 from fedloom.common.errors import UserError
 from fedloom.models.emulator import shipping
-from fedloom.models.emulator.cut import Cut, cut_model, emulating, thin, thinned_middle
-from fedloom.models.layers import find_layers, targets_within
+from fedloom.models.emulator.cut import Cut, cut_model, emulate, thin, thin_middle
+from fedloom.models.layers import find_layers, restrict_targets
 from tests.helpers import tiny
 from tests.helpers.decoders import ARCHITECTURES, decoder, some_ids
 
@@ -20,11 +20,11 @@ EVERY = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 def shipped(model, cut):
     """What a client would build, and the tensors that it was built from."""
-    files = shipping.files_of(model, tiny.tokenizer())
-    empty = shipping.skeleton(files, cut, torch.float32)
+    files = shipping.encode_files(model, tiny.tokenizer())
+    empty = shipping.build_skeleton(files, cut, torch.float32)
     live = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     tensors = {n: live[n] for n in shipping.tensor_names(empty)}
-    return shipping.fill(empty, tensors, files, "cpu").model, tensors
+    return shipping.fill_skeleton(empty, tensors, files, "cpu").model, tensors
 
 
 def skipping(model, cut, ids):
@@ -62,7 +62,7 @@ def test_a_thinned_model_is_the_full_one_without_what_its_dropped_layers_do(arch
     assert not torch.allclose(expected, full, atol=1e-3)
     built, tensors = shipped(model, cut)
     assert torch.equal(built(ids, use_cache=False).logits, expected)
-    with emulating(model, cut, {}):
+    with emulate(model, cut, {}):
         assert torch.equal(model(ids, use_cache=False).logits, expected)
     assert torch.equal(model(ids).logits, full)  # put back
     assert not any(n.startswith(cut.prefixes(cut.dropped)) for n in tensors)
@@ -97,7 +97,7 @@ def test_weights_put_into_the_middle_get_gradients_and_leave_nothing_behind():
     name = "model.layers.4.mlp.up_proj.weight"
     original = model.get_parameter(name)
     weight = (2 * original).detach().requires_grad_(True)
-    with emulating(model, cut, {name: weight}):
+    with emulate(model, cut, {name: weight}):
         model(some_ids(), use_cache=False).logits.sum().backward()
     assert weight.grad is not None and weight.grad.any()
     assert model.get_parameter(name) is original and original.grad is None
@@ -107,7 +107,7 @@ def test_weights_put_into_the_middle_get_gradients_and_leave_nothing_behind():
 def test_an_error_inside_leaves_the_model_whole():
     model = decoder("gemma2")
     before, lists = model(some_ids()).logits, list(model.config.layer_types)
-    with pytest.raises(IndexError), emulating(model, cut_model(model, 1, 1, 0.5), {}):
+    with pytest.raises(IndexError), emulate(model, cut_model(model, 1, 1, 0.5), {}):
         model.config.layer_types[4]
     assert model.config.layer_types == lists and model.config.num_hidden_layers == 6
     assert torch.equal(model(some_ids()).logits, before)
@@ -136,13 +136,13 @@ def test_undoing_twice_the_same_cut_is_the_model():
     ],
 )
 def test_dropping_is_even_and_keeps_both_ends(middle, drop, kept):
-    assert thinned_middle(middle, drop) == kept
+    assert thin_middle(middle, drop) == kept
 
 
 @pytest.mark.parametrize("size", [7, 11, 26, 28])
 @pytest.mark.parametrize("drop", [0.1, 0.2, 0.5, 0.7])
 def test_gaps_between_kept_layers_differ_by_one_at_most(size, drop):
-    kept = thinned_middle(range(size), drop)
+    kept = thin_middle(range(size), drop)
     assert len(kept) == size - round(drop * size) and kept[0] == 0 and kept[-1] == size - 1
     gaps = {b - a for a, b in itertools.pairwise(kept)}
     assert max(gaps) - min(gaps) <= 1 and min(gaps) >= 1
@@ -150,8 +150,8 @@ def test_gaps_between_kept_layers_differ_by_one_at_most(size, drop):
 
 def test_a_drop_that_leaves_one_layer_is_refused_with_the_most_that_goes():
     with pytest.raises(UserError, match=r"algorithm.drop=0.9 leaves 0 of the middle's 4 layers.*drop=0.5 or less"):
-        thinned_middle(range(4), 0.9)
-    assert len(thinned_middle(range(4), 0.5)) == 2
+        thin_middle(range(4), 0.9)
+    assert len(thin_middle(range(4), 0.5)) == 2
 
 
 def test_a_shallow_model_and_one_without_a_list_of_layers_are_refused():
@@ -162,7 +162,7 @@ def test_a_shallow_model_and_one_without_a_list_of_layers_are_refused():
     assert cut_model(decoder("llama"), 3, 3, hide=False).middle == ()
     bare = torch.nn.Linear(2, 2)
     bare.config = decoder("llama").config
-    with pytest.raises(UserError, match="no single list of its 6 layers"):
+    with pytest.raises(UserError, match="keeps its 6 layers in no single list"):
         find_layers(bare)
 
 
@@ -171,7 +171,7 @@ def test_lora_targets_lie_in_the_outer_layers():
     within = Cut("model.layers", 6, 1, 1, (1, 4)).prefixes((0, 5))
 
     def found(wanted):
-        pattern = targets_within(model, wanted, within)
+        pattern = restrict_targets(model, wanted, within)
         return {n for n, _ in model.named_modules() if re.fullmatch(pattern, n)}
 
     linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(within)}
@@ -180,5 +180,5 @@ def test_lora_targets_lie_in_the_outer_layers():
     assert found(r".*\.5\.mlp\.(up|down)_proj") == {
         f"model.layers.{i}.mlp.{p}_proj" for i in (0, 5) for p in ("up", "down")
     }
-    with pytest.raises(UserError, match="names no linear layer of the layers that are tuned"):
-        targets_within(model, ["nothing"], within)
+    with pytest.raises(UserError, match="matches no linear layer in the layers that train"):
+        restrict_targets(model, ["nothing"], within)

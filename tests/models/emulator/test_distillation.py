@@ -12,7 +12,7 @@ from fedloom.data.batching import collate
 from fedloom.data.tokenization import TokenSequence
 from fedloom.models.attach import attach
 from fedloom.models.emulator.compression import make_compression
-from fedloom.models.emulator.cut import cut_model, emulating
+from fedloom.models.emulator.cut import cut_model, emulate
 from fedloom.models.emulator.distillation import Distillation, align, emulator_loss
 from fedloom.models.loading import Base
 from fedloom.recipe.recipe import AdapterConfig
@@ -98,7 +98,7 @@ def test_the_error_is_that_of_the_middles_last_hidden_states(full):
 
     with torch.no_grad():
         wanted, teacher = forward()
-        with emulating(model.base.model, cut, {}):
+        with emulate(model.base.model, cut, {}):
             found, student = forward()
         h, h_hat = wanted[5], found[3]  # the input of the last layer, of six and of four
         error = (h - h_hat).square().mean() / h.square().mean()

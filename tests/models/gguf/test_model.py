@@ -24,7 +24,7 @@ from transformers import (
 from fedloom import run
 from fedloom.common.errors import UserError
 from fedloom.models.attach import attach
-from fedloom.models.gguf.model import architecture, write_gguf
+from fedloom.models.gguf.model import find_architecture, write_gguf
 from fedloom.models.gguf.vocabulary import Vocabulary
 from fedloom.models.loading import Base, quiet_transformers
 from fedloom.models.saved import export_gguf, export_merged
@@ -84,7 +84,7 @@ def test_transformers_reads_back_the_merged_model(kind, more, tmp_path):
 def assert_holds(path: Path, merged: Any, kind: str) -> None:
     """Names and numbers of every tensor; the order of rows of q and k written out by hand."""
     found = {t.name: t for t in gguf.GGUFReader(path).tensors}
-    arch = architecture(merged.config)
+    arch = find_architecture(merged.config)
     names = gguf.get_tensor_name_map(arch.name, merged.config.num_hidden_layers)
     expected = dict(merged.state_dict())
     if merged.config.tie_word_embeddings:
@@ -211,7 +211,7 @@ def test_transformers_reads_back_the_tokenizer(digits, tmp_path):
 
 def test_a_cut_that_llama_cpp_does_not_have_is_refused():
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    assert Vocabulary.of(cut_by(pre_tokenizers.Digits(individual_digits=True), words), ROWS).cut == "smollm"
+    assert Vocabulary.of(cut_by(pre_tokenizers.Digits(individual_digits=True), words), ROWS).rule == "smollm"
     for steps in (
         [pre_tokenizers.Digits(individual_digits=False), words],
         [words, pre_tokenizers.Digits(individual_digits=True)],
@@ -219,14 +219,14 @@ def test_a_cut_that_llama_cpp_does_not_have_is_refused():
         [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)],
         [pre_tokenizers.Whitespace()],
     ):
-        with pytest.raises(UserError, match=r"cuts texts in a way of its own.*use --format merged"):
+        with pytest.raises(UserError, match=r"no rule that splits texts as it does.*use --format merged"):
             Vocabulary.of(cut_by(*steps), ROWS)
 
 
 def test_a_tokenizer_without_merges_needs_no_cut():
     """One token a byte: llama.cpp reads no file without a merge, so there is one of two tokens that no text becomes."""
     vocabulary = Vocabulary.of(tiny.tokenizer(), 300)
-    assert (vocabulary.cut, vocabulary.begins, vocabulary.ends) == ("gpt-2", True, False)
+    assert (vocabulary.rule, vocabulary.adds_bos, vocabulary.adds_eos) == ("gpt-2", True, False)
     (merge,) = vocabulary.merges
     assert not set(merge.split()) & set(vocabulary.tokens)
 
@@ -281,18 +281,18 @@ def test_virtual_tokens_are_refused(method, tmp_path):
 
 def test_models_of_other_kinds_are_refused():
     with pytest.raises(UserError, match=r"type gemma .*only llama, mistral, qwen2, qwen3"):
-        architecture(GemmaConfig())
+        find_architecture(GemmaConfig())
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
     with pytest.raises(UserError, match="rotation 'yarn'"):
-        architecture(LlamaConfig(rope_parameters=yarn))
+        find_architecture(LlamaConfig(rope_parameters=yarn))
     with pytest.raises(UserError, match="rotation 'llama3' of this qwen2"):
-        architecture(
+        find_architecture(
             Qwen2Config(
                 rope_parameters={**yarn, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
             )
         )
-    with pytest.raises(UserError, match="has gelu"):
-        architecture(LlamaConfig(hidden_act="gelu"))
+    with pytest.raises(UserError, match="model uses gelu"):
+        find_architecture(LlamaConfig(hidden_act="gelu"))
 
 
 def test_a_full_disk_is_told_before_tensors_are_converted(finished, tmp_path, monkeypatch):
@@ -300,7 +300,7 @@ def test_a_full_disk_is_told_before_tensors_are_converted(finished, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    monkeypatch.setattr("fedloom.models.gguf.model._as_kind", None)
+    monkeypatch.setattr("fedloom.models.gguf.model._encode", None)
     with pytest.raises(OSError, match="No space left"):
         export_run(finished, "gguf", tmp_path / "out", None)
     assert list(tmp_path.iterdir()) == []

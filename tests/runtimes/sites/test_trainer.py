@@ -97,7 +97,9 @@ def test_each_site_tries_its_own_kernel_and_the_servers_decides_nothing(tiny_rec
     plain = run(recipe, tmp_path / "simulated").summary
     files = dealt(recipe)
     monkeypatch.setattr("fedloom.models.loading.choose_attention", chosen)
-    monkeypatch.setattr("fedloom.models.attention.gpu._varlen", lambda: lambda q, *a, **k: q)  # a kernel that is off
+    monkeypatch.setattr(
+        "fedloom.models.attention.gpu._flash_function", lambda: lambda q, *a, **k: q
+    )  # a kernel that is off
     found = between_sites(recipe, files, tmp_path / "sites")
     assert sorted(wanted) == ["auto"] * len(files) + ["sdpa"]
     assert Recipe.load(found.folder / "recipe.yaml").train.packing == "on"
