@@ -153,3 +153,15 @@ def test_levels_trade_time_for_size(kind, levels):
     for outside in (levels[0] - 1, levels[1] + 1):
         with pytest.raises(ValueError, match=f"level={outside}"):
             operator(kind, level=outside)
+
+
+@pytest.mark.parametrize(("kind", "window"), [("deflate", -15), ("gzip", 31)])
+def test_a_stream_with_the_largest_window_of_deflate_is_read_and_written(kind, window):
+    """Bytes that repeat after 30,000 others: a smaller window neither finds nor follows that."""
+    noise = torch.randint(0, 256, (30_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    values = torch.cat([noise, noise])
+    squeezer = zlib.compressobj(9, wbits=window)
+    stream = squeezer.compress(values.numpy().tobytes()) + squeezer.flush()
+    data = HEAD.pack(60_000, len(stream)) + stream
+    assert torch.equal(decoded(kind, data, Part(torch.uint8, 60_000)), values)
+    assert operator(kind).encode({"x": values}, AROUND)[0][f"x.{kind}"].numel() < 35_000
