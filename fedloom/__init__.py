@@ -1,4 +1,4 @@
-"""fedloom: fine-tune large language models across many owners of data, none of whom hands its data over.
+"""fedloom: fine-tune large language models on the data of many owners. Each owner keeps its own data.
 
 from fedloom import Recipe, run
 

@@ -95,7 +95,7 @@ CARRIERS: dict[str, Carrier] = {
 
 @dataclass(frozen=True)
 class Handle:
-    """A carrier that is at hand: its pin, and where it lies (a wheel, or the folder of an installed package)."""
+    """An available carrier: its pin, and its path (a wheel, or the folder of an installed package)."""
 
     carrier: Carrier
     path: Path

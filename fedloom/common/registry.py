@@ -107,7 +107,7 @@ class Registry:
         origin = _origins(claims)
         try:
             target = claims[0].load()
-        except Exception as error:  # another's code, which may do anything; the user's mend is the same
+        except Exception as error:  # a plugin's code may raise anything; the fix is the same
             raise UserError(
                 f"{self.kind} {name!r} comes from {origin}, which cannot be imported ({_cause(error)}): install what it "
                 "lacks, ask its authors, or uninstall it"

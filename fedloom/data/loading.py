@@ -108,7 +108,7 @@ def load_corpus(data: DataConfig, *, by: str = "category", seed: int, splitter: 
     if data.path is None and source.rows and (found := len(reading.examples) + reading.empty) not in source.rows:
         expected = " or ".join(f"{n:,}" for n in source.rows)
         log.warning(
-            f"{source.name} has {found:,} rows in {rows.source} where {expected} were expected; going on with these"
+            f"{source.name} has {found:,} rows in {rows.source} where {expected} were expected; the run uses these rows"
         )
     examples, leaked = without_leaks(reading.examples, test.examples)
     if leaked:

@@ -182,7 +182,7 @@ class Failure:
 UNEXPECTED_CODING = "the payload is not encoded by the operators that the recipe names, []"
 
 
-#: Reasons of a `Failure` after which the client's process knows nothing of the run: it is told everything again.
+#: Reasons of a `Failure` after which the client's process has lost its state of the run: it gets everything again.
 LOST_STATE = frozenset({"lost", "crashed", "late", "absent"})
 
 

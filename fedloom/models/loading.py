@@ -107,7 +107,7 @@ def load_base(config: ModelConfig, device: str = "cpu", on: str | None = None) -
 
 
 def load_config(config: ModelConfig) -> PreTrainedConfig:
-    """What the model says of itself, without its weights. Raises UserError where it cannot be found."""
+    """Load the model's config, without its weights. Raises UserError where it cannot be found."""
     where, source = locate(config)
     try:
         with quiet_transformers():

@@ -109,7 +109,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def allow_any_attention(config: ModelConfig) -> ModelConfig:
-    """The kernel that a run trained with is no condition of its result: where it is not to be had, another one serves."""
+    """Allow another attention kernel where the one that the run trained with is not available."""
     return config if config.attention == "sdpa" else config.model_copy(update={"attention": "auto"})
 
 

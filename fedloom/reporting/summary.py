@@ -1,4 +1,4 @@
-"""summary.json: what a run scored and what it cost, from what the coordinator counted. No measuring of its own."""
+"""Build summary.json: scores, losses and cost of a run, from the coordinator's progress. Nothing is measured here."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def summarise(
     reference: Summary | None,
     spent: CostSummary,
 ) -> Summary:
-    """The summary as JSON values; docs/run-folder.md explains each key.
+    """Build the summary as JSON values; docs/run-folder.md explains each key.
 
     Args:
         partition: the clients of the recipe, before the `global` baseline pools them.
-        tables: where evaluations of many clients lie.
-        adapter_sha256: of the deployed tensors; of all personal ones together where clients end with their own.
+        tables: the evaluations of single clients.
+        adapter_sha256: of the deployed tensors; where clients end with their own, of all personal tensors.
         score_note: why there is no score, or the empty string.
-        privacy: what the algorithm guarantees.
-        left_server: of an algorithm whose clients hold an emulator, what they were given of the model.
-        reference: the summary of the ordinary run beside it.
-        spent: `cost` as it was before the reference ran.
+        privacy: the algorithm's guarantee.
+        left_server: for an algorithm with an emulator: the parameters and bytes of the model that clients received.
+        reference: the summary of the reference run, which tunes the same layers in the full model.
+        spent: the result of `cost` before the reference run.
     """
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
     before, after = tables.clients(0, first), tables.clients(progress.finished, last)
@@ -104,7 +104,7 @@ def summarise(
 
 
 def _data(data: FederatedData, partition: Partition, max_length: int) -> DataSummary:
-    """What the run had of the corpus, and what was left out or cut."""
+    """Count the run's examples, and the dropped and truncated ones."""
     shards, sequences = partition.shards.values(), data.sequences
     return {
         "examples": len(data.corpus.examples),
@@ -121,7 +121,7 @@ def _data(data: FederatedData, partition: Partition, max_length: int) -> DataSum
 def _offsite(
     first: Mapping[str, Any], last: Mapping[str, Any], left: Mapping[str, int], reference: Summary | None
 ) -> OffsiteSummary:
-    """The five numbers of offsite tuning, each with loss and score, and what left the server."""
+    """Return the five results of offsite tuning, each with loss and score, and what left the server."""
     tuned: Scored | None = None
     if reference is not None:
         tuned = {"loss": reference["loss"]["after"], "score": reference["score"]["after"]}
@@ -144,7 +144,7 @@ def _offsite(
 
 
 def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> PreferenceSummary | None:
-    """Of preference tuning: how often the preferred answer won, and the mean loss and margin of a pair."""
+    """Return the results of preference tuning before and after: accuracy, and mean loss and margin of a pair."""
     if first is None or last is None:
         return None
     accuracy, loss, margin = (_change(first, last, key) for key in ("accuracy", "loss", "margin"))
@@ -160,14 +160,14 @@ def _pair(measured: Mapping[str, Any]) -> Scored:
 
 
 def _virtual(progress: Progress) -> VirtualSummary | None:
-    """Where time is made up: how long it took, and the loss over it."""
+    """Return the virtual time of a run and its loss over virtual time; None where time is real."""
     curve = [[e["virtual_seconds"], e["loss"]] for _, e in sorted(progress.evaluations.items())]
     seconds = curve[-1][0]
     return None if seconds is None else {"seconds": seconds, "loss": curve}
 
 
 def cost(progress: Progress) -> CostSummary:
-    """All messages and work of the run until now; the part that evaluation took stands beside it."""
+    """Return the cost of all messages and work of the run so far, and in separate keys the part of evaluation."""
     total, evaluation = progress.cost, progress.evaluation_cost
     wall, cpu = progress.elapsed()
     return {
@@ -191,7 +191,7 @@ def cost(progress: Progress) -> CostSummary:
 
 
 def _named(clients: dict[str, ClientSummary]) -> dict[str, ClientSummary]:
-    """All clients; of more than a summary names, those that end with the highest loss, in the partition's order."""
+    """Return all clients; of more than `MANY`, those with the highest final loss, in the partition's order."""
     if len(clients) <= MANY:
         return clients
     losses = {name: c["loss"]["after"] for name, c in clients.items() if c["loss"]["after"] is not None}
@@ -211,7 +211,7 @@ def _client(name: str, partition: Partition, first: Clients, last: Clients) -> C
 
 
 def _worst(pairs: Mapping[str, Pair], *, worst: Any) -> WorstClient | None:
-    """The client that the result serves least, by its value after training. `worst` is min or max."""
+    """Return the client with the worst value after training, or None. `worst` is min or max."""
     known = {name: pair for name, pair in pairs.items() if pair["after"] is not None}
     if not known:
         return None

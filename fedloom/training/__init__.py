@@ -1,4 +1,4 @@
-"""One client's local training."""
+"""Local training of one client."""
 
 from __future__ import annotations
 

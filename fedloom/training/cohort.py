@@ -1,20 +1,20 @@
-"""Several clients' training in one forward and one backward pass over the base that they share.
+"""Train several clients in one forward and one backward pass over their common base.
 
-Each client has a seat: a live adapter of its own, with its own gradient, on the common frozen base. What a client does
-with its seat is what it does alone, the same code from the first line to the last; only where it would call the model
-it waits until all others have come as far, and then one pass serves them all:
+Each client has a seat: its own live adapter, with its own gradient, on the common frozen base. A client runs the same
+code on its seat as when it trains alone. Where that code calls the model, it waits for all other clients; then one pass
+serves them all:
 
     client 1: ids ─┐   the base's layers, once over all tokens      ┌─ logits, own loss, own backward ─┐   one backward
     client 2: ids ─┼─  x·W                                          ┼─ …                               ┼─  through the
     client 3: ids ─┘   each LoRA layer: x_k·A_kᵀ·B_kᵀ, segment by k └─ …                               ┘   base
 
-A client's loss reaches its own adapter and nobody else's, and every operation of the base works on each token or each
-sequence by itself, so a client's gradient is what it is alone, but for rounding; a loss that is not finite stays its
-own. Clipping, schedule, optimiser, skipped steps and the algorithm's three hooks are in the client's own code, which
-knows nothing of this. Clients may take different numbers of steps: who is done leaves its place empty.
+A client's loss reaches only its own adapter, and every operation of the base works on each token or each sequence
+separately. So a client's gradient equals the one that it gets alone, up to rounding, and a loss that is not finite
+affects only its own client. Clipping, schedule, optimiser, skipped steps and the algorithm's three hooks are in the
+client's own code, which does not know cohorts. Clients may take different numbers of steps.
 
-Passes without gradients are not shared: they run at once, for one seat. What can sit in a cohort is plain LoRA without
-dropout, in padding-free batches (`refusal`). This file does not know clients, rounds or algorithms.
+Passes without gradients are not shared: they run at once, for one seat. A cohort supports plain LoRA without dropout, in
+padding-free batches (`refusal`). This file does not know clients, rounds or algorithms.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ALIGNED = 16
 
 
 class Seat(AdaptedModel):
-    """One client's live adapter on the common base. What stands outside of adapter and gradient belongs to all seats."""
+    """One client's live adapter on the common base. All but adapter and gradient is shared by all seats."""
 
     def __init__(
         self, model: AdaptedModel, cohort: Cohort, number: int, flat: torch.Tensor, grad: torch.Tensor
@@ -55,13 +55,13 @@ class Seat(AdaptedModel):
         self.backward = self._backward
 
     def _backward(self, loss: torch.Tensor) -> None:
-        """As far as this client's own logits, and with all others through the base."""
+        """Run backward to this client's own logits; then, with all other clients, through the base."""
         loss.backward()  # type: ignore[no-untyped-call]
         self.module.joined()
 
 
 class _Place:
-    """What a seat calls as its model."""
+    """The model that a seat calls: it forwards calls to the cohort."""
 
     def __init__(self, module: Any, cohort: Cohort, number: int) -> None:
         self._module, self._cohort, self._number = module, cohort, number
@@ -75,10 +75,10 @@ class _Place:
         self._cohort.backward(self._number)
 
     def train(self, mode: bool = True) -> None:
-        """The cohort sets the mode, for all at once."""
+        """Do nothing: the cohort sets the mode for all seats at once."""
 
     def eval(self) -> None:
-        """As `train`."""
+        """Do nothing, like `train`."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
@@ -86,7 +86,7 @@ class _Place:
 
 @dataclass(frozen=True)
 class _Part:
-    """Which tokens of a pass are a seat's: [start, end)."""
+    """A seat's tokens in a pass: [start, end)."""
 
     seat: int
     start: int
@@ -95,14 +95,14 @@ class _Part:
 
 @dataclass
 class _Pass:
-    """A forward pass whose backward has not come. `own`: seat → its logits, cut off from the graph."""
+    """A forward pass before its backward pass. `own`: seat → its logits, detached from the graph."""
 
     parts: list[_Part]
     logits: torch.Tensor
     own: dict[int, torch.Tensor]
 
     def gradient(self) -> torch.Tensor:
-        """[S, vocabulary]: what each seat's own backward left, zeros where there was none."""
+        """Return the gradients of all seats' logits, [S, vocabulary]; zeros for a seat that ran no backward."""
         found = [x.grad if x.grad is not None else torch.zeros_like(x) for x in self.own.values()]
         return torch.cat(found)
 
@@ -111,7 +111,7 @@ class Cohort:
     """Seats on one base.
 
     Attributes:
-        seats: as many as the cohort has places.
+        seats: `size` of them.
     """
 
     def __init__(self, model: AdaptedModel, size: int) -> None:
@@ -122,15 +122,15 @@ class Cohort:
         self.seats = [Seat(model, self, k, bank[k, :numel], gradients[k, :numel]) for k in range(size)]
         self._layers = [_Layer(found, bank, gradients) for found in lora_layers(model)]
         self._running: dict[int, Runner[Any]] = {}
-        self._asked: dict[int, dict[str, Any]] = {}  # seat → the inputs that it waits with
-        self._given: dict[int, torch.Tensor] = {}  # seat → the logits that it waited for
-        self._open: list[_Pass] = []
+        self._asked: dict[int, dict[str, Any]] = {}  # seat → inputs that wait for the forward pass
+        self._given: dict[int, torch.Tensor] = {}  # seat → its logits of the last forward pass
+        self._open: list[_Pass] = []  # forward passes without their backward pass
         self._settled: set[int] = set()  # seats that wait for the backward pass
 
     def run(self, jobs: Sequence[Callable[[], T]]) -> list[T]:
-        """What the jobs return. Job k trains seat k, with whatever code; together they end when the last one has.
+        """Run all jobs until the last one ends; returns their results. Job k trains seat k.
 
-        Raises what a job raises, and ends the others then: failures that are to be survived are the jobs' own values.
+        If a job raises, the others are ended and its exception is raised. A job that may fail returns its failure.
         """
         assert len(jobs) <= len(self.seats), f"{len(jobs)} jobs for {len(self.seats)} seats"
         runners = [Runner(job) for job in jobs]
@@ -154,37 +154,37 @@ class Cohort:
             self._running, self._asked, self._given, self._open, self._settled = {}, {}, {}, [], set()
         return [runner.result for runner in runners]
 
-    # ------------------------------------------------------------------ asked for by seats, in their own turn
+    # ------------------------------------------------------------------ called by seats
 
     def forward(self, number: int, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """Logits of this seat's batch: [S, vocabulary], a leaf, from a pass that all others take part in."""
+        """Wait for the common forward pass; returns the logits of this seat's batch: [S, vocabulary], a leaf."""
         self._check_joined(number)
         self._asked[number] = dict(inputs)
         self._running[number].pause()
         return self._given.pop(number)
 
     def backward(self, number: int) -> None:
-        """Wait until the gradient has gone through the base."""
+        """Wait until the common backward pass through the base is done."""
         self._settled.add(number)
         self._running[number].pause()
 
     def alone(self, number: int, inputs: Mapping[str, Any]) -> Any:
-        """A pass of this seat only, at once and without gradients."""
+        """Run a pass of this seat only, at once and without gradients."""
         self._divide([_Part(number, 0, inputs["input_ids"].shape[1])])
         return self._model.module(**inputs)
 
     def _check_joined(self, number: int) -> None:
-        """Raise RuntimeError where a loss went backward and stopped at the seat's own logits."""
+        """Raise RuntimeError where a loss ran backward only to the seat's own logits."""
         passes = [p.own[number] for p in self._open if number in p.own]
         if any(logits.grad is not None for logits in passes):
             raise RuntimeError(
                 "a loss ran backward by itself in a cohort, where the base is shared: use model.backward(loss)"
             )
 
-    # ------------------------------------------------------------------ done for all of them
+    # ------------------------------------------------------------------ common passes
 
     def _forward(self) -> None:
-        """One pass over all batches that are waited with."""
+        """Run one forward pass over all waiting batches."""
         asked, self._asked = dict(sorted(self._asked.items())), {}
         parts, where, start = [], [], 0
         for number, inputs in asked.items():
@@ -206,14 +206,14 @@ class Cohort:
         self._open.append(_Pass(parts, logits, own))
 
     def _backward(self) -> None:
-        """Through the base, for all that wait; each pass once, with its own parts, which a recomputed layer asks for."""
+        """Run backward through the base, once for each open pass. Its parts are set again for recomputed layers."""
         for done in self._open:
             self._divide(done.parts)
             done.logits.backward(done.gradient())  # type: ignore[no-untyped-call]
         self._open, self._settled = [], set()
 
     def _divide(self, parts: list[_Part]) -> None:
-        """Tell every layer whose tokens are which in the pass that comes."""
+        """Set in every layer which tokens of the next pass are whose."""
         lengths = {p.end - p.start for p in parts}
         equal = lengths.pop() if len(parts) == len(self.seats) and len(lengths) == 1 else 0
         for layer in self._layers:
@@ -221,7 +221,7 @@ class Cohort:
 
     @contextmanager
     def _grouped(self) -> Iterator[None]:
-        """In this block the base's LoRA layers apply the seats' adapters and not the model's own."""
+        """Within the block, the base's LoRA layers apply the seats' adapters instead of the model's own."""
         try:
             for layer in self._layers:
                 layer.module.forward = layer.forward
@@ -236,7 +236,7 @@ class Cohort:
 
 @dataclass(frozen=True)
 class _Found:
-    """A LoRA layer of the model: peft's module, s, and where A and B lie in the flat buffer."""
+    """A LoRA layer of the model: peft's module, s, and the positions of A and B in the flat buffer."""
 
     module: Any
     scale: float
@@ -245,7 +245,7 @@ class _Found:
 
 
 def lora_layers(model: AdaptedModel) -> list[_Found]:
-    """Those that the adapter's tensors belong to."""
+    """Find the LoRA layers that the adapter's tensors belong to."""
     layout, scales = model.adapter.layout, model.lora_scales()
     modules = {f"{name}.weight": module for name, module in model.causal_lm.named_modules()}
     return [
@@ -265,8 +265,8 @@ class _Layer:
     Attributes:
         a, b: [seats, rank, in] and [seats, out, rank], windows into the seats' buffers.
         a_grad, b_grad: windows into their gradients.
-        parts: whose tokens are which, in the pass that is under way.
-        equal: the length of every seat's part where all seats take part and all are alike; 0 elsewhere.
+        parts: each seat's tokens in the current pass.
+        equal: the length of every seat's part, if all seats take part with equal lengths; else 0.
     """
 
     def __init__(self, found: _Found, bank: torch.Tensor, gradients: torch.Tensor) -> None:
@@ -291,7 +291,7 @@ class _Layer:
 
 
 def _stacked(bank: torch.Tensor, place: tuple[int, torch.Size]) -> torch.Tensor:
-    """One tensor of every seat, [seats, *shape], in the memory of the seats' common buffer."""
+    """Return a view of one tensor of every seat, [seats, *shape], into the seats' common buffer."""
     offset, shape = place
     return bank[:, offset : offset + shape.numel()].view(len(bank), *shape)
 
@@ -299,11 +299,11 @@ def _stacked(bank: torch.Tensor, place: tuple[int, torch.Size]) -> torch.Tensor:
 class _Grouped(torch.autograd.Function):
     """y + s·(x_k·A_kᵀ)·B_kᵀ, part by part, written into y [1, T, out]; x [1, T, in].
 
-    What has the rank as a side is kept with the rank first, low = A_k·x_kᵀ [rank, T_k]: products with few rows are two to
-    four times as fast on a CPU as the same ones with few columns. Equal parts go through batched products, others through
-    a loop over the parts; benchmarks/cohort.py measures both. (Padding unequal parts to one length would copy x in
-    every layer.) The gradients of A_k and B_k go straight into the seats' buffers. `anchor` makes the output ask for
-    a gradient in the first layer, whose x needs none.
+    Low-rank tensors have the rank first, low = A_k·x_kᵀ [rank, T_k]: products with few rows are two to four times as fast
+    on a CPU as the same ones with few columns. Equal parts use batched products, others a loop over the parts;
+    benchmarks/cohort.py measures both. (Padding unequal parts to one length would copy x in every layer.) The gradients
+    of A_k and B_k go straight into the seats' buffers. `anchor` makes the output require a gradient in the first layer,
+    whose x requires none.
     """
 
     @staticmethod

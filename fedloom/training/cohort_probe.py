@@ -1,8 +1,8 @@
-"""Whether clients may train together on a model, and whether that is any quicker: both are tried, and nothing is trained.
+"""Check whether clients can train together on a model, and measure whether that is faster. Nothing is trained.
 
-`refusal` looks at the adapter and then lets two seats of a cohort do what the model does alone, on two tiny sequences:
-a model whose layers mix sequences (or send tokens elsewhere, as experts do) gives other losses or gradients. `speedups`
-times the recipe's own batches both ways. This file does not know recipes or clients.
+`refusal` checks the adapter, and then compares two seats of a cohort with the model alone, on two tiny sequences. A model
+whose layers mix sequences (or route tokens, as experts do) gives other losses or gradients. `speedups` times the
+recipe's own batches both ways. This file does not know recipes or clients.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from fedloom.models.forward import token_losses
 from fedloom.models.lowrank import A_END, B_END
 from fedloom.training.cohort import Cohort, lora_layers
 
-#: How far losses and gradients may differ from those of a client alone, relative; what mixes clients is off by far more.
+#: The largest relative difference of losses and gradients from a client alone. A model that mixes clients exceeds it by far.
 TOLERANCE = 1e-3
 
 
-#: Timings of one size, of which the least counts; no more of them once they have taken PATIENCE seconds.
+#: Timings of one size, of which the shortest counts; there are fewer when they take more than PATIENCE seconds.
 REPEATS, PATIENCE = 3, 2.0
 
 
 def refusal(model: AdaptedModel) -> str:
-    """Why clients cannot train together on this model, as half a sentence; empty where they can."""
+    """Return why clients cannot train together on this model, as a clause of a message; empty where they can."""
     foreign = [n for n in model.adapter.layout.names if not n.endswith((A_END, B_END))]
     if foreign:
         return f"the adapter also trains {foreign[0]}, and a cohort knows LoRA on linear layers alone"
@@ -41,7 +41,7 @@ def refusal(model: AdaptedModel) -> str:
 
 
 def _agrees(model: AdaptedModel) -> bool:
-    """Whether two seats with different adapters get the losses and gradients that each gets alone."""
+    """Return whether two seats with different adapters get the losses and gradients that each gets alone."""
     size = model.causal_lm.config.get_text_config().vocab_size
     rng, draw = np.random.default_rng(0), torch.Generator().manual_seed(0)
     batches = [
@@ -57,7 +57,7 @@ def _agrees(model: AdaptedModel) -> bool:
             found.append((_pass(model, batch), model.grad.clone()))
         jobs = [partial(_pass, seat, batch) for seat, batch in zip(cohort.seats, batches, strict=True)]
         together = cohort.run(jobs)
-    except (AttributeError, TypeError, ValueError, RuntimeError):  # a layer that is called in its own way
+    except (AttributeError, TypeError, ValueError, RuntimeError):  # a layer with an unknown call signature
         return False
     finally:
         model.adapter.copy_(kept)
@@ -70,7 +70,7 @@ def _agrees(model: AdaptedModel) -> bool:
 
 
 def _pass(model: AdaptedModel, batch: Batch) -> float:
-    """Forward and backward; the gradient is left in `model.grad`."""
+    """Run forward and backward; returns the loss. The gradient is in `model.grad`."""
     model.grad.zero_()
     loss = token_losses(model, batch).mean()
     model.backward(loss)
@@ -78,13 +78,16 @@ def _pass(model: AdaptedModel, batch: Batch) -> float:
 
 
 def speedups(model: AdaptedModel, batches: Sequence[Batch], sizes: Sequence[int]) -> dict[int, float]:
-    """Cohort size → time of so many clients' passes one by one over that of one pass; `batches` has one of each client.
+    """Measure for each cohort size: time of the clients' passes one by one / time of one common pass.
 
-    Sizes are tried from the smallest until one is slower than another before it. CPU time on a CPU, which other
+    Sizes are timed from the smallest, until one is slower than an earlier one. On a CPU this is CPU time, which other
     processes disturb less.
+
+    Args:
+        batches: one of each client.
     """
     found: dict[int, float] = {}
-    _pass(model, batches[0])  # whatever is made at a first pass
+    _pass(model, batches[0])  # warm-up
     for size in sizes:
         cohort, chosen = Cohort(model, size), batches[:size]
         jobs = [partial(_pass, seat, batch) for seat, batch in zip(cohort.seats, chosen, strict=True)]

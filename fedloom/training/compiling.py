@@ -1,19 +1,20 @@
-"""A decoder's layers as code that torch compiles for this machine (`train.compile`), in training's own passes.
+"""Compile a decoder's layers with torch (`train.compile`), for training's forward and backward passes.
 
-What is compiled is one layer, and all that are like it run the same code; the whole model in one piece would be the
-code of every layer. Nothing that changes in a run is part of that code:
+One layer is compiled, and all layers of its class run that code; compiling the whole model would compile every layer. The
+code does not depend on anything that changes during a run:
 
-    lengths      how many tokens a batch has is a symbol, so one compilation serves every batch
-    segments     attention of packed batches stays as it is (models/attention/packed.py): their number would be part
-    of the code adapters     are swapped and stepped in place, so neither a client nor a round compiles anything
-    dropout      draws the masks that it draws without recomputing  `train.checkpointing` calls the compiled layer
-    again
+    lengths       the number of tokens of a batch is a symbol, so one compilation serves every batch
+    segments      attention of packed batches is not compiled (models/attention/packed.py), because the number of
+                  segments would be part of the code
+    adapters      are swapped and stepped in place, so neither a new client nor a new round compiles anything
+    dropout       draws the same masks as without compiling
+    recomputing   `train.checkpointing` calls the compiled layer again
 
-Evaluation, generation and whatever else needs no gradients stay as they are, and so does a layer whose input needs none
-(the first one, and those below the first that trains): each would be further code, and further time until the first step.
-torch looks at the lengths that it sees first and makes its code for the like of those. So a process compiles on one
-made-up batch, always the same (`trouble`), before it trains: a resumed run has the code that it had before. This file does
-not know clients, rounds or recipes.
+Passes without gradients, such as evaluation and generation, are not compiled. Neither is a layer whose input needs no
+gradient (the first one, and those below the first that trains). Each would need more code, and more time until the first
+step. torch specialises its code for the first lengths that it gets. So a process compiles on one fixed synthetic batch
+(`trouble`) before it trains, and a resumed run has the same code as before. This file does not know clients, rounds or
+recipes.
 """
 
 from __future__ import annotations
@@ -44,29 +45,29 @@ from fedloom.models.recompute import plain_forward, save_memory
 from fedloom.recipe.recipe import TrainConfig
 from fedloom.training.precision import autocast
 
-#: Lengths of the batch that code is made for.
+#: Lengths of the synthetic batch's sequences, in tokens.
 LENGTHS = (96, 64)
 
 
-#: Keywords of a layer whose values its attention alone looks at.
+#: Keyword arguments of a layer that only its attention reads.
 SEALED = ("segment_lengths", "prefix_states")
 
 
-#: What makes the code; tests also take torch's stand-ins for it, which need no compiler.
+#: torch's compiler. Tests also use torch's debugging backends, which need no C++ compiler.
 BACKEND = "inductor"
 
 
-#: How far a loss and a gradient may be from those of plain layers, relative: fp32, and 16 bits, which round in their order.
+#: The largest relative difference of loss and gradient from plain layers, in fp32 and in 16 bits.
 TOLERANCE, TOLERANCE_16 = 1e-3, 5e-2
 
 
-#: Model → what its layers were compiled for, once that was found to be right.
+#: Model → the settings that its compiled layers were checked with.
 _tried: WeakKeyDictionary[AdaptedModel, tuple[str, bool]] = WeakKeyDictionary()
 
 
 @contextmanager
 def compiled(model: AdaptedModel, wanted: bool = True) -> Iterator[None]:
-    """In this block the model's layers run compiled, where a backward pass goes through them."""
+    """Within the block, the model's layers run compiled where a backward pass goes through them."""
     layers: list[Any] = list(find_layers(model.causal_lm)[1].children()) if wanted else []
     try:
         for layer in layers:
@@ -79,21 +80,21 @@ def compiled(model: AdaptedModel, wanted: bool = True) -> Iterator[None]:
 
 def _forward(layer: Any, *args: Any, **kwargs: Any) -> Any:
     hidden = args[0] if args else kwargs["hidden_states"]
-    if not (torch.is_grad_enabled() and hidden.requires_grad):  # below what trains, or the first layer: further code
+    if not (torch.is_grad_enabled() and hidden.requires_grad):  # not compiled: see the top of this file
         return type(layer).forward(layer, *args, **kwargs)
     code = _code(plain_forward(type(layer)))
     sealed = {name: Opaque(kwargs[name]) for name in SEALED if name in kwargs}
     call = partial(code, layer, **{**kwargs, **sealed})
     if (
         getattr(layer, "gradient_checkpointing", False) and layer.training
-    ):  # from without: torch compiles none of it within
+    ):  # around the compiled code: torch does not compile checkpointing within it
         return layer._gradient_checkpointing_func(call, *args)
     return call(*args)
 
 
 @cache
 def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward` compiled, for all layers of one kind in this process. What torch keeps for later ones is the user's own."""
+    """Compile `forward` for all layers of one class in this process. torch's cache is in fedloom's cache folder."""
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder.cache_home() / "compiled"))
     options = {"options": {"fallback_random": True}} if BACKEND == "inductor" else {}
     made: Callable[..., Any] = torch.compile(forward, dynamic=True, backend=BACKEND, **options)  # type: ignore[call-overload]
@@ -101,7 +102,7 @@ def _code(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def no_compiler(device: str) -> str:
-    """Why nothing can be compiled for this device, as half a sentence with its mend; empty where it can."""
+    """Return why torch cannot compile for this device and how to fix it, as a clause; empty where it can."""
     if device.startswith("cuda"):
         there = importlib.util.find_spec("triton") is not None
         return "" if there else "on a GPU torch compiles with triton, which is not installed: pip install triton"
@@ -112,18 +113,16 @@ def no_compiler(device: str) -> str:
 
 
 def trouble(model: AdaptedModel, config: TrainConfig, packed: bool) -> str:
-    """Why this model's layers cannot train compiled, as half a sentence; empty where they can, and then they are compiled.
+    """Compile this model's layers. Returns why they cannot train compiled, as a clause; empty where they can.
 
-    One pass over a made-up batch, plain and compiled: loss and gradient have to be the same but for rounding.
+    A synthetic batch runs through plain and compiled layers: loss and gradient must be equal up to rounding.
     """
     settings = config.precision, packed
     if _tried.get(model) == settings:
         return ""
     if why := no_compiler(str(model.device)):
         return why
-    if (
-        model.prefixed and not packed
-    ):  # transformers' cache is asked by the layer's number, which becomes part of the code
+    if model.prefixed and not packed:  # transformers' cache takes the layer's number, which becomes part of the code
         return (
             "prefix tuning of padded batches would make code for each layer by itself; train.packing=on needs it once"
         )
@@ -136,7 +135,7 @@ def trouble(model: AdaptedModel, config: TrainConfig, packed: bool) -> str:
         found, same = _pass(model, batch, config, True)
     except UserError:
         return "its layers are not in one list"
-    except RuntimeError as error:  # torch's own, of every kind, and a compiler's
+    except RuntimeError as error:  # errors of torch, of every kind, and of the C++ compiler
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return f"torch cannot compile its layers ({lines[0].rstrip('.:')}); is the compiler whole, Python's headers with it?"
     tolerance = TOLERANCE if config.precision == "fp32" and model.causal_lm.dtype == torch.float32 else TOLERANCE_16
@@ -148,7 +147,7 @@ def trouble(model: AdaptedModel, config: TrainConfig, packed: bool) -> str:
 
 
 def _pass(model: AdaptedModel, batch: Batch, config: TrainConfig, compile: bool) -> tuple[float, torch.Tensor]:
-    """Loss and gradient of a made-up batch, all as it is in a step; nothing is left of it."""
+    """Return loss and gradient of a synthetic batch, computed as in a step. The model is unchanged afterwards."""
     model.grad.zero_()
     model.module.train()
     try:

@@ -1,8 +1,8 @@
-"""Functions that take turns: each runs in a thread of its own, and never two at once.
+"""Run functions alternately: each in its own thread, and never two at the same time.
 
-A function goes on only while `go_on` waits for it, and hands the baton back by calling `pause` from within, however
-deep. So code that was written to run straight through can stop in the middle for something that is done for several of
-them together, and nothing in it needs a lock: between two pauses it is alone. This file does not know what they do.
+A function runs only while `go_on` waits for it. It returns control by calling `pause`, at any call depth. So ordinary
+code can stop in the middle, for work that is done for several functions at once. It needs no locks, because it runs alone
+between two pauses. This file does not know what the functions do.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """Raised out of `pause` where the others have failed: nothing is to be made of this function any more."""
+    """Raised by `pause` when another function has failed: this one must end."""
 
 
 class Runner(Generic[T]):
-    """One function and how far it has come.
+    """One function in its own thread.
 
     Attributes:
         done: whether it has returned or raised.
@@ -39,14 +39,14 @@ class Runner(Generic[T]):
         self._thread.start()
 
     def go_on(self) -> None:
-        """Let it run to its next pause or its end. Raises what it raised."""
+        """Run the function to its next pause or its end. Raises its exception."""
         self._turn.release()
         self._back.acquire()
         if self._error is not None:
             raise self._error
 
     def pause(self) -> None:
-        """From within: wait for the next `go_on`."""
+        """Wait for the next `go_on`. Only the function itself calls this."""
         self._back.release()
         self._turn.acquire()
         if self._stopped:
@@ -54,11 +54,11 @@ class Runner(Generic[T]):
 
     @property
     def result(self) -> T:
-        """What it returned."""
+        """The function's return value, after its end."""
         return self._result[0]
 
     def stop(self) -> None:
-        """End it where it stands, and wait until it has."""
+        """End the function at its current pause, and wait until it has ended."""
         if self._thread.is_alive() and not self.done:
             self._stopped = True
             self._turn.release()
@@ -71,13 +71,13 @@ class Runner(Generic[T]):
                 self._result.append(self._function())
         except Stopped:
             pass
-        except BaseException as error:  # raised again where it was waited for
+        except BaseException as error:  # `go_on` raises it again
             self._error = error
         self.done = True
         self._back.release()
 
 
 def stop_all(runners: Sequence[Runner[T]]) -> None:
-    """End those that are not at their end."""
+    """End all functions that have not ended."""
     for runner in runners:
         runner.stop()

@@ -1,4 +1,4 @@
-"""What local training minimises: `sft`, the likelihood of the answers, or `dpo`, the preference of one answer to another.
+"""Objectives of local training: `sft`, the likelihood of the answers, or `dpo`, the preference of one answer to another.
 
 DPO is Rafailov et al., "Direct Preference Optimization", arXiv 2305.18290, equation 7; in federation, Ye et al.,
 "OpenFedLLM", arXiv 2402.06954. With y_w the preferred and y_l the rejected answer to x,
@@ -6,14 +6,14 @@ DPO is Rafailov et al., "Direct Preference Optimization", arXiv 2305.18290, equa
     h = β [ (log π(y_w|x) − log π_ref(y_w|x)) − (log π(y_l|x) − log π_ref(y_l|x)) ]        the margin
     L = −(1 − ε) log σ(h) − ε log σ(−h)                                                    a pair's loss
 
-with ε = 0 in the paper; ε > 0 takes that share of the labels to be wrong (conservative DPO). Log-probabilities are sums
-over an answer's tokens. π_ref is the base without its adapter (models/reference.py): no second model, the two numbers
-of each training pair are computed once in a client's process and kept. Those of held-out pairs are computed in the
-very batches that they are compared with: a model that nothing has changed then has margins of exactly 0, and not of
-rounding, whose sign would be counted. A step's loss is the mean over its pairs, as under `sft` it is over its tokens.
+with ε = 0 in the paper; ε > 0 assumes that this share of the labels is wrong (conservative DPO). Log-probabilities are sums
+over an answer's tokens. π_ref is the base without its adapter (models/reference.py), so there is no second model. The
+reference values of a training pair are computed once in a client's process and kept. Those of held-out pairs are computed
+in the same batches as the model's own. An untrained adapter then has margins of exactly 0, instead of rounding errors whose
+sign would count. A step's loss is the mean over its pairs; under `sft` it is the mean over its tokens.
 
-Both objectives make batches; `unit_losses` tells from a batch what it is for, so that every algorithm's own loss takes
-both without a line about either. This file does not know clients or rounds.
+Both objectives build batches, and `unit_losses` finds the objective from the batch's class. So an algorithm's own loss
+works with both. This file does not know clients or rounds.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from fedloom.training.precision import autocast
 
 
 def unit_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
-    """The loss of each of the batch's units, float32: [tokens], or [pairs] of a batch of pairs."""
+    """Return the loss of each of the batch's units, float32: [tokens], or [pairs] of a batch of pairs."""
     losses = token_losses(model, batch)
     if not isinstance(batch, Pairs):
         return losses
@@ -44,32 +44,32 @@ def unit_losses(model: AdaptedModel, batch: Batch) -> torch.Tensor:
 
 
 def log_probabilities(batch: Batch, losses: torch.Tensor) -> torch.Tensor:
-    """log π of each sequence's answer, [sequences], from the losses of its tokens, [S]."""
+    """Return log π of each sequence's answer, [sequences], from the losses of its tokens, [S]."""
     counts = torch.bincount(batch.owners, minlength=len(batch.lengths)).tolist()
     return -torch.stack([part.sum() for part in torch.split(losses, counts)])
 
 
 def margins(own: torch.Tensor, batch: Pairs) -> torch.Tensor:
-    """h of each pair, [pairs]: equation 7's argument of σ. `own`: log π of each sequence."""
+    """Return h of each pair, [pairs]: equation 7's argument of σ. `own`: log π of each sequence."""
     gained = (own - batch.reference.to(own.device)).view(-1, 2)  # columns: preferred, rejected
     return batch.beta * (gained[:, 0] - gained[:, 1])
 
 
 class Objective(Protocol):
-    """What a client needs of it."""
+    """The methods that a client calls."""
 
     def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> int:
-        """Find out whatever has to be known of these examples before training on them; the operations that took."""
+        """Compute values of these examples that training needs; returns the floating-point operations that it took."""
         ...
 
     def batch(self, sequences: TokenisedCorpus, examples: Sequence[int], *, packed: bool, pad: int) -> Batch:
-        """One forward pass's batch."""
+        """Build the batch of one forward pass."""
         ...
 
     def sums(
         self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], *, batch_size: int, packed: bool
     ) -> dict[str, float]:
-        """What is measured on held-out examples besides the loss of their tokens: sums that a site may send."""
+        """Return further sums over held-out examples, in addition to token losses. A site may send them."""
         ...
 
 
@@ -80,7 +80,7 @@ class Sft:
         pass
 
     def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> int:
-        """Nothing."""
+        """Do nothing: no value is needed."""
         return 0
 
     def batch(self, sequences: TokenisedCorpus, examples: Sequence[int], *, packed: bool, pad: int) -> Batch:
@@ -97,11 +97,11 @@ class Dpo:
 
     def __init__(self, config: TrainConfig) -> None:
         self._beta, self._smoothing, self._precision = config.dpo_beta, config.dpo_smoothing, config.precision
-        self._known: dict[int, tuple[float, float]] = {}  # example → log π_ref of the preferred and the rejected answer
+        self._known: dict[int, tuple[float, float]] = {}  # example → log π_ref of the preferred and rejected answer
         self._held_out: dict[tuple[int, ...], torch.Tensor] = {}  # a held-out batch's examples → log π_ref, [sequences]
 
     def prepare(self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], packed: bool) -> int:
-        """Each pair alone, so that its two numbers do not depend on what else is asked."""
+        """Compute log π_ref of each pair in a batch of its own, so that it does not depend on other pairs."""
         missing = [i for i in dict.fromkeys(examples) if i not in self._known]
         if not missing:
             return 0
@@ -132,9 +132,9 @@ class Dpo:
     def sums(
         self, model: AdaptedModel, sequences: TokenisedCorpus, examples: Sequence[int], *, batch_size: int, packed: bool
     ) -> dict[str, float]:
-        """pairs; preferred, those whose margin is above 0; the sum of margins and of losses, without smoothing.
+        """Return the sums of pairs, of pairs with a margin above 0 (`preferred`), of margins and of losses.
 
-        A margin of 0 prefers neither answer and counts a half, so a model that nothing has changed wins half of its pairs.
+        Losses are without smoothing. A margin of 0 counts as half a pair, so an untrained adapter wins half of its pairs.
         """
         found = [torch.zeros(0)]
         size = max(1, batch_size // 2)  # a pair is two sequences
@@ -154,5 +154,5 @@ class Dpo:
         }
 
 
-#: `train.objective` → what makes it from the section.
+#: `train.objective` → the class that is built from the recipe's `train` section.
 OBJECTIVES: dict[str, Callable[[TrainConfig], Objective]] = {"sft": Sft, "dpo": Dpo}

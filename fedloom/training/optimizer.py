@@ -1,12 +1,12 @@
-"""The optimiser of one flat parameter, and where its state is while a client trains.
+"""The optimiser of one flat parameter, and the place of its state during training (`train.optimizer_offload`).
 
     null   beside the parameter
-    cpu    a GPU's adapter has its moments, and the numbers that they step, in the machine's memory: the gradient goes there
-           and the new values come back (ZeRO-Offload; Ren et al., arXiv 2101.06840). No GPU has run this yet
-    disk   the moments are a file that is mapped into memory, whose pages the system writes out and reads again as it needs
-           the room (ZeRO-Infinity; Rajbhandari et al., arXiv 2104.07857)
+    cpu    the moments and a copy of a GPU's adapter are in the machine's memory: the gradient is copied there, and the new
+           values are copied back (ZeRO-Offload; Ren et al., arXiv 2101.06840). Not tested on a GPU yet
+    disk   the moments are in a file that is mapped into memory; the system writes and reads its pages as it needs memory
+           (ZeRO-Infinity; Rajbhandari et al., arXiv 2104.07857)
 
-Between clients a state that is kept lies with the client on disk in any case. This file does not know steps or schedules.
+Between rounds, a state that is kept is always on disk with the client. This file does not know steps or schedules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class FlatOptimizer:
     """Steps `parameter` by its gradient.
 
     Args:
-        state: from an earlier optimiser's `tensors`, to go on from it.
+        state: from an earlier optimiser's `tensors`, to continue from it.
     """
 
     def __init__(
@@ -43,13 +43,13 @@ class FlatOptimizer:
             self._load(name, tensor)
 
     def step(self, rate: float) -> None:
-        """One step with this learning rate."""
+        """Take one step with the learning rate `rate`."""
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         if self._own is self._live:
             self._optimizer.step()
             return
-        with torch.no_grad():  # whatever has been done to the parameter since the last step counts
+        with torch.no_grad():  # an algorithm may have changed the parameter since the last step
             self._own.copy_(self._live)
             self._own.grad.copy_(self._live.grad)  # type: ignore[union-attr, arg-type]
         self._optimizer.step()
@@ -57,7 +57,7 @@ class FlatOptimizer:
             self._live.copy_(self._own)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state (step, moments), as copies on the CPU; nothing where it is to rest on disk and nobody keeps it."""
+        """Return copies of the state (step, moments) on the CPU; empty where it is on disk and not kept."""
         if self._config.optimizer_offload == "disk" and self._config.optimizer_state == "reset":
             return {}
         state = self._optimizer.state.get(self._own, {})
@@ -65,7 +65,7 @@ class FlatOptimizer:
 
     def _load(self, name: str, tensor: torch.Tensor) -> None:
         state, device = self._optimizer.state[self._own], self._own.device
-        if name in state:  # mapped: its place is the file
+        if name in state:  # mapped: keep it in the file
             state[name].copy_(tensor)
         else:
             state[name] = tensor.to(device if tensor.numel() > 1 or device.type == "cuda" else "cpu").clone()
@@ -76,7 +76,7 @@ def _has_memory_of_its_own(device: torch.device) -> bool:
 
 
 def _made(config: TrainConfig, parameter: torch.nn.Parameter) -> torch.optim.Optimizer:
-    """Fused, since there is a single tensor to step."""
+    """Build torch's fused optimiser: there is only one tensor to step."""
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             [parameter], lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
@@ -87,16 +87,16 @@ def _made(config: TrainConfig, parameter: torch.nn.Parameter) -> torch.optim.Opt
 
 
 def _mapped_state(config: TrainConfig, numel: int) -> dict[str, torch.Tensor]:
-    """What torch's optimiser would make at its first step, in files."""
+    """Create in files the state that torch's optimiser creates at its first step."""
     if config.optimizer == "sgd":
         return {"momentum_buffer": _mapped(numel)}
     return {"step": torch.zeros(()), "exp_avg": _mapped(numel), "exp_avg_sq": _mapped(numel)}
 
 
 def _mapped(numel: int) -> torch.Tensor:
-    """Zeros [numel], fp32, in a file that nobody else sees and that is gone with the tensor, however the process ends.
+    """Create zeros [numel], fp32, in an unlinked file: it is deleted with the tensor, however the process ends.
 
-    Raises OSError where the disk has no room for it: a mapped file without room kills the process when it is written.
+    Raises OSError where the disk is too full. Without this check, a write to the mapped file would kill the process.
     """
     folder = cache_folder.cache_home() / "offload"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,22 +1,24 @@
-"""One client on several processes, its ranks: each takes its part of every optimiser step, and one sum makes them one.
+"""Train one client on several processes, its ranks: each computes a part of every optimiser step's gradient.
 
-Every rank holds the adapter, its optimiser and the algorithm's client half; all are asked the same and do the same, but
-for the forward and backward passes of a step, whose examples are dealt out among them (`deal`):
+Every rank has the adapter, its optimiser and the algorithm's client half. All ranks get the same work and do the same,
+except for the forward and backward passes of a step, whose examples are divided among them (`deal`):
 
     rank 0   examples 0, 3, 4 …  ─ backward ─ gradient ─┐                 ┌─ hooks, clipping, optimiser
     rank 1   examples 1, 2, 5 …  ─ backward ─ gradient ─┴─ one all-reduce ┴─ the same, of the same bits
 
-A step's loss is the sum of its units' losses over their number in the *whole* step, which every rank can count. So the
-ranks' gradients add up to the step's, whoever had the longer answers; a mean of the ranks' means would not be that.
+A step's loss is the sum of its units' losses divided by their number in the *whole* step, which every rank can count. So
+the ranks' gradients add up to the step's gradient, whatever the lengths of their answers. A mean of the ranks' means would
+differ.
 
-ddp   is that sum and nothing else. torch's DistributedDataParallel (Li et al., "PyTorch Distributed", arXiv 2006.15704)
-      sums in buckets of many tensors while backward goes on; here all that trains is one flat buffer, so it is one
-      all-reduce of one tensor. A test holds both to the same numbers.
-fsdp  besides shards the frozen base (models/sharding.py), whose layers are gathered when they are needed. Gathering is
-      common work, so ranks take equally many passes: one that is short takes a pass without labels, which adds zeros.
+ddp   only sums gradients. torch's DistributedDataParallel (Li et al., "PyTorch Distributed", arXiv 2006.15704) sums
+      buckets of many tensors during the backward pass. Here all trained parameters are one flat buffer, so one all-reduce
+      of one tensor is enough. A test compares both.
+fsdp  also shards the frozen base (models/sharding.py), whose layers are gathered when they are needed. All ranks take part
+      in gathering, so all take the same number of passes. A rank without examples takes a pass without labels, which adds
+      zeros.
 
-Nothing but gradients of what trains, and a few numbers, is exchanged under ddp. This file does not know clients or
-rounds, nor who started the processes (runtimes/ranks/worker.py).
+Under ddp, ranks exchange only gradients and a few numbers. This file does not know clients or rounds, nor the code that
+starts the processes (runtimes/ranks/worker.py).
 """
 
 from __future__ import annotations
@@ -37,12 +39,12 @@ from fedloom.data.tokenization import TokenSequence
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the ranks of its client. By default it is alone, and every method does nothing.
+    """This process's place among the ranks of its client. By default there is one rank, and no method communicates.
 
     Attributes:
-        rank, count: which of how many.
-        sharded: whether the base is sharded (fsdp), so that all take part in every forward pass.
-        device: this rank's own.
+        rank, count: this rank's number (from 0), and the number of ranks.
+        sharded: whether the base is sharded (fsdp), so that all ranks take part in every forward pass.
+        device: this rank's device.
     """
 
     rank: int = 0
@@ -52,17 +54,17 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this rank speaks for all: it evaluates, writes files and answers."""
+        """Whether this is rank 0, which evaluates, writes files and sends the result."""
         return self.rank == 0
 
     def own(self, passes: Sequence[Batch]) -> Sequence[Batch]:
-        """This rank's passes of a step; those without examples only where all ranks have to go along."""
+        """Return this rank's passes of a step. Passes without examples are kept only where the base is sharded."""
         if self.count == 1:
             return passes
         return [b for b in passes[self.rank :: self.count] if b.examples or self.sharded]
 
     def stream(self, name: str) -> str:
-        """Whose random numbers this rank draws for dropout: ranks have different examples and need different masks."""
+        """Return the name of this rank's random stream for dropout: different examples need different masks."""
         return name if self.first else f"{name}/rank-{self.rank}"
 
     def sum_(self, tensor: torch.Tensor) -> None:
@@ -71,7 +73,7 @@ class Ranks:
             dist.all_reduce(tensor)
 
     def total(self, value: float) -> float:
-        """The sum of a number over all ranks, in float64."""
+        """Return the sum of a number over all ranks, in float64."""
         if self.count == 1:
             return value
         held = torch.tensor([value], dtype=torch.float64, device=self.device)
@@ -79,7 +81,7 @@ class Ranks:
         return float(held)
 
     def counts(self, *values: int) -> list[int]:
-        """The sums of whole numbers over all ranks."""
+        """Return the sums of whole numbers over all ranks."""
         if self.count == 1:
             return list(values)
         held = torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -87,7 +89,7 @@ class Ranks:
         return [int(v) for v in held.tolist()]
 
     def check_alike(self, flat: torch.Tensor) -> None:
-        """Raise RuntimeError unless all ranks hold the same bits: one that drew or skipped on its own would go unnoticed."""
+        """Raise RuntimeError unless `flat` has the same bits on all ranks. Else an error on one rank would go unnoticed."""
         if self.count == 1:
             return
         own = zlib.crc32(flat.detach().cpu().numpy().tobytes())
@@ -98,7 +100,7 @@ class Ranks:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first rank goes through this block before the others begin with it, so that they find what it has cached."""
+        """Run the block on rank 0 first, and then on the others, which find its results in the cache."""
         if self.count > 1 and not self.first:
             dist.barrier()
         try:
@@ -108,16 +110,16 @@ class Ranks:
                 dist.barrier()
 
 
-#: One process, as everywhere but in a cluster client.
+#: One process: the default everywhere except in a cluster client.
 ALONE = Ranks()
 
 
 def joined(rank: int, count: int, meeting: str, strategy: str | None, device: str) -> Ranks:
-    """Join the other ranks, once in a process; `strategy` and `device` may differ between recipes.
+    """Join the other ranks. The process group is created at the first call; `strategy` and `device` may change.
 
     Args:
-        meeting: a file that all ranks of this client can reach and nobody else can.
-        device: cpu, or cuda, of which each rank takes the GPU of its own number.
+        meeting: path of a file that only the ranks of this client can access.
+        device: cpu, or cuda: each rank takes the GPU of its own number.
     """
     if count == 1:
         return Ranks(device=device)
@@ -134,10 +136,12 @@ def joined(rank: int, count: int, meeting: str, strategy: str | None, device: st
 
 
 def deal(lengths: Sequence[int], ranks: int, batch_size: int) -> list[list[int]]:
-    """A step's examples, by their position, as passes of at most `batch_size` on each rank.
+    """Divide a step's examples among ranks, as passes of at most `batch_size` examples.
 
-    The longest go first, back and forth over the ranks, so that ranks differ by one example at most and by few tokens.
-    Pass p of rank r is entry p·ranks + r; where a rank is short of examples its last entry is empty.
+    The longest come first, alternately up and down the ranks, so that ranks differ by at most one example and few tokens.
+
+    Returns:
+        Positions of examples. Pass p of rank r is entry p·ranks + r; the last one is empty where a rank has fewer examples.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     hands: list[list[int]] = [[] for _ in range(ranks)]
@@ -150,5 +154,5 @@ def deal(lengths: Sequence[int], ranks: int, batch_size: int) -> list[list[int]]
 
 
 def bystander(sequence: TokenSequence, *, packed: bool, pad: int) -> Batch:
-    """A pass of one token without a label, for a rank that has no example left while others need it to go along."""
+    """Build a pass of one token without a label, for a rank that has no example left but has to take part."""
     return collate([TokenSequence(sequence.ids[:1], 1)], packed=packed, pad=pad)

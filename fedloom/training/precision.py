@@ -1,13 +1,13 @@
-"""The precision that a client trains in: fp32, or matrix products in bf16 or fp16 by autocast; chosen by trying the device.
+"""Choose and apply the precision of training: fp32, or matrix products in bf16 or fp16 by autocast.
 
-Weights that train, their gradient, the optimiser and the loss stay fp32. fp16 has few exponents, so small gradients would
-be lost on their way back: the loss is multiplied by a power of two and the gradient divided by it (Micikevicius et al.,
-"Mixed Precision Training", arXiv 1710.03740, section 3.2), under autocast and in a base whose weights are fp16. Where
-that overflows the scale is halved and the step is computed again, so no step is lost and nothing has to be remembered
-between rounds.
+Trained weights, their gradient, the optimiser and the loss stay fp32. fp16 has a small exponent range, so small gradients
+would become 0 in the backward pass. Therefore the loss is multiplied by a power of two, and the gradient is divided by it
+(Micikevicius et al., "Mixed Precision Training", arXiv 1710.03740, section 3.2). This applies to autocast and to a base
+whose weights are fp16. If the gradient overflows, the scale is halved and the step is computed again. So no step is lost,
+and no state is kept between rounds.
 
-bf16 without instructions for it is many times slower than fp32, so the device is asked and not its name. No GPU has run
-this file yet. It does not know what is trained.
+bf16 without hardware instructions is many times slower than fp32, so `auto` times the device instead of reading its name.
+Not tested on a GPU yet. This file does not know what is trained.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-#: Where loss scaling begins in each round, as torch's GradScaler does.
+#: The loss scale at the start of each round, as in torch's GradScaler.
 FIRST_SCALE = 2.0**16
 
 
@@ -29,13 +29,13 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """A block whose matrix products run in `precision`."""
+    """Return a context in which matrix products run in `precision`."""
     dtype = DTYPES.get(precision)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def slowdown(device: torch.device, precision: str) -> float:
-    """How many times longer products of a small layer take in `precision` than in fp32: medians of five, interleaved."""
+    """Return a small layer's time in `precision` divided by its time in fp32: medians of five, interleaved."""
     x, w = torch.ones(256, 512, device=device), torch.ones(1024, 512, device=device)
 
     def seconds(kind: str) -> float:
@@ -47,13 +47,13 @@ def slowdown(device: torch.device, precision: str) -> float:
             torch.cuda.synchronize(device)
         return time.perf_counter() - started
 
-    seconds("fp32"), seconds(precision)  # the first of each is slower
+    seconds("fp32"), seconds(precision)  # warm-up
     pairs = [(seconds("fp32"), seconds(precision)) for _ in range(5)]
     return statistics.median(b for _, b in pairs) / statistics.median(a for a, _ in pairs)
 
 
 def choose_precision(wanted: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16. `auto` is bf16 where that is faster here, fp16 on a GPU without it, else fp32."""
+    """Return fp32, bf16 or fp16. `auto` is bf16 where that is faster here, fp16 on a GPU without bf16, else fp32."""
     if wanted == "fp32":
         return wanted
     if wanted == "auto":
@@ -68,11 +68,11 @@ def choose_precision(wanted: str, device: torch.device) -> str:
 
 
 class LossScale:
-    """1 where no gradient on its way is fp16.
+    """The loss scale of a round; 1 where no gradient is computed in fp16.
 
     Args:
-        dtype: of the base's weights: matrix products of fp32 training are in that, and fp16 ones as short of exponents as
-            those of autocast. Under bf16 they are not.
+        dtype: of the base's weights. Matrix products of fp32 training are in this dtype, so fp16 weights need a scale too.
+            Under bf16 autocast they do not.
     """
 
     def __init__(self, precision: str, dtype: torch.dtype = torch.float32) -> None:
@@ -80,10 +80,10 @@ class LossScale:
         self.value = self._fitting = FIRST_SCALE if scaled else 1.0
 
     def overflowed(self, gradient: torch.Tensor, loss: float) -> bool:
-        """Divide the scale out of `gradient`; whether that failed and a smaller scale is to be tried.
+        """Divide `gradient` by the scale. Returns whether the step must be computed again, with the scale halved.
 
-        What no scale mends leaves it as it was before the step: a loss that is not finite, since a forward pass does not
-        see the scale, and a gradient that is not finite without one.
+        No scale fixes a loss that is not finite, because the forward pass does not use the scale, or a gradient that is
+        not finite with scale 1. The scale then returns to its value before the step.
         """
         if self._fitting == 1.0:
             return False

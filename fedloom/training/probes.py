@@ -1,6 +1,6 @@
-"""Choose what only the model can tell of a recipe, before the first round: packed batches and kernels.
+"""Choose packed batches and attention kernels for a model, before the first round.
 
-Each probe tries the model on a few tokens at most. Nothing is trained here.
+Each probe runs the model on a few tokens at most. Nothing is trained here.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 
 def settle_attention(wanted: str, model: AdaptedModel, precision: str) -> str:
-    """What packed batches attend with, once the model was tried: under auto per-segment SDPA where a kernel is off.
+    """Choose the attention of packed batches. Under auto, per-segment SDPA replaces a kernel that gives wrong losses.
 
     Args:
-        precision: that training will have, chosen: fp32, bf16 or fp16.
+        precision: of training, already chosen: fp32, bf16 or fp16.
     """
     name = model.base.attention
     if name == "sdpa":
@@ -35,7 +35,7 @@ def settle_attention(wanted: str, model: AdaptedModel, precision: str) -> str:
 
 
 def choose_packing(wanted: str, model: AdaptedModel) -> str:
-    """Choose whether batches are padding-free: on or off. Under auto the model is tried once."""
+    """Choose whether batches are padding-free: on or off. Under auto the model is checked once."""
     if wanted != "auto":
         return wanted
     if supports_packing(model):

@@ -1,8 +1,8 @@
-"""One client's local training in one round: an optimiser, a schedule over the whole run, and a loop over steps.
+"""Local training of one client in one round: an optimiser, a schedule over the whole run, and a loop over steps.
 
-The trainer is blind to the algorithm: it calls the three places where an algorithm may act (`local_loss`,
-`before_step`, `after_step`) and knows neither rounds' payloads nor other clients. The loss of a step is the sum of
-its token losses over its supervised tokens, all accumulation and all ranks (parallel.py) together.
+The trainer does not know the algorithm: it calls its three hooks (`local_loss`, `before_step`, `after_step`). It does not
+know payloads or other clients either. The loss of a step is the sum of its token losses divided by its supervised tokens,
+over all accumulation and all ranks (parallel.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class Learner(Protocol):
-    """What the trainer needs of an algorithm's client half."""
+    """The methods of an algorithm's client half that the trainer calls."""
 
     def local_loss(self, model: AdaptedModel, batch: Batch, step_units: int) -> torch.Tensor: ...
 
@@ -42,14 +42,14 @@ class Learner(Protocol):
 
 @dataclass
 class FitResult:
-    """What a client's training was.
+    """The result of a client's training.
 
     Attributes:
         loss: mean of the steps' losses, each weighted by its supervised tokens.
-        steps: optimiser steps taken; skipped ones are not among them.
+        steps: optimiser steps taken, without skipped ones.
         tokens: real tokens that went through forward and backward, on all ranks.
-        flops: of those.
-        optimizer_state: name → tensor, enough to carry on exactly.
+        flops: floating-point operations of these tokens.
+        optimizer_state: name → tensor, enough to continue exactly.
     """
 
     loss: float = 0.0
@@ -62,18 +62,18 @@ class FitResult:
 
 @dataclass(frozen=True)
 class LocalRun:
-    """One client-round's training, as an algorithm's client half is given it.
+    """One client's training in one round, as an algorithm's client half gets it.
 
-    Most algorithms call `fit` once. One that trains two models calls it twice, one that trains other numbers than the
-    adapter's gives `fit` its own parameter, one that takes no gradients walks over `steps` itself, and shares what it
-    computes with the other ranks itself.
+    Most algorithms call `fit` once. One that trains two models calls it twice. One that trains other numbers than the
+    adapter's passes its own parameter to `fit`. One without gradients iterates over `steps` itself, and exchanges its
+    results with the other ranks itself.
 
     Attributes:
-        steps: makes a fresh walk over this round's optimiser steps, each a list of forward passes: all ranks' passes, of
-            which `ranks.own` has this one's.
-        first_step, total_steps: where the round stands in the run, for schedules.
+        steps: starts an iteration over this round's optimiser steps. Each is a list of all ranks' forward passes;
+            `ranks.own` selects this rank's.
+        first_step, total_steps: the round's first optimiser step in the run and the run's number of steps, for schedules.
         optimizer_state: of the client's last round, where the recipe keeps it.
-        steps_per_epoch: None where the client counts steps.
+        steps_per_epoch: None where the recipe counts steps instead of epochs.
         hooks: the recipe's, called within `fit`.
         ranks: this process's place among those that train this client.
     """
@@ -89,7 +89,7 @@ class LocalRun:
     ranks: Ranks = ALONE
 
     def fit(self, learner: Learner, parameter: torch.nn.Parameter | None = None) -> FitResult:
-        """Plain local training of the live adapter, or of `parameter`, with `learner`'s loss and hooks."""
+        """Train the live adapter, or `parameter`, with `learner`'s loss and hooks."""
         grad = (self.model.parameter if parameter is None else parameter).grad
         assert grad is not None
         return fit(
@@ -106,12 +106,12 @@ class LocalRun:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Of this round's optimiser step `step` (from 0)."""
+        """Return the learning rate of this round's optimiser step `step` (from 0)."""
         return learning_rate(self.config, self.first_step + step, self.total_steps)
 
 
 def learning_rate(config: TrainConfig, step: int, total: int) -> float:
-    """The rate of optimiser step `step` (from 0) of `total`.
+    """Return the learning rate of optimiser step `step` (from 0) of `total`.
 
     Warm-up rises linearly over the first `warmup · total` steps; then constant, linear to 0, or half a cosine to 0.
     """
@@ -142,13 +142,14 @@ def fit(
     """Train the live adapter over `steps`, each a list of forward passes.
 
     Args:
-        first_step: how many optimiser steps of the run lie before this round, for the schedule.
+        first_step: the number of optimiser steps of the run before this round, for the schedule.
         total_steps: optimiser steps of the whole run.
-        optimizer_state: from an earlier `FitResult`, to go on from it.
-        parameter: what the optimiser steps in place of the adapter, with a gradient of its own: `before_step` fills
-            that in from `model.grad`, `after_step` puts the new values into the model.
-        hooks: what acts at the points within; None costs nothing.
-        ranks: who takes which passes of a step; what comes after the sum of their gradients, each does alike.
+        optimizer_state: from an earlier `FitResult`, to continue from it.
+        parameter: what the optimiser steps instead of the adapter, with its own gradient. `before_step` must compute that
+            gradient from `model.grad`; `after_step` must put the new values into the model.
+        hooks: called at their points in training; None costs nothing.
+        ranks: this process's place among the ranks. Each rank takes its own passes of a step; after the sum of their
+            gradients, all do the same.
 
     Raises:
         ClientFailed: ``non_finite``, naming the step and its examples, where the recipe does not skip.
@@ -169,9 +170,9 @@ def fit(
 
 
 class Stepper:
-    """Takes one optimiser step after another: all of a step's work is in `step`, and what is not, `fit` adds.
+    """Takes optimiser steps one at a time. `fit` adds the loop and the schedule.
 
-    The model is in training mode around it. Arguments as `fit` has them.
+    The caller puts the model into training mode. The arguments are those of `fit`.
     """
 
     def __init__(
@@ -195,7 +196,7 @@ class Stepper:
         self._weighted, self._weight = 0.0, 0
 
     def step(self, number: int, batches: Sequence[Batch], rate: float) -> None:
-        """Step `number` (from 0) over `batches`, its forward passes, at the learning rate `rate`. Raises as `fit` does."""
+        """Take step `number` (from 0) over `batches`, its forward passes, at the learning rate `rate`. Raises like `fit`."""
         config, hooks, result = self.config, self.hooks, self._result
         if hooks:
             hooks.step(number, batches, rate)
@@ -215,7 +216,7 @@ class Stepper:
         result.steps += 1
 
     def finished(self) -> FitResult:
-        """What the steps so far add up to, over all ranks."""
+        """Return the result of the steps so far, over all ranks."""
         result = self._result
         result.loss = self._weighted / self._weight if self._weight else math.nan
         if self.ranks.count > 1:
@@ -227,7 +228,10 @@ class Stepper:
 def _clipped(
     parameter: torch.nn.Parameter, loss: float, config: TrainConfig, number: int, batches: Sequence[Batch]
 ) -> bool:
-    """Whether this step can be taken; its gradient has the recipe's norm then at most. Raises as `fit` does."""
+    """Clip the gradient to the recipe's norm. Returns False where it is not finite and the step is skipped.
+
+    Raises like `fit`.
+    """
     gradient = parameter.grad
     assert gradient is not None
     norm = float(gradient.norm())
@@ -235,12 +239,15 @@ def _clipped(
         _skip_or_fail(config, number, batches, "loss" if not math.isfinite(loss) else "gradient")
         return False
     if config.clip is not None and norm > config.clip:
-        gradient.mul_(config.clip / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        gradient.mul_(config.clip / (norm + 1e-6))  # like torch.nn.utils.clip_grad_norm_
     return True
 
 
 def passes(model: AdaptedModel, config: TrainConfig) -> AbstractContextManager[None]:
-    """In this block passes are the recipe's: what they keep, what is compiled, and their precision; `backward` ends them."""
+    """Within the block, forward passes use the recipe's checkpointing, compiled layers and precision.
+
+    Run the backward pass within it too, by `backward`.
+    """
     plain = config.precision == "fp32" and config.loss_chunk is None and not (config.checkpointing or config.compile)
     return nullcontext() if plain else _altered_passes(model, config)
 
@@ -266,10 +273,7 @@ def _gradient(
     hooks: FitHooks | None,
     scale: LossScale | None,
 ) -> float:
-    """One step's gradient in `model.grad`, in the recipe's precision, computed again where the scale was too large.
-
-    Returns the step's loss.
-    """
+    """Compute one step's gradient into `model.grad`, again where the loss scale was too large. Returns the step's loss."""
     with passes(model, config):
         loss = _accumulate(model, learner, batches, result, flops, ranks, hooks, scale)
         while scale is not None and scale.overflowed(model.grad, loss):
@@ -287,10 +291,10 @@ def _accumulate(
     hooks: FitHooks | None = None,
     scale: LossScale | None = None,
 ) -> float:
-    """Forward and backward over one step's batches; the gradient, times the scale, stands in `model.grad`.
+    """Run forward and backward over one step's batches. The gradient, times the scale, is in `model.grad` afterwards.
 
-    Each rank goes over its own batches, dividing by the units of all; the sum over ranks is the step's. Returns the step's
-    loss.
+    Each rank runs its own batches and divides by the units of the whole step; the sum over ranks is the step's gradient.
+    Returns the step's loss.
     """
     model.grad.zero_()
     step_units = max(1, sum(b.units for b in batches))
@@ -304,7 +308,7 @@ def _accumulate(
         backward(model, loss, scale)
         if hooks:
             factor = 1.0 if scale is None else scale.value
-            model.grad.mul_(1.0 / factor)  # hooks see it as it is; powers of two go out and in exactly
+            model.grad.mul_(1.0 / factor)  # hooks see the unscaled gradient; powers of two are exact
             hooks.backward()
             model.grad.mul_(factor)
         total += float(loss.detach())
@@ -314,12 +318,12 @@ def _accumulate(
         ranks.sum_(model.grad)
         total = ranks.total(total)
     if model.orthogonality and (penalty := model.penalty()) is not None:  # AdaLoRA's; not part of the loss reported
-        backward(model, penalty, scale)  # every rank has all of it
+        backward(model, penalty, scale)  # every rank computes the whole penalty
     return total
 
 
 def backward(model: AdaptedModel, loss: torch.Tensor, scale: LossScale | None) -> None:
-    """Add the gradient of `loss` times the scale to `model.grad`; within `passes`."""
+    """Add the gradient of `loss` times the scale to `model.grad`. Call it within `passes`."""
     with torch.autocast(loss.device.type, enabled=False):
         model.backward(loss if scale is None or scale.value == 1.0 else loss * scale.value)
 
