@@ -79,8 +79,8 @@ def measure(values: dict[str, Any], rounds: int) -> dict[str, float]:
         coordinator.close()
     return {
         "validation": loss / tokens if math.isfinite(loss) else math.inf,
-        "before": progress.evaluations[0]["loss"],
-        "after": progress.evaluations[rounds]["loss"],
+        "before": progress.evaluations[0].loss,
+        "after": progress.evaluations[rounds].loss,
         "upload_bytes": max(e["upload_bytes"] for e in updates),
         "download_bytes": max(e["download_bytes"] for e in updates),
     }

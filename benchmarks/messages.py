@@ -233,7 +233,7 @@ class Learning:
             coordinator.events.close()
             coordinator.close()
         first, last = progress.evaluations[0], progress.evaluations[progress.finished]
-        return {"before": first["loss"], "after": last["loss"], "upload": progress.cost.upload_bytes}
+        return {"before": first.loss, "after": last.loss, "upload": progress.cost.upload_bytes}
 
 
 def learned(learning: Learning, fp32: dict[str, float], names: list[str]) -> list[str]:

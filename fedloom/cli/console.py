@@ -16,6 +16,7 @@ from fedloom.data.heterogeneity import describe_difference
 
 if TYPE_CHECKING:
     from fedloom.data.splitters import SplitTable
+    from fedloom.experiment.evaluate import ClientEvaluation, ModelEvaluation, SuiteEvaluation
     from fedloom.federation.watch import Watch
     from fedloom.reporting.summary_types import OffsiteSummary, Summary
 
@@ -188,10 +189,10 @@ def split_rows(described: SplitTable) -> Table:
     return table
 
 
-def evaluation_table(measured: Mapping[str, Any]) -> Table:
+def evaluation_table(measured: ModelEvaluation) -> Table:
     """Build the table of loss and score, over all clients and for each."""
     table = Table("", "held-out loss", "score", "questions", box=None, pad_edge=False)
-    rows = {"all": measured, **measured["clients"]}
+    rows: dict[str, ClientEvaluation] = {"all": measured, **measured["clients"]}
     for name, values in list(rows.items())[: MANY_CLIENTS + 1]:
         table.add_row(name, _number(values["loss"]), _number(values["score"], 3), str(values["questions"]))
     if pairs := measured["preference"]:
@@ -202,7 +203,7 @@ def evaluation_table(measured: Mapping[str, Any]) -> Table:
     return table
 
 
-def suite_table(measured: Mapping[str, Any]) -> Table:
+def suite_table(measured: SuiteEvaluation) -> Table:
     """Build the table of a suite's tasks and metrics, with the evaluation score below."""
     table = Table("task", "measure", "score", "±", "questions", "shots", box=None, pad_edge=False)
     for name, task in measured["tasks"].items():

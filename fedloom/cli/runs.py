@@ -6,6 +6,7 @@ was kept; 2 a mistake in the input, with one message that says how to fix it; 13
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -157,10 +158,11 @@ def evaluate(
     values = parse_overrides(overrides or [])
     if suite is not None and measured_by_tasks(suite):
         with heard_by(note):
-            measured = evaluate_suite(
+            scores = evaluate_suite(
                 target, suite, recipe, values, client, limit=limit, shots=shots, allow_unsafe=allow_unsafe
             )
-        out.print(suite_table(measured))
+        out.print(suite_table(scores))
+        numbers: Mapping[str, object] = scores
     else:
         if shots is not None or allow_unsafe:
             option = "--shots" if shots is not None else "--allow-unsafe"
@@ -170,10 +172,11 @@ def evaluate(
         with heard_by(note):
             measured = measure(target, recipe, values, client)
         out.print(evaluation_table(measured))
+        numbers = measured
     if out_ is not None:
         from fedloom.common.files import write_json
 
-        write_json(out_, measured)
+        write_json(out_, numbers)
         out.print(f"numbers  {out_}", markup=False)
 
 

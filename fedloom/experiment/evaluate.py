@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 
@@ -18,7 +18,7 @@ from fedloom.common.errors import UserError, suggest
 from fedloom.data.federated import ClientData
 from fedloom.data.prompts import Template
 from fedloom.evaluation.loss import loss_sums
-from fedloom.evaluation.means import pooled_mean, preference_means
+from fedloom.evaluation.means import PreferenceMeans, Sums, add_sums, means, preference_means
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.federation.record.run_folder import RunFolder
@@ -31,7 +31,47 @@ from fedloom.recipe.recipe import AdapterConfig, Recipe
 from fedloom.reporting.export import result_folder
 from fedloom.training.objectives import OBJECTIVES
 
+if TYPE_CHECKING:
+    from fedloom.evaluation.public.harness import TaskScores
+
 log = logging.getLogger(__name__)
+
+
+class ClientEvaluation(TypedDict):
+    """Mean loss of a token and share of right answers; None where there was nothing to measure."""
+
+    loss: float | None
+    score: float | None
+    questions: int
+
+
+class ModelEvaluation(ClientEvaluation):
+    """What `evaluate` returns: over all clients together, and for each. `note` says why there is no score."""
+
+    target: str
+    preference: PreferenceMeans | None
+    suite: str | None
+    note: str
+    clients: dict[str, ClientEvaluation]
+
+
+class SuiteEvaluation(TypedDict):
+    """What `evaluate_suite` returns.
+
+    `score`, `complete`, `left_out` and `tasks` are as in `harness.SuiteScores`; `command` has lm-eval's own command lines
+    for the same.
+    """
+
+    target: str
+    suite: str
+    note: str
+    template: str
+    limit: int | None
+    command: list[list[str]]
+    score: float
+    complete: bool
+    left_out: dict[str, str]
+    tasks: Mapping[str, TaskScores]
 
 
 def evaluate(
@@ -39,7 +79,7 @@ def evaluate(
     recipe: str | None,
     values: Mapping[str, Any],
     client: str | None,
-) -> dict[str, Any]:
+) -> ModelEvaluation:
     """Compute held-out loss and score, for all clients together and for each client.
 
     Args:
@@ -48,10 +88,6 @@ def evaluate(
         values: dotted recipe keys to change. Set `model.…` here for a plain model, or to give an adapter another base
             than its configuration names. The recipe's own `model.…` applies only to that recipe's model.
         client: the client whose result to evaluate, after a personal algorithm.
-
-    Returns:
-        {"target", "loss", "score", "questions", "preference", "suite", "note",
-        "clients": {client: {loss, score, questions}}}
     """
     chosen, model = _loaded(target, recipe, values, client)
     found = find_data(chosen)
@@ -65,17 +101,17 @@ def evaluate(
         everything.append(measured(ClientData(data.sequences, (), (), (), data.server_questions)))
     return {
         "target": target,
-        **_means(everything),
+        **_means(add_sums(everything)),
         "preference": preference_means(sums),
         "suite": found.suite.name if found.suite else None,
         "note": found.score_note,
-        "clients": {name: _means([s]) for name, s in sums.items()},
+        "clients": {name: _means(s) for name, s in sums.items()},
     }
 
 
 def _measure(
     recipe: Recipe, model: AdaptedModel, template: Template, suite: Suite | None
-) -> Callable[[ClientData], dict[str, float]]:
+) -> Callable[[ClientData], Sums]:
     """Return a function of one client's data that gives sums of losses, right answers and preferences."""
     size, packed = recipe.evaluation.batch_size, supports_packing(model)
     objective = OBJECTIVES[recipe.train.objective](recipe.train)
@@ -83,7 +119,7 @@ def _measure(
         log.warning("no preferences: this result changed weights of the base, so there is no base to compare with")
         objective = OBJECTIVES["sft"](recipe.train)
 
-    def measured(part: ClientData) -> dict[str, float]:
+    def measured(part: ClientData) -> Sums:
         loss, tokens = loss_sums(model, part.sequences, part.test, batch_size=size, packed=packed)
         right = (
             score(
@@ -100,7 +136,7 @@ def _measure(
             else []
         )
         preferred = objective.sums(model, part.sequences, part.test, batch_size=size, packed=packed)
-        return {"loss_sum": loss, "tokens": tokens, "right": sum(right), "questions": len(right), **preferred}
+        return Sums(loss, tokens, sum(right), len(right), **preferred)
 
     return measured
 
@@ -125,7 +161,7 @@ def evaluate_suite(
     limit: int | None = None,
     shots: int | None = None,
     allow_unsafe: bool = False,
-) -> dict[str, Any]:
+) -> SuiteEvaluation:
     """Score public benchmarks with lm-eval and the live model. Prompts follow the recipe's template.
 
     Args:
@@ -133,9 +169,6 @@ def evaluate_suite(
         limit: use only the first so many questions of each task.
         shots: number of answered examples in front of each question; by default the suite's own number.
         allow_unsafe: run programs as the user if no sandbox works.
-
-    Returns:
-        {"target", "suite", "note", "template", "limit", "command"} and the values that `harness.score` returns.
     """
     chosen_suite = registry.task_suites.get(suite)
     from fedloom.evaluation.public import harness
@@ -199,9 +232,6 @@ def _base_of(adapter: Path) -> str | None:
     return str(name) if name else None
 
 
-def _means(sums: list[dict[str, float]]) -> dict[str, Any]:
-    return {
-        "loss": pooled_mean([(s["loss_sum"], s["tokens"]) for s in sums]),
-        "score": pooled_mean([(s["right"], s["questions"]) for s in sums]),
-        "questions": int(sum(s["questions"] for s in sums)),
-    }
+def _means(sums: Sums) -> ClientEvaluation:
+    found = means(sums)
+    return {"loss": found["loss"], "score": found["score"], "questions": found["questions"]}

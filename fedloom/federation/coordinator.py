@@ -113,7 +113,7 @@ class Coordinator:
     def _evaluated(self, finished: int) -> bool:
         """Whether this evaluation is there; one in the middle of a longer run is no final one of personal models."""
         done = self.progress.evaluations.get(finished)
-        return done is not None and (done["pooled"] or not self._final_personal(finished))
+        return done is not None and (done.pooled or not self._final_personal(finished))
 
     def _final_personal(self, finished: int) -> bool:
         """Whether each client's own model is now measured on everybody's test data."""
@@ -218,10 +218,10 @@ class Coordinator:
 
     def _evaluate(self, finished: int) -> None:
         result, cost, failures = self.evaluator.after(finished, self._final_personal(finished))
-        result["virtual_seconds"] = self.source.now
+        result = replace(result, virtual_seconds=self.source.now)
         self._measured(cost, failures)
         self.progress.evaluations[finished] = result
-        self.events.write("evaluation", round=finished, **result)
+        self.events.write("evaluation", round=finished, **result.to_json())
 
     def _measured(self, cost: Cost, failures: int) -> None:
         self.progress.cost += cost

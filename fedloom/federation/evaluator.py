@@ -8,24 +8,22 @@ Sums travel and means are made here (evaluation/means.py). This file does not kn
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from fedloom.algorithms.base import Algorithm, Deployed
 from fedloom.common.errors import RunFailed
 from fedloom.evaluation import means as measured
+from fedloom.evaluation.means import Sums
 from fedloom.federation.hooks.calls import Hooks
 from fedloom.federation.record.client_table import ClientTable
+from fedloom.federation.record.evaluation import Evaluation
 from fedloom.federation.rounds.dispatcher import Dispatcher
 from fedloom.federation.rounds.schedule import Schedule
 from fedloom.messages.types import Cost, Failure
 
-#: Measures a deployed model on data that the server holds: sums, as clients send them (without the loss's where only
-#: questions are asked).
-ServerMeasure = Callable[[Deployed], Mapping[str, float]]
-
-
-Sums = Mapping[str, float]
+#: Measures a deployed model on data that the server holds: sums, as of a client (zeros for the loss where only questions
+#: are asked).
+ServerMeasure = Callable[[Deployed], Sums]
 
 
 class Evaluator:
@@ -61,7 +59,7 @@ class Evaluator:
         """Whether each client's own model can be measured on everybody's test data, which only a simulation has."""
         return self._algorithm.properties.personal and self._dispatcher.runtime.capabilities.pooled_tests
 
-    def after(self, finished: int, pooled: bool) -> tuple[dict[str, Any], Cost, int]:
+    def after(self, finished: int, pooled: bool) -> tuple[Evaluation, Cost, int]:
         """(loss and score after `finished` rounds as the event has them, what it cost, how many clients failed).
 
         Personal models differ from client to client, so after the last round each is also measured on everybody's test
@@ -85,15 +83,19 @@ class Evaluator:
         else:
             asks = self._server_measure if self._dispatcher.terms.score and not (personal and finished) else None
             found = measured.combine_clients(own, self._asked(asks) if asks else None)
-        result = {
-            **{key: found[key] for key in ("loss", "score", "questions")},
-            "tokens": int(sum(m["tokens"] for m in own.values())),
-            **self.table.told(finished, {name: measured.means(m) for name, m in own.items()}),
-            "seconds": round(time.perf_counter() - started, 3),
-            "pooled": pooled,
-            "emulator": emulator,
-            "preference": measured.preference_means(own),
-        }
+        told = self.table.told(finished, {name: measured.means(m) for name, m in own.items()})
+        result = Evaluation(
+            found["loss"],
+            found["score"],
+            found["questions"],
+            int(sum(m.tokens for m in own.values())),
+            told["clients"],
+            told["spread"],
+            seconds=round(time.perf_counter() - started, 3),
+            pooled=pooled,
+            emulator=emulator,
+            preference=measured.preference_means(own),
+        )
         return result, cost, failures
 
     def measure(self, finished: int, dataset: str, clients: Sequence[str]) -> tuple[dict[str, Sums], Cost, int]:
@@ -107,7 +109,7 @@ class Evaluator:
                     self._dispatcher.failed(outcome, "evaluate")
                     failures += 1
                 else:
-                    sums[outcome.client] = outcome.metrics
+                    sums[outcome.client] = Sums.of(outcome.metrics)
         return {c: sums[c] for c in clients if c in sums}, cost, failures
 
     def validate(self, finished: int) -> tuple[float | None, Cost, int]:

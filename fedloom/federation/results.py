@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from fedloom.algorithms.base import Algorithm, Deployed
@@ -14,6 +15,7 @@ from fedloom.common.files import folder_name
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
 from fedloom.evaluation.loss import loss_sums
+from fedloom.evaluation.means import Sums
 from fedloom.evaluation.score import score
 from fedloom.evaluation.suites import Suite
 from fedloom.federation.coordinator import Coordinator
@@ -45,12 +47,12 @@ def server_measure(
     if not offsite and (suite is None or not questions):
         return None
 
-    def measure(deployed: Deployed) -> dict[str, float]:
+    def measure(deployed: Deployed) -> Sums:
         deploy(model, deployed)
-        sums: dict[str, float] = {"right": 0, "questions": 0}
+        sums = Sums()
         if offsite:
             loss = loss_sums(model, data.sequences, data.pooled().test, batch_size=settings.batch_size, packed=packed)
-            sums["loss_sum"], sums["tokens"] = loss
+            sums = Sums(*loss)
         if suite is not None and questions:
             right = score(
                 model,
@@ -62,7 +64,7 @@ def server_measure(
                 max_new_tokens=settings.max_new_tokens,
                 packed=packed,
             )
-            sums["right"], sums["questions"] = sum(right), len(right)
+            sums = replace(sums, right=sum(right), questions=len(right))
         return sums
 
     return measure

@@ -9,8 +9,10 @@ from typing import Any
 from fedloom.common import environment
 from fedloom.data.corpus import Partition
 from fedloom.data.federated import FederatedData
+from fedloom.evaluation.means import Means, PreferenceMeans
 from fedloom.federation.record.checkpoints import Progress
 from fedloom.federation.record.client_table import MANY, Clients, ClientTable
+from fedloom.federation.record.evaluation import Evaluation
 from fedloom.models.layout import Adapter
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.summary_types import (
@@ -25,6 +27,9 @@ from fedloom.reporting.summary_types import (
     VirtualSummary,
     WorstClient,
 )
+
+#: Of a client that was not measured.
+NOTHING: Means = {"loss": None, "tokens": 0, "score": None, "questions": 0}
 
 
 def summarise(
@@ -56,7 +61,8 @@ def summarise(
         spent: the result of `cost` before the reference run.
     """
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
-    before, after = tables.clients(0, first), tables.clients(progress.finished, last)
+    before = tables.clients(0, first.to_json())
+    after = tables.clients(progress.finished, last.to_json())
     clients = {name: _client(name, partition, before, after) for name in partition.clients}
     corpus = data.corpus
     return {
@@ -70,19 +76,19 @@ def summarise(
         "base": {"dtype": recipe.model.dtype, "quantization": recipe.model.quantization},
         "adapter": {"method": recipe.adapter.method, "parameters": adapter.layout.numel, "bytes": adapter.nbytes},
         "score": {
-            "before": first["score"],
-            "after": last["score"],
+            "before": first.score,
+            "after": last.score,
             "worst_client": _worst({name: c["score"] for name, c in clients.items()}, worst=min),
             "suite": suite,
-            "questions": last["questions"],
+            "questions": last.questions,
             "note": score_note,
         },
         "loss": {
-            "before": first["loss"],
-            "after": last["loss"],
+            "before": first.loss,
+            "after": last.loss,
             "worst_client": _worst({name: c["loss"] for name, c in clients.items()}, worst=max),
         },
-        "preference": _preference(first["preference"], last["preference"]),
+        "preference": _preference(first.preference, last.preference),
         "privacy": None if privacy is None else dict(privacy),
         "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
         "virtual": _virtual(progress),
@@ -118,18 +124,16 @@ def _data(data: FederatedData, partition: Partition, max_length: int) -> DataSum
     }
 
 
-def _offsite(
-    first: Mapping[str, Any], last: Mapping[str, Any], left: Mapping[str, int], reference: Summary | None
-) -> OffsiteSummary:
+def _offsite(first: Evaluation, last: Evaluation, left: Mapping[str, int], reference: Summary | None) -> OffsiteSummary:
     """Return the five results of offsite tuning, each with loss and score, and what left the server."""
     tuned: Scored | None = None
     if reference is not None:
         tuned = {"loss": reference["loss"]["after"], "score": reference["score"]["after"]}
     return {
-        "full_zero_shot": _pair(first),
-        "emulator_zero_shot": _pair(first["emulator"]),
-        "emulator_tuned": _pair(last["emulator"]),
-        "plug_in": _pair(last),
+        "full_zero_shot": {"loss": first.loss, "score": first.score},
+        "emulator_zero_shot": _scored(first.emulator),
+        "emulator_tuned": _scored(last.emulator),
+        "plug_in": {"loss": last.loss, "score": last.score},
         "full_tuned": tuned,
         "note": "" if tuned else "the full model was not tuned: algorithm.reference=false, or the data are at sites",
         "left_server": {
@@ -143,25 +147,26 @@ def _offsite(
     }
 
 
-def _preference(first: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> PreferenceSummary | None:
+def _preference(first: PreferenceMeans | None, last: PreferenceMeans | None) -> PreferenceSummary | None:
     """Return the results of preference tuning before and after: accuracy, and mean loss and margin of a pair."""
     if first is None or last is None:
         return None
-    accuracy, loss, margin = (_change(first, last, key) for key in ("accuracy", "loss", "margin"))
-    return {"accuracy": accuracy, "loss": loss, "margin": margin, "pairs": last["pairs"]}
+    return {
+        "accuracy": {"before": first["accuracy"], "after": last["accuracy"]},
+        "loss": {"before": first["loss"], "after": last["loss"]},
+        "margin": {"before": first["margin"], "after": last["margin"]},
+        "pairs": last["pairs"],
+    }
 
 
-def _change(before: Mapping[str, Any], after: Mapping[str, Any], key: str) -> Pair:
-    return {"before": before.get(key), "after": after.get(key)}
-
-
-def _pair(measured: Mapping[str, Any]) -> Scored:
+def _scored(measured: Means | None) -> Scored:
+    assert measured is not None  # the emulator's, which every evaluation of offsite tuning has
     return {"loss": measured["loss"], "score": measured["score"]}
 
 
 def _virtual(progress: Progress) -> VirtualSummary | None:
-    """Return the virtual time of a run and its loss over virtual time; None where time is real."""
-    curve = [[e["virtual_seconds"], e["loss"]] for _, e in sorted(progress.evaluations.items())]
+    """Where time is made up: how long it took, and the loss over it."""
+    curve = [[e.virtual_seconds, e.loss] for _, e in sorted(progress.evaluations.items())]
     seconds = curve[-1][0]
     return None if seconds is None else {"seconds": seconds, "loss": curve}
 
@@ -201,12 +206,12 @@ def _named(clients: dict[str, ClientSummary]) -> dict[str, ClientSummary]:
 
 def _client(name: str, partition: Partition, first: Clients, last: Clients) -> ClientSummary:
     shard = partition.shards[name]
-    before, after = first.get(name, {}), last.get(name, {})
+    before, after = first.get(name, NOTHING), last.get(name, NOTHING)
     return {
         "train": len(shard.train),
         "test": len(shard.test),
-        "loss": _change(before, after, "loss"),
-        "score": _change(before, after, "score"),
+        "loss": {"before": before["loss"], "after": after["loss"]},
+        "score": {"before": before["score"], "after": after["score"]},
     }
 
 

@@ -18,7 +18,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from transformers import GenerationConfig
@@ -106,6 +106,32 @@ class LiveModel(HFLM):
         return torch.cat([context, answer], dim=1)
 
 
+class TaskScores(TypedDict):
+    """One task's numbers.
+
+    `metrics` and `stderr` have lm-eval's own, by its names, and `metric` is the one that `score` is. `categories` has
+    [score, questions] of each category where there are several.
+    """
+
+    score: float
+    metric: str
+    metrics: dict[str, float]
+    stderr: dict[str, float]
+    questions: int
+    shots: int
+    source: str
+    categories: dict[str, list[float]]
+
+
+class SuiteScores(TypedDict):
+    """A suite's numbers: `score` is the mean over `tasks`; `left_out` says why a task was not measured."""
+
+    score: float
+    complete: bool
+    left_out: dict[str, str]
+    tasks: dict[str, TaskScores]
+
+
 def score(
     model: AdaptedModel,
     suite: TaskSuite,
@@ -115,16 +141,12 @@ def score(
     limit: int | None,
     shots: int | None,
     allow_unsafe: bool,
-) -> dict[str, Any]:
+) -> SuiteScores:
     """Measure the live model.
 
     Args:
         limit: take only the first `limit` questions of each task; None takes all.
         shots: answered examples in front of each question; None takes the suite's own numbers.
-
-    Returns:
-        {"score", "complete", "left_out": {task: why}, "tasks": {task: {"score", "metric", "metrics", "stderr",
-        "questions", "shots", "source", "categories"}}}
 
     Raises:
         UserError: a task's data, sandbox or toolchain is missing (for a partial suite: those of every task), or the
@@ -137,7 +159,7 @@ def score(
             "remove the task from the suite"
         )
     specials = False if template.style == "chat" else None
-    tasks: dict[str, Any] = {}
+    tasks: dict[str, TaskScores] = {}
     left_out: dict[str, str] = {}
     with _quiet(), tempfile.TemporaryDirectory(prefix="fedloom-tokenizer-") as folder:
         model.tokenizer.save_pretrained(folder)
@@ -191,7 +213,7 @@ def _manager(suite: TaskSuite, metadata: Mapping[str, Any]) -> TaskManager:
     return TaskManager(include_path=str(suite.folder), include_defaults=False, metadata=dict(metadata))
 
 
-def _task(found: Mapping[str, Any], name: str, metric: str, docs: Docs) -> dict[str, Any]:
+def _task(found: Mapping[str, Any], name: str, metric: str, docs: Docs) -> TaskScores:
     """Return one task's metrics from lm-eval's results, whose keys are `metric,filter`."""
     numbers = {k.partition(",")[0]: v for k, v in found["results"][name].items() if "," in k}
     errors = {k.removesuffix("_stderr"): v for k, v in numbers.items() if k.endswith("_stderr")}

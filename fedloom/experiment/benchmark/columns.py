@@ -66,7 +66,10 @@ def _messages(events: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 def _own(events: Sequence[Mapping[str, Any]], tables: ClientTable) -> dict[str, list[float]]:
     last = next((e for e in reversed(events) if e["event"] == "evaluation"), None)
     clients = tables.clients(last["round"], last).values() if last else ()
-    return {key: [c[key] for c in clients if c[key] is not None] for key in ("loss", "score")}
+    return {
+        "loss": [own["loss"] for own in clients if own["loss"] is not None],
+        "score": [own["score"] for own in clients if own["score"] is not None],
+    }
 
 
 def at(*keys: str) -> Callable[[Numbers], float | None]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import folder_name, link_file, write_bytes, write_json
+from fedloom.federation.record.evaluation import Evaluation
 from fedloom.federation.record.events import Stopped
 from fedloom.messages.at_rest import VERSION, DamagedFile, decode_state, encode_state, from_bytes, to_bytes
 from fedloom.messages.types import Cost, Payload
@@ -56,7 +57,7 @@ class Progress:
     finished: int = 0
     cost: Cost = Cost()
     evaluation_cost: Cost = Cost()
-    evaluations: dict[int, dict[str, Any]] = field(default_factory=dict)
+    evaluations: dict[int, Evaluation] = field(default_factory=dict)
     failures: int = 0
     skipped_steps: int = 0
     stopped: Stopped | None = None
@@ -72,7 +73,7 @@ class Progress:
         return {
             "cost": asdict(self.cost),
             "evaluation_cost": asdict(self.evaluation_cost),
-            "evaluations": {str(k): v for k, v in self.evaluations.items()},
+            "evaluations": {str(k): v.to_json() for k, v in self.evaluations.items()},
             "failures": self.failures,
             "skipped_steps": self.skipped_steps,
             "stopped": self.stopped,
@@ -85,7 +86,7 @@ class Progress:
             finished,
             Cost(**notes["cost"]),
             Cost(**notes["evaluation_cost"]),
-            {int(k): v for k, v in notes["evaluations"].items()},
+            {int(k): Evaluation.from_json(v) for k, v in notes["evaluations"].items()},
             notes["failures"],
             notes["skipped_steps"],
             notes["stopped"],
