@@ -165,7 +165,7 @@ def _scored(measured: Means | None) -> Scored:
 
 
 def _virtual(progress: Progress) -> VirtualSummary | None:
-    """Where time is made up: how long it took, and the loss over it."""
+    """Return the virtual time of a run and its loss over virtual time; None where time is real."""
     curve = [[e.virtual_seconds, e.loss] for _, e in sorted(progress.evaluations.items())]
     seconds = curve[-1][0]
     return None if seconds is None else {"seconds": seconds, "loss": curve}
