@@ -521,7 +521,7 @@ def test_questions_are_answered_by_both_models_and_the_reference_can_be_left_out
         ({"align": {"path": None}}, {}, r"algorithm.align names no data"),
         ({"align": {"path": "/no/such/file.jsonl"}}, {}, r"/no/such/file.jsonl"),
         ({"align": {"step": 3}}, {}, r"unknown option algorithm.align.step of fedot"),
-        ({"name": "fedbiot"}, {}, r"fedbiot aligns its emulator on public data and has none"),
+        ({"name": "fedbiot"}, {}, r"fedbiot aligns its emulator on public data, but the recipe names none"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_before_anything_is_written(recipe, tmp_path, options, overrides, sentence):
