@@ -72,7 +72,7 @@ def measure(values: dict[str, Any], rounds: int) -> dict[str, float]:
         coordinator.events.close()
         updates = [e for e in read_events(folder / "events.jsonl") if e["event"] == "client_update"]
         deploy(setting.model, setting.algorithm.deployed())
-        clients = [setting.data.client(c) for c in setting.clients.clients]
+        clients = [setting.data.client(c) for c in setting.found.clients.clients]
         indices = [i for client in clients for i in client.validation]
         packed = setting.recipe.train.packing == "on"
         loss, tokens = loss_sums(setting.model, setting.data.sequences, indices, batch_size=24, packed=packed)

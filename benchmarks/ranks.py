@@ -57,7 +57,7 @@ def main() -> None:
         "train.batch_size": 8, "evaluation.suite": None, "train.packing": "on",
     })  # fmt: skip
     setting = prepare(recipe, Watch())
-    client = setting.clients.training_clients[0]
+    client = setting.found.clients.training_clients[0]
     work = wire.encode_assignment(
         Assignment("train", client, 1, 1, setting.algorithm.round_payload(client), steps=options.steps)
     )

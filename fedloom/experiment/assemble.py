@@ -18,6 +18,7 @@ from fedloom.federation.record.run_folder import RunFolder
 from fedloom.federation.results import server_measure
 from fedloom.federation.rounds.asynchronous import AsynchronousRounds
 from fedloom.federation.rounds.collection import UpdateSource
+from fedloom.federation.rounds.devices import make_fleet, pace_of
 from fedloom.federation.rounds.dispatcher import Dispatcher, Terms
 from fedloom.federation.rounds.synchronous import SynchronousRounds
 from fedloom.federation.rounds.virtual_time import VirtualTime
@@ -40,7 +41,7 @@ def assemble(setting: Setting, folder: RunFolder, resume: bool, watch: Watch) ->
     for damage in damages:
         log.warning(damage)
     folder.write_recipe(recipe)
-    folder.write("split.json", setting.split, rows="clients")
+    folder.write("split.json", setting.found.split, rows="clients")
     trackers = open_trackers(recipe.tracking.trackers, recipe.name, folder / "trackers", recipe.resolved())
     events = Events(folder / "events.jsonl", watch.event, trackers)
     runtime = setting.runtime or _open_runtime(setting, folder, watch)
@@ -69,17 +70,20 @@ def _coordinator(setting: Setting, runtime: Runtime, record: Record, watch: Watc
     """Build the coordinator from its parts, before the first round."""
     recipe, algorithm, schedule = setting.recipe, setting.algorithm, setting.schedule
     folder, hooks = record.checkpoints.folder, Hooks.of_server(recipe.hooks)
-    virtual = VirtualTime(setting.pace) if setting.pace is not None and runtime.capabilities.virtual else None
+    pace = pace_of(recipe, algorithm, make_fleet(recipe, setting.found.clients))
+    virtual = VirtualTime(pace) if pace is not None and runtime.capabilities.virtual else None
     chains = Chains.of(recipe.operators, recipe.privacy is not None)
     channel = ServerChannel(chains, recipe.seed) if chains else None
-    terms = Terms(for_clients(recipe), recipe.federation.rounds, schedule.steps, score=setting.suite is not None)
+    terms = Terms(for_clients(recipe), recipe.federation.rounds, schedule.steps, score=setting.found.suite is not None)
     dispatcher = Dispatcher(algorithm, runtime, terms, channel, record.events, watch.tick, virtual)
     source: UpdateSource = SynchronousRounds(dispatcher, schedule, folder)
     if algorithm.properties.asynchronous:
         buffer = algorithm.buffer(schedule.sampled())
         source = AsynchronousRounds(dispatcher, schedule, buffer, folder / "in-flight")
     offsite = algorithm.properties.offsite
-    measure = server_measure(recipe, setting.model, setting.template, setting.suite, setting.data, offsite=offsite)
+    measure = server_measure(
+        recipe, setting.model, setting.template, setting.found.suite, setting.data, offsite=offsite
+    )
     evaluator = Evaluator(
         algorithm,
         dispatcher,
@@ -98,8 +102,8 @@ def _headline(setting: Setting) -> dict[str, Any]:
         "name": recipe.name,
         "algorithm": recipe.algorithm.name,
         "model": recipe.model.name,
-        "corpus": setting.corpus.name,
-        "clients": len(setting.clients.clients),
+        "corpus": setting.found.corpus.name,
+        "clients": len(setting.found.clients.clients),
         "rounds": recipe.federation.rounds,
         "parameters": setting.model.adapter.layout.numel,
     }

@@ -25,18 +25,14 @@ from fedloom.algorithms.base import Algorithm
 from fedloom.algorithms.build import make
 from fedloom.algorithms.privacy.plan import describe_privacy, settle_privacy
 from fedloom.common import environment, registry
-from fedloom.data.corpus import Corpus, Partition
 from fedloom.data.federated import FederatedData
 from fedloom.data.prompts import Template
-from fedloom.data.splitters import SplitTable
-from fedloom.evaluation.suites import Suite
 from fedloom.federation.checks import check_data, check_model, check_recipe
 from fedloom.federation.checks.facts import ModelFacts
 from fedloom.federation.cohorts import alone_by_recipe, choose_cohort
 from fedloom.federation.hooks.calls import check_hooks
-from fedloom.federation.rounds.devices import Fleet, make_fleet, pace_of, with_room
+from fedloom.federation.rounds.devices import Fleet, make_fleet, with_room
 from fedloom.federation.rounds.schedule import Schedule, make_schedule
-from fedloom.federation.rounds.virtual_time import Pace
 from fedloom.federation.runtime import Runtime
 from fedloom.federation.watch import Watch
 from fedloom.federation.workplace import Found, find_data, holders, open_models, open_template, tokenise_data
@@ -95,25 +91,25 @@ class Setting:
 
     Attributes:
         recipe: resolved: every default and choice is written out.
-        split: the content of split.json.
+        found: the data before they are tokens: corpus, split and suite.
+        data: the same as tokens.
         runtime: connects clients that are elsewhere and keep their data; None where this process opens the recipe's
             runtime.
     """
 
     recipe: Recipe
-    corpus: Corpus
-    clients: Partition
+    found: Found
     data: FederatedData
     models: Models
-    model: AdaptedModel
-    algorithm: Algorithm
     template: Template
-    suite: Suite | None
-    score_note: str
+    algorithm: Algorithm
     schedule: Schedule
-    split: SplitTable
-    pace: Pace | None = None
     runtime: Runtime | None = None
+
+    @property
+    def model(self) -> AdaptedModel:
+        """The server's model, with one adapter in it."""
+        return self.algorithm.model
 
 
 @dataclass
@@ -178,11 +174,7 @@ def _prepared(recipe: Recipe, source: Source, models: Models | None) -> Setting:
         }
     )
 
-    setting = Setting(
-        resolved, found.corpus, found.clients, data, models, model, algorithm, template, found.suite, found.score_note,
-        schedule, found.split, pace_of(resolved, algorithm, settled.fleet),
-    )  # fmt: skip
-    return source.join(setting)
+    return source.join(Setting(resolved, found, data, models, template, algorithm, schedule))
 
 
 def settle(recipe: Recipe, found: Found) -> Settled:

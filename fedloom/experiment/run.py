@@ -31,7 +31,7 @@ from fedloom.models.forward import default_peft_model
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.card import write_cards
 from fedloom.reporting.html import write_report
-from fedloom.reporting.summary import cost, summarise
+from fedloom.reporting.summary import Measured, Product, cost, summarise
 from fedloom.reporting.summary_types import Summary
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     recipe, model, algorithm = setting.recipe, setting.model, setting.algorithm
     settings = recipe.evaluation
     recorder = AnswerRecorder(
-        setting.template, setting.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
+        setting.template, setting.found.suite, settings.batch_size, recipe.data.max_length, settings.max_new_tokens
     )  # fmt: skip
     samples = pick_samples(setting.data, settings.answers)
     answers = cast(Answers | None, folder.read("answers.json"))
@@ -144,23 +144,13 @@ def _results(setting: Setting, folder: RunFolder, coordinator: Coordinator, watc
     spent = cost(progress)
     reference = None if setting.runtime else _reference(setting, folder, watch)
     load("")
-    summary = summarise(
-        recipe,
-        setting.data,
-        setting.clients,
-        progress,
-        coordinator.evaluator.table,
-        adapter=algorithm.deployed().adapter,
-        adapter_sha256=digest,
-        suite=setting.suite.name if setting.suite else None,
-        score_note=setting.score_note,
-        privacy=algorithm.guarantee(),
-        left_server=algorithm.left_server(),
-        reference=reference,
-        spent=spent,
-    )
+    suite = setting.found.suite.name if setting.found.suite else None
+    measured = Measured(progress, coordinator.evaluator.table, suite, setting.found.score_note, spent)
+    adapter, privacy = algorithm.deployed().adapter, algorithm.guarantee()
+    product = Product(adapter, digest, privacy, algorithm.left_server(), reference)
+    summary = summarise(recipe, setting.data, setting.found.clients, measured, product)
     folder.write("summary.json", summary)
-    write_cards(folder, recipe, summary, setting.clients.clients)
+    write_cards(folder, recipe, summary, setting.found.clients.clients)
     seconds = summary["cost"]["wall_seconds"]
     coordinator.events.write("run_finished", rounds=progress.finished, adapter_sha256=digest, seconds=seconds)
     coordinator.events.close()

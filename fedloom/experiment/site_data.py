@@ -77,7 +77,7 @@ class Sites:
             UserError: a hook cannot work with these data.
             RunFailed: too few sites take part.
         """
-        recipe, algorithm, everybody = setting.recipe, setting.algorithm, setting.clients
+        recipe, algorithm, everybody = setting.recipe, setting.algorithm, setting.found.clients
         log.info("asking the sites about their data")
         # A client with an emulator has only the parts of the model that the server sends, so it needs the tokenizer too.
         files = shipping.tokenizer_files(setting.model.tokenizer) if algorithm.properties.offsite else {}
@@ -93,9 +93,8 @@ class Sites:
         schedule = _schedule(recipe, algorithm, clients)
         check_hooks(recipe, algorithm, clients)
         data = FederatedData(setting.data.corpus, setting.data.sequences, clients, {})
-        return replace(
-            setting, clients=clients, data=data, schedule=schedule, split=_split(clients), runtime=self._runtime
-        )
+        found = replace(setting.found, clients=clients, split=_split(clients))
+        return replace(setting, found=found, data=data, schedule=schedule, runtime=self._runtime)
 
 
 def find_at_sites(recipe: Recipe, clients: Sequence[str]) -> Found:

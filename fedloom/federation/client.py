@@ -232,12 +232,12 @@ class Client:
             first_step=(round - 1) * per_round,
             total_steps=assignment.rounds * per_round,
             optimizer_state=optimizer.tensors if optimizer else None,
-            steps_per_epoch=per_round // train.epochs if train.epochs and not assignment.steps else None,
             hooks=self._hooks,
             ranks=ranks,
         )
         if self._hooks is not None:
-            self._hooks.begin(client, round, self._state.get(SECTION))
+            steps_per_epoch = per_round // train.epochs if train.epochs and not assignment.steps else None
+            self._hooks.begin(client, round, self._state.get(SECTION), steps_per_epoch)
         began = time.process_time()
         with fork_torch(self._recipe.seed, "dropout", round, client if ranks.count == 1 else ranks.stream(client)):
             result = self._algorithm.local_training(run) if self._hooks is None else self._hooked(run, self._hooks)

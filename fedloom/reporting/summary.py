@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from fedloom.common import environment
@@ -32,34 +33,51 @@ from fedloom.reporting.summary_types import (
 NOTHING: Means = {"loss": None, "tokens": 0, "score": None, "questions": 0}
 
 
-def summarise(
-    recipe: Recipe,
-    data: FederatedData,
-    partition: Partition,
-    progress: Progress,
-    tables: ClientTable,
-    *,
-    adapter: Adapter,
-    adapter_sha256: str,
-    suite: str | None,
-    score_note: str,
-    privacy: Mapping[str, Any] | None,
-    left_server: Mapping[str, int] | None,
-    reference: Summary | None,
-    spent: CostSummary,
-) -> Summary:
-    """Build the summary as JSON values; docs/run-folder.md explains each key.
+@dataclass(frozen=True)
+class Measured:
+    """What a run measured and spent.
 
-    Args:
-        partition: the clients of the recipe, before the `global` baseline pools them.
-        tables: the evaluations of single clients.
-        adapter_sha256: of the deployed tensors; where clients end with their own, of all personal tensors.
+    Attributes:
+        table: the evaluations of single clients.
+        suite: the name of the paired evaluation, or None.
         score_note: why there is no score, or the empty string.
+        spent: the result of `cost` before the reference run.
+    """
+
+    progress: Progress
+    table: ClientTable
+    suite: str | None
+    score_note: str
+    spent: CostSummary
+
+
+@dataclass(frozen=True)
+class Product:
+    """The result of a run.
+
+    Attributes:
+        sha256: of the deployed tensors; where clients end with their own, of all personal tensors.
         privacy: the algorithm's guarantee.
         left_server: for an algorithm with an emulator: the parameters and bytes of the model that clients received.
         reference: the summary of the reference run, which tunes the same layers in the full model.
-        spent: the result of `cost` before the reference run.
     """
+
+    adapter: Adapter
+    sha256: str
+    privacy: Mapping[str, Any] | None
+    left_server: Mapping[str, int] | None
+    reference: Summary | None
+
+
+def summarise(
+    recipe: Recipe, data: FederatedData, partition: Partition, measured: Measured, product: Product
+) -> Summary:
+    """Return the summary as JSON values; docs/run-folder.md explains each key.
+
+    Args:
+        partition: the clients of the recipe, before the `global` baseline pools them.
+    """
+    progress, tables, adapter = measured.progress, measured.table, product.adapter
     first, last = progress.evaluations[0], progress.evaluations[progress.finished]
     before = tables.clients(0, first.to_json())
     after = tables.clients(progress.finished, last.to_json())
@@ -79,9 +97,9 @@ def summarise(
             "before": first.score,
             "after": last.score,
             "worst_client": _worst({name: c["score"] for name, c in clients.items()}, worst=min),
-            "suite": suite,
+            "suite": measured.suite,
             "questions": last.questions,
-            "note": score_note,
+            "note": measured.score_note,
         },
         "loss": {
             "before": first.loss,
@@ -89,10 +107,12 @@ def summarise(
             "worst_client": _worst({name: c["loss"] for name, c in clients.items()}, worst=max),
         },
         "preference": _preference(first.preference, last.preference),
-        "privacy": None if privacy is None else dict(privacy),
-        "offsite": None if left_server is None else _offsite(first, last, left_server, reference),
+        "privacy": None if product.privacy is None else dict(product.privacy),
+        "offsite": None
+        if product.left_server is None
+        else _offsite(first, last, product.left_server, product.reference),
         "virtual": _virtual(progress),
-        "cost": spent,
+        "cost": measured.spent,
         "clients": len(partition.clients),
         "rounds": progress.finished,
         "stopped": progress.stopped,
@@ -101,7 +121,7 @@ def summarise(
         "skipped_steps": progress.skipped_steps,
         "data": _data(data, partition, recipe.data.max_length),
         "per_client": _named(clients),
-        "adapter_sha256": adapter_sha256,
+        "adapter_sha256": product.sha256,
         "versions": environment.versions(),
         "environment": environment.describe(),
         "git": environment.git_commit(),

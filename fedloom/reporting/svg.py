@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from markupsafe import Markup
 
@@ -92,14 +93,15 @@ class BarChart:
 class Frame:
     """Maps rounds and values to the drawing's units. `labels` is the space on the right for names."""
 
+    top: ClassVar[int] = 14
+    bottom: ClassVar[int] = 34
+
     width: int
     height: int
     x: tuple[float, float]
     y: tuple[float, float]
     labels: int = 12
     left: int = 52
-    top: int = 14
-    bottom: int = 34
     ticks: tuple[float, ...] = field(default=())
 
     @property

@@ -73,7 +73,6 @@ class LocalRun:
             `ranks.own` selects this rank's.
         first_step, total_steps: the round's first optimiser step in the run and the run's number of steps, for schedules.
         optimizer_state: of the client's last round, where the recipe keeps it.
-        steps_per_epoch: None where the recipe counts steps instead of epochs.
         hooks: the recipe's, called within `fit`.
         ranks: this process's place among those that train this client.
     """
@@ -84,7 +83,6 @@ class LocalRun:
     first_step: int
     total_steps: int
     optimizer_state: Mapping[str, torch.Tensor] | None = None
-    steps_per_epoch: int | None = None
     hooks: Hooks | None = None
     ranks: Ranks = ALONE
 
@@ -101,7 +99,7 @@ class LocalRun:
             total_steps=self.total_steps,
             optimizer_state=self.optimizer_state,
             parameter=parameter,
-            hooks=self.hooks.fit(self.model, grad, self.steps_per_epoch) if self.hooks else None,
+            hooks=self.hooks.fit(self.model, grad) if self.hooks else None,
             ranks=self.ranks,
         )
 

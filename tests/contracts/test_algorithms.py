@@ -487,7 +487,7 @@ def test_a_plain_mean_is_linear_in_what_clients_send(name, played):
 
 
 def held_out_loss(setting: Setting, model) -> float:
-    test = [i for shard in setting.clients.shards.values() for i in shard.test]
+    test = [i for shard in setting.found.clients.shards.values() for i in shard.test]
     total, tokens = loss_sums(model, setting.data.sequences, test, batch_size=4, packed=True)
     return total / tokens
 

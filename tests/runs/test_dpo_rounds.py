@@ -54,7 +54,7 @@ def test_the_reference_is_the_base_in_every_round(recipe, tmp_path, untouched, m
     monkeypatch.setattr(base, "unit_losses", watched)
     federation = Federation(recipe(**{"algorithm.name": name}), tmp_path)
     data = federation.setting.data
-    measured = {c: federation.evaluate(c, 0).metrics for c in federation.setting.clients.testing_clients}
+    measured = {c: federation.evaluate(c, 0).metrics for c in federation.setting.found.clients.testing_clients}
     for metrics in measured.values():
         assert metrics["margin_sum"] == 0.0 and metrics["preferred"] == metrics["pairs"] / 2
     updates = federation.round(1)

@@ -62,16 +62,16 @@ def test_sampling_is_what_the_accountant_counts(tiny_recipe):
         return setting.schedule, setting.algorithm
 
     schedule, algorithm = scheduled(**{"privacy.noise": 1.0, "federation.clients_per_round": 2})
-    assert schedule.independent and schedule.secret and algorithm.rate == pytest.approx(2 / 3)
+    assert schedule.sampling.independent and schedule.sampling.secret and algorithm.rate == pytest.approx(2 / 3)
     assert algorithm.expected == 2 and schedule.federation.min_clients == 0
     schedule, algorithm = scheduled(**{"privacy.noise": 1.0, "federation.clients_per_round": 3})
-    assert not schedule.independent and algorithm.rate == 1
+    assert not schedule.sampling.independent and algorithm.rate == 1
     schedule, algorithm = scheduled(
         **{"privacy": {"noise": 1.0, "where": "client"}, "federation.clients_per_round": 2}
     )  # the server sees who sends
-    assert not schedule.independent and algorithm.rate == 1 and algorithm.expected == 2
+    assert not schedule.sampling.independent and algorithm.rate == 1 and algorithm.expected == 2
     schedule, _ = scheduled(**{"federation.clients_per_round": 2})
-    assert not schedule.independent and schedule.federation.min_clients == 1
+    assert not schedule.sampling.independent and schedule.federation.min_clients == 1
 
 
 def test_a_round_without_clients_is_noise_and_counts(tiny_recipe, tmp_path):

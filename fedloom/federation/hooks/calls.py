@@ -62,6 +62,7 @@ class Hooks:
     def __init__(self, hooks: Mapping[str, Hook] | None = None, points: Sequence[str] = ()) -> None:
         self._hooks = {name: h for name, h in (hooks or {}).items() if h.points(points)}
         self._at = {p: [h for h in self._hooks.values() if h.points((p,))] for p in points}
+        self._steps_per_epoch: int | None = None
 
     @classmethod
     def of_client(cls, configs: Sequence[HookConfig]) -> Hooks:
@@ -89,16 +90,21 @@ class Hooks:
                 raise ValueError(f"the hook's number {key} is {value}: only finite ones are logged")
         return found
 
-    def begin(self, client: str, round: int, state: Payload | None) -> None:
-        """It is `client`'s turn, with what its hooks kept."""
+    def begin(self, client: str, round: int, state: Payload | None, steps_per_epoch: int | None = None) -> None:
+        """It is `client`'s turn, with what its hooks kept.
+
+        Args:
+            steps_per_epoch: None where the client counts steps.
+        """
+        self._steps_per_epoch = steps_per_epoch
         self.load(state or Payload())
         for hook in self._hooks.values():
             hook.client, hook.round, hook.numbers = client, round, {}
 
-    def fit(self, model: AdaptedModel, grad: torch.Tensor, steps_per_epoch: int | None) -> FitHooks | None:
+    def fit(self, model: AdaptedModel, grad: torch.Tensor) -> FitHooks | None:
         """For one walk over optimiser steps by `grad`; None where nobody acts within."""
         inside = any(self.acts(p) for p in CLIENT_POINTS[1:-1])
-        return FitHooks(self, model, grad, steps_per_epoch) if inside else None
+        return FitHooks(self, model, grad, self._steps_per_epoch) if inside else None
 
     # ------------------------------------------------------------------ state
 

@@ -62,7 +62,9 @@ class Progress:
     skipped_steps: int = 0
     stopped: Stopped | None = None
     earlier: tuple[float, float] = (0.0, 0.0)
-    _started: tuple[float, float] = field(default_factory=lambda: (time.perf_counter(), time.process_time()))
+    _started: tuple[float, float] = field(
+        default_factory=lambda: (time.perf_counter(), time.process_time()), init=False
+    )
 
     def elapsed(self) -> tuple[float, float]:
         """(wall, CPU) seconds of the run so far, all sessions that left a checkpoint together."""

@@ -72,7 +72,7 @@ def with_room(recipe: Recipe, schedule: Schedule, fleet: Fleet | None, model: Ad
             f"{len(small)} of {len(schedule.training)} clients have no room for the model ({needed:,} bytes) "
             "and are never sampled"
         )
-    return replace(schedule, training=training, there=fleet.there)
+    return replace(schedule, training=training, sampling=replace(schedule.sampling, there=fleet.there))
 
 
 #: What is drawn from a distribution, each with its own stream of numbers; a trace may name these and the two below.

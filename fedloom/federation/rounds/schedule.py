@@ -45,15 +45,33 @@ def _private_schedule(schedule: Schedule, privacy: PrivacyConfig) -> Schedule:
 
     A round without any client is a round, of noise alone: ending the run there would tell who was not in it.
     """
-    schedule = replace(schedule, secret=not privacy.seeded)
+    schedule = replace(schedule, sampling=Sampling(secret=not privacy.seeded))
     if privacy.where == "client" or schedule.sampled() == len(schedule.training):
         return schedule
     federation = schedule.federation
-    return replace(schedule, independent=True, federation=federation.model_copy(update={"min_clients": 0}))
+    sampling = replace(schedule.sampling, independent=True)
+    return replace(schedule, sampling=sampling, federation=federation.model_copy(update={"min_clients": 0}))
 
 
 #: The most attempts of a simulated server to find available clients, or to repeat work of clients that vanished.
 ATTEMPTS = 1000
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a round's clients are drawn; by default exactly `sampled()` of all, from the seed.
+
+    Attributes:
+        independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
+            sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
+        secret: the sample comes from the operating system's entropy and not from the seed.
+        there: (round, attempt) → the clients that can be reached as it begins, or when the server looks again; None where
+            all always can.
+    """
+
+    independent: bool = False
+    secret: bool = False
+    there: Callable[[int, int], frozenset[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,11 +83,6 @@ class Schedule:
         testing: clients that have test data, in order.
         steps: optimiser steps of an assignment, None where clients count epochs.
         every: evaluate after every k rounds; 0 only before and after.
-        independent: every client takes part with probability sampled()/len(training), whatever the others do (Poisson
-            sampling), so that a round may have no client at all; otherwise exactly sampled() of them.
-        secret: the sample comes from the operating system's entropy and not from the seed.
-        there: (round, attempt) → the clients that can be reached as it begins, or when the server looks again; None where
-            all always can.
         measured: those of `testing` that evaluations measure, in order; None is all of them.
     """
 
@@ -79,10 +92,8 @@ class Schedule:
     steps: int | None
     every: int
     seed: int
-    independent: bool = False
-    secret: bool = False
     measured: tuple[str, ...] | None = None
-    there: Callable[[int, int], frozenset[str]] | None = None
+    sampling: Sampling = Sampling()
 
     @property
     def measuring(self) -> tuple[str, ...]:
@@ -102,7 +113,7 @@ class Schedule:
         count, pool = self.sampled(), self._reachable(round, self.federation.min_clients)
         if count >= len(pool):
             return pool
-        if self.independent:
+        if self.sampling.independent:
             numbers = self._numbers(round)
             return tuple(c for c, u in zip(self.training, numbers, strict=True) if u <= count / len(self.training))
         rng = numpy_generator(self.seed, "sample", round)
@@ -116,10 +127,10 @@ class Schedule:
 
     def _reachable(self, round: int, fewest: int) -> tuple[str, ...]:
         """Who is there; where those are fewer than `fewest`, the server looks again, ATTEMPTS times. Raises RunFailed."""
-        if self.there is None:
+        if self.sampling.there is None:
             return self.training
         for attempt in range(ATTEMPTS):
-            there = self.there(round, attempt)
+            there = self.sampling.there(round, attempt)
             found = tuple(client for client in self.training if client in there)
             if len(found) >= fewest:
                 return found
@@ -130,7 +141,7 @@ class Schedule:
 
     def _numbers(self, round: int) -> np.ndarray:
         """One for each client, uniform in (0, 1]."""
-        if self.secret:
+        if self.sampling.secret:
             return secret_uniform(len(self.training))
         return 1.0 - numpy_generator(self.seed, "sample", round).random(len(self.training))
 

@@ -44,15 +44,15 @@ class Work:
     kind: str
     size: int
     deadline: float | None
-    data: Bytes = b""
-    received: int = 0
-    state: State = "arriving"
-    result: Bytes = b""
-    reason: str = ""
-    detail: str = ""
-    stopped: bool = False
-    began: float = 0.0
-    changed: threading.Event = field(default_factory=threading.Event)
+    data: Bytes = field(default=b"", init=False)
+    received: int = field(default=0, init=False)
+    state: State = field(default="arriving", init=False)
+    result: Bytes = field(default=b"", init=False)
+    reason: str = field(default="", init=False)
+    detail: str = field(default="", init=False)
+    stopped: bool = field(default=False, init=False)
+    began: float = field(default=0.0, init=False)
+    changed: threading.Event = field(default_factory=threading.Event, init=False)
 
     def take(self, offset: int, data: Bytes) -> None:
         """Store the bytes from `offset` on. A piece that is the whole message is kept without a copy."""

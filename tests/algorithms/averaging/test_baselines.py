@@ -110,7 +110,7 @@ def test_global_is_plain_fine_tuning_on_the_pool(tiny_recipe, tmp_path):
     recipe = tiny_recipe({"algorithm": "global"})
     result = fedloom.run(recipe, out=tmp_path / "run")
     setting = prepare(recipe, Watch())
-    pool = sorted(i for shard in setting.clients.shards.values() for i in shard.train)
+    pool = sorted(i for shard in setting.found.clients.shards.values() for i in shard.train)
     assert len(pool) == 45
     assert result.summary["cost"]["steps"] == 2 * 2 * 3  # rounds × steps × clients
     assert torch.equal(flat(tmp_path / "run" / "adapter"), plain(setting, pool, "all-clients", 6, 2))

@@ -84,7 +84,7 @@ def test_a_run_that_is_stopped_ends_as_any_run_ends(tiny_recipe, tmp_path, stopp
         setting.model.adapter.load({n.removeprefix("shared/"): t for n, t in state.server.tensors.items()})
         sums = [
             loss_sums(setting.model, d.sequences, d.validation, batch_size=24, packed=True)
-            for d in map(setting.data.client, setting.clients.clients)
+            for d in map(setting.data.client, setting.found.clients.clients)
         ]
         (event,) = [e for e in told if e["event"] == "round_finished" and e["round"] == number]
         own = event["metrics"]["early_stopping/validation_loss"]
@@ -155,7 +155,7 @@ def test_the_average_is_what_is_measured_and_saved_and_not_what_is_trained(tiny_
     setting.model.adapter.load(saved)
     sums = [
         loss_sums(setting.model, d.sequences, d.test, batch_size=24, packed=True)
-        for d in map(setting.data.client, setting.clients.clients)
+        for d in map(setting.data.client, setting.found.clients.clients)
     ]
     loss = sum(s for s, _ in sums) / sum(n for _, n in sums)
     assert averaged.summary["loss"]["after"] == pytest.approx(loss, rel=1e-6)
@@ -172,7 +172,7 @@ def test_where_the_average_may_stand_in_clients_measure_what_is_deployed(tiny_re
         setting = prepare(tiny_recipe({"algorithm": name}), Watch())
         server, hook = setting.algorithm, parse_hook(HookConfig(name="ema"))
         try:
-            hook.check(setting.recipe, server, setting.clients)
+            hook.check(setting.recipe, server, setting.found.clients)
         except fedloom.UserError:
             continue
         taken.append(name)

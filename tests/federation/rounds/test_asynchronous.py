@@ -15,7 +15,7 @@ import torch
 from fedloom.common.errors import RunFailed
 from fedloom.federation.rounds.asynchronous import AsynchronousRounds
 from fedloom.federation.rounds.dispatcher import Dispatcher, Terms
-from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.rounds.schedule import Sampling, Schedule
 from fedloom.federation.rounds.virtual_time import Speeds, VirtualTime
 from fedloom.federation.runtime import Capabilities
 from fedloom.messages.types import Assignment, Cost, Failure, Payload, Update
@@ -217,7 +217,7 @@ def test_it_begins_where_as_many_are_there_as_a_round_needs(tmp_path):
     flight = in_flight(tmp_path, runtime, "abc", 3, 2, durations)
     federation = FederationConfig(clients_per_round=3, min_clients=2)
     there = lambda round, attempt: frozenset("abc" if attempt else "a")  # noqa: E731
-    flight._schedule = replace(flight._schedule, federation=federation, there=there)
+    flight._schedule = replace(flight._schedule, federation=federation, sampling=Sampling(there=there))
     assert flight.begin(1) == ["a", "b", "c"]
     told = []
 

@@ -22,7 +22,7 @@ from fedloom.federation.record.events import read_events
 from fedloom.federation.rounds import synchronous
 from fedloom.federation.rounds.devices import Fleet
 from fedloom.federation.rounds.dispatcher import Dispatcher, Terms
-from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.rounds.schedule import Sampling, Schedule
 from fedloom.federation.rounds.synchronous import SynchronousRounds
 from fedloom.federation.rounds.virtual_time import VirtualTime
 from fedloom.federation.runtime import Capabilities
@@ -246,7 +246,7 @@ def test_clients_are_there_as_often_as_they_are_said_to_be():
     clients = tuple(f"c{k}" for k in range(200))
     fleet = Fleet(DevicesConfig.model_validate({"available": 0.3, "dropout": 0.2}), clients, 5)
     federation = FederationConfig(clients_per_round=10)
-    schedule = Schedule(clients, (), federation, 1, 0, 5, there=fleet.there)
+    schedule = Schedule(clients, (), federation, 1, 0, 5, sampling=Sampling(there=fleet.there))
     there = [fleet.there(r) for r in range(1, 201)]
     assert np.mean([len(t) for t in there]) == pytest.approx(60, abs=1.5)
     assert len(set(there)) == 200
@@ -257,7 +257,15 @@ def test_clients_are_there_as_often_as_they_are_said_to_be():
     assert min(often.values()) > 30 and max(often.values()) < 95
     lost = np.mean([fleet.vanishes(c, r) for c in clients[:50] for r in range(100)])
     assert lost == pytest.approx(0.2, abs=0.03)
-    few = Schedule(clients[:3], (), FederationConfig(clients_per_round=3), 1, 0, 5, there=lambda *_: frozenset({"c1"}))
+    few = Schedule(
+        clients[:3],
+        (),
+        FederationConfig(clients_per_round=3),
+        1,
+        0,
+        5,
+        sampling=Sampling(there=lambda *_: frozenset({"c1"})),
+    )
     assert few.sample(1) == ("c1",)
 
 
@@ -287,7 +295,9 @@ def test_a_server_waits_until_somebody_is_there_and_comes_back(tiny_recipe, tmp_
 def test_where_enough_are_there_it_looks_once():
     """The draws of recipes that never had to wait stay what they were."""
     fleet = Fleet(DevicesConfig.model_validate({"available": 0.4}), CLIENTS, 5)
-    plan = Schedule(CLIENTS, (), FederationConfig(clients_per_round=8, min_clients=2), 1, 0, 5, there=fleet.there)
+    plan = Schedule(
+        CLIENTS, (), FederationConfig(clients_per_round=8, min_clients=2), 1, 0, 5, sampling=Sampling(there=fleet.there)
+    )
     looked_once = 0
     for r in range(1, 60):
         drawn = numpy_generator(5, "available", r).random(len(CLIENTS))
@@ -297,7 +307,7 @@ def test_where_enough_are_there_it_looks_once():
         assert len(plan.sample(r)) >= 2
     assert looked_once < 59
     with pytest.raises(RunFailed, match="1000 times in a row fewer than 2 of 8 clients were there for round 1: raise"):
-        replace(plan, there=lambda round, attempt: frozenset(CLIENTS[:1])).sample(1)
+        replace(plan, sampling=Sampling(there=lambda round, attempt: frozenset(CLIENTS[:1]))).sample(1)
 
 
 @pytest.mark.parametrize("column", ["available", "dropout"])

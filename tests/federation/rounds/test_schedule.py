@@ -10,7 +10,7 @@ import pytest
 from fedloom.common import registry
 from fedloom.common.errors import RunFailed
 from fedloom.data.corpus import Partition, Shard
-from fedloom.federation.rounds.schedule import ATTEMPTS, Schedule, make_schedule
+from fedloom.federation.rounds.schedule import ATTEMPTS, Sampling, Schedule, make_schedule
 from fedloom.recipe.recipe import FederationConfig, Recipe
 
 CLIENTS = tuple("abcdefgh")
@@ -18,7 +18,9 @@ CLIENTS = tuple("abcdefgh")
 
 def schedule(count: int | float | None = 3, **values: Any) -> Schedule:
     federation = FederationConfig(clients_per_round=count, rounds=7, **values.pop("federation", {}))
-    return Schedule(CLIENTS, ("a", "b"), federation, 1, values.pop("every", 0), values.pop("seed", 1), **values)
+    drawn = {key: values.pop(key) for key in ("independent", "secret", "there") if key in values}
+    every, seed = values.pop("every", 0), values.pop("seed", 1)
+    return Schedule(CLIENTS, ("a", "b"), federation, 1, every, seed, sampling=Sampling(**drawn), **values)
 
 
 def test_a_sample_has_so_many_clients_in_their_fixed_order():
