@@ -51,10 +51,10 @@ def first_complaint(error: ValidationError) -> Complaint:
     """The first of pydantic's complaints."""
     first = error.errors()[0]
     message = first["msg"].removeprefix("Value error, ")
-    own = first["type"] == "value_error"
+    key = ".".join(str(part) for part in first["loc"])
+    own = first["type"] == "value_error" and key in message  # a field's own check may leave its name to us
     if not own and message[:1].isupper():
         message = message[0].lower() + message[1:]
-    key = ".".join(str(part) for part in first["loc"])
     return Complaint(key, first["input"], message, first["type"] == "extra_forbidden", own)
 
 

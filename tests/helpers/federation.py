@@ -50,7 +50,7 @@ class Federation:
         """A client process: of this federation's model, or with a model of its own."""
         s = self.setting
         own = models or Models(self.recipe.model, self.recipe.adapter, self.recipe.seed, s.models.device)
-        return Client(own, s.data, s.template, self.store, self.folder / "adapters", s.suite)
+        return Client(own, s.data, s.template, self.store, self.folder / "adapters", s.found.suite)
 
     def assignment(self, kind: Any, client: str, round: int) -> Assignment:
         first = client not in self._met

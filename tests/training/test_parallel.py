@@ -78,7 +78,7 @@ def process(federation, models, ranks=None, folder="clients"):
     s = federation.setting
     more = {} if ranks is None else {"ranks": ranks}
     store = ClientStore(federation.folder / folder)
-    return Client(models, s.data, s.template, store, federation.folder / "adapters", s.suite, **more)
+    return Client(models, s.data, s.template, store, federation.folder / "adapters", s.found.suite, **more)
 
 
 def own_models(recipe):
