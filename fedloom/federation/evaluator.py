@@ -15,8 +15,8 @@ from fedloom.common.errors import RunFailed
 from fedloom.evaluation import means as measured
 from fedloom.evaluation.means import Sums
 from fedloom.federation.hooks.calls import Hooks
+from fedloom.federation.record.checkpoints import Evaluation
 from fedloom.federation.record.client_table import ClientTable
-from fedloom.federation.record.evaluation import Evaluation
 from fedloom.federation.rounds.dispatcher import Dispatcher
 from fedloom.federation.rounds.schedule import Schedule
 from fedloom.messages.types import Cost, Failure

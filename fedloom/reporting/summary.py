@@ -11,9 +11,8 @@ from fedloom.common import environment
 from fedloom.data.corpus import Partition
 from fedloom.data.federated import FederatedData
 from fedloom.evaluation.means import Means, PreferenceMeans
-from fedloom.federation.record.checkpoints import Progress
+from fedloom.federation.record.checkpoints import Evaluation, Progress
 from fedloom.federation.record.client_table import MANY, Clients, ClientTable
-from fedloom.federation.record.evaluation import Evaluation
 from fedloom.models.layout import Adapter
 from fedloom.recipe.recipe import Recipe
 from fedloom.reporting.summary_types import (

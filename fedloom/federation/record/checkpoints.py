@@ -20,7 +20,8 @@ from typing import Any, Protocol
 
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import folder_name, link_file, write_bytes, write_json
-from fedloom.federation.record.evaluation import Evaluation
+from fedloom.evaluation.means import Means, PreferenceMeans
+from fedloom.federation.record.client_table import Clients, Spread
 from fedloom.federation.record.events import Stopped
 from fedloom.messages.at_rest import VERSION, DamagedFile, decode_state, encode_state, from_bytes, to_bytes
 from fedloom.messages.types import Cost, Payload
@@ -38,6 +39,42 @@ class RoundState:
     server: Payload
     notes: dict[str, Any]
     files: Mapping[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of one evaluation, as events.jsonl and the checkpoints have them (docs/run-folder.md).
+
+    Attributes:
+        loss, score, questions: over all clients together.
+        tokens: supervised tokens of all clients' own test data.
+        clients: client → its own means; empty where they are many, and `spread` is there.
+        seconds: wall time.
+        pooled: whether `loss` and `score` are means over the clients' personal models.
+        emulator: under offsite tuning, what the clients measured of their emulator.
+        virtual_seconds: since the start of the run; None where time is real.
+    """
+
+    loss: float | None
+    score: float | None
+    questions: int
+    tokens: int
+    clients: Clients = field(default_factory=dict)
+    spread: Spread | None = None
+    seconds: float = 0.0
+    pooled: bool = False
+    emulator: Means | None = None
+    preference: PreferenceMeans | None = None
+    virtual_seconds: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the event `evaluation`, without its round."""
+        return dict(self.__dict__)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """The inverse of `to_json`; also reads a whole event."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
 @dataclass

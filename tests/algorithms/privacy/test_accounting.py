@@ -81,7 +81,7 @@ def test_the_noise_for_a_target_keeps_it_and_hardly_less_would(epsilon, rounds, 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
 def test_targets_out_of_reach():
     assert accounting.noise_for(1e4, DELTA, 1, 1.0) == accounting.LEAST_NOISE
-    with pytest.raises(UserError, match="cannot be kept with any noise"):
+    with pytest.raises(UserError, match="cannot be kept with any useful noise"):
         accounting.noise_for(1e-9, 1e-12, 100, 1.0)
 
 

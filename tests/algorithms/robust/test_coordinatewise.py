@@ -67,5 +67,5 @@ def test_blocks_of_columns_change_nothing(monkeypatch):
 
 
 def test_no_updates_have_no_median():
-    with pytest.raises(ValueError, match="the aggregate of no updates does not exist"):
+    with pytest.raises(ValueError, match="there are no updates to aggregate"):
         rounds.server("median").aggregate(iter([]))

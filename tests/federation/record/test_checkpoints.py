@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 
 from fedloom.common.errors import RunFailed, UserError
 from fedloom.common.files import folder_name, write_bytes, write_json
-from fedloom.federation.record.checkpoints import Checkpoints, ClientStore, RoundState
+from fedloom.federation.record.checkpoints import Checkpoints, ClientStore, Evaluation, RoundState
+from fedloom.federation.record.events import SCHEMA
 from fedloom.messages.at_rest import DamagedFile, from_bytes, load_tensors, to_bytes
 from fedloom.messages.types import Payload
 
@@ -298,3 +300,24 @@ def test_other_files_beside_a_client_s_states_are_left_alone(tmp_path):
     store.save("a", 4, {"personal": Payload({}, {"r": 4})})
     assert [store.load("a", up_to)["personal"].meta["r"] for up_to in (3, 4, 99)] == [3, 4, 4]
     assert (tmp_path / "a" / "round-old.safetensors").read_bytes() == b"not ours"
+
+
+OLD = {
+    "loss": 1.5, "score": None, "questions": 0, "tokens": 12,
+    "clients": {"a": {"loss": 1.5, "tokens": 12, "score": None, "questions": 0}},
+    "spread": None, "seconds": 0.25, "pooled": False, "emulator": None,
+    "preference": {"loss": 0.5, "accuracy": 1.0, "margin": 2.0, "pairs": 3}, "virtual_seconds": None,
+}  # fmt: skip
+
+
+def test_a_record_comes_back_and_its_keys_stay_in_their_order():
+    found = Evaluation.from_json(json.loads(json.dumps(OLD)))
+    assert found.tokens == 12 and found.clients["a"]["loss"] == 1.5
+    assert json.dumps(found.to_json()) == json.dumps(OLD)
+    assert Evaluation.from_json(found.to_json()) == found
+
+
+def test_a_record_has_the_fields_of_its_event_and_is_read_from_one():
+    assert {"round", *OLD} == set(SCHEMA["evaluation"])
+    event = {"event": "evaluation", "time": 1.0, "round": 2, **OLD}
+    assert Evaluation.from_json(event) == Evaluation.from_json(OLD)
