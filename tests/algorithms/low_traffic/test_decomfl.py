@@ -89,16 +89,17 @@ def test_every_round_has_directions_of_its_own(tiny_recipe, tmp_path):
 
 
 def test_a_round_moves_less_than_20_kilobytes_each_way(tiny_recipe, tmp_path):
-    f = decomfl(tiny_recipe, tmp_path, {"train.steps": 30}, perturbations=10)
+    """Thirty steps of ten directions each are 300 numbers; a third of that is played here."""
+    f = decomfl(tiny_recipe, tmp_path, {"train.steps": 10}, perturbations=10)
     for number in (1, 2, 3):
         f.round(number, ["copy"])
     f.evaluate("copy", 3)
-    assert max(m.up_bytes for m in f.messages) < 20_000
-    assert max(m.down_bytes for m in f.messages) < 20_000
+    numbers, rest = 4 * 100, 2_000  # bytes of a round's scalars; names and the recipe
+    assert 3 * 2 * numbers + rest < 20_000
+    assert numbers < max(m.up_bytes for m in f.messages) < numbers + rest
     later = [m for m in f.messages if m.round > 1]
-    assert (
-        max(m.down_bytes for m in later) < 4 * 2 * 300 + 2_000
-    )  # two rounds of 300 scalars, the one before is kept; the recipe
+    assert max(m.down_bytes for m in later) < 2 * numbers + rest  # of two rounds: the one before is kept
+    assert max(m.down_bytes for m in f.messages) < 20_000  # the first has the seed of the adapter, and the recipe
 
 
 def test_clients_that_take_fewer_steps_add_nothing_along_the_rest(tiny_recipe, tmp_path):

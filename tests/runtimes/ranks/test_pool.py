@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from fedloom.common.errors import UserError
-from fedloom.experiment import assemble
 from fedloom.experiment.run import run
 from fedloom.federation.checks import check_recipe
 from fedloom.federation.watch import Watch
+from fedloom.runtimes import simulator
 from fedloom.runtimes.ranks.pool import Ranked, RankFailed
 from fedloom.runtimes.ranks.worker import ERROR, NO_MEMORY, Worker, WorkerLost
 from tests.helpers.preferences import write_pairs
@@ -55,7 +55,7 @@ def kept(processes, monkeypatch):
         def close(self):
             self._worker = None
 
-    monkeypatch.setattr(assemble, "Ranked", Kept)
+    monkeypatch.setattr(simulator, "Ranked", Kept)
     return processes
 
 
@@ -148,7 +148,7 @@ def test_a_resumed_run_of_ranks_equals_an_undisturbed_one(kept, tiny_recipe, tmp
 def test_a_recipe_that_the_ranks_cannot_open_is_a_sentence(kept, tiny_recipe, tmp_path, monkeypatch):
     recipe = tiny_recipe(DDP).with_values({"data.path": str(tmp_path / "gone.jsonl")})
     with pytest.raises(UserError, match=r"gone\.jsonl"):
-        Ranked._start(assemble.Ranked(recipe, tmp_path))
+        Ranked._start(simulator.Ranked(recipe, tmp_path))
 
 
 # ------------------------------------------------------------------ processes, without a model
