@@ -12,7 +12,6 @@ import fedloom
 from fedloom.common import registry
 from fedloom.common.errors import UserError
 from fedloom.experiment.prepare import prepare
-from fedloom.federation import checks as choices
 from fedloom.federation.client import Client
 from fedloom.federation.record.checkpoints import ClientStore
 from fedloom.federation.watch import Watch
@@ -97,11 +96,11 @@ def test_a_pair_is_refused_before_anything_is_loaded(method, name, tiny_recipe, 
     def loaded(*args: object, **kwargs: object) -> None:
         raise AssertionError("something was loaded")
 
-    monkeypatch.setattr(choices, "load_corpus", loaded)
+    monkeypatch.setattr("fedloom.data.loading.load_corpus", loaded)
     monkeypatch.setattr("fedloom.models.attach.load_base", loaded)
     with pytest.raises(UserError, match=rf"adapter\.method={method}\b.*: ") as refused:
         fedloom.run(recipe_of(tiny_recipe, method, name), out=tmp_path / "run")
-    assert str(refused.value).count(": ") == 1  # what is wrong, then the mend
+    assert str(refused.value).count(": ") == 1  # what is wrong, then how to fix it
     assert list(Path(tmp_path).iterdir()) == []
 
 
@@ -115,7 +114,7 @@ def test_the_matrix_has_both_kinds_for_every_method():
 #: (what the recipe asks for, the sentence): settings that no run of the algorithm could end well with.
 IMPOSSIBLE = [
     ({"algorithm": "fedrep", "train.steps": 1}, "fedrep trains two parts in turn, but train.steps=1"),
-    ({"algorithm": "slora", "model.dtype": "bfloat16"}, "and model.dtype=bfloat16: set model.dtype=float32"),
+    ({"algorithm": "slora", "model.dtype": "bfloat16"}, "but model.dtype=bfloat16: set model.dtype=float32"),
     ({"algorithm": "fedit", "adapter.ranks": {"copy": 1}}, "needs one rank for all clients"),
     ({"algorithm": "flora", "adapter.dora": True}, "does not take adapter.dora=true"),
     ({"algorithm": "feddpa", "adapter.bias": "all"}, "does not take adapter.bias=all"),
@@ -128,7 +127,7 @@ IMPOSSIBLE = [
 def test_settings_that_cannot_end_well_are_refused_before_anything_is_loaded(
     values, sentence, tiny_recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(choices, "load_corpus", lambda *a, **k: pytest.fail("something was loaded"))
+    monkeypatch.setattr("fedloom.data.loading.load_corpus", lambda *a, **k: pytest.fail("something was loaded"))
     with pytest.raises(UserError, match=sentence.replace(".", r"\.")):
         fedloom.run(tiny_recipe(values), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()

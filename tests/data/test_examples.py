@@ -143,13 +143,20 @@ COLUMNS = {"instruction": ("question", "instruction"), "output": ("answer", "out
 SOURCE = Source("made-up", "Made up", "MIT", "nowhere", COLUMNS, {})
 
 
-def read(rows, data=None, by="category", **more):
-    told: list[str] = []
-    reading = read_examples(rows, SOURCE, data or DataConfig(path="x"), by, told.append, "the file", **more)
-    return reading, told
+@pytest.fixture
+def read(caplog):
+    """A function that returns the examples of rows, and the sentences that were logged meanwhile."""
+    caplog.set_level("INFO", logger="fedloom")
+
+    def reading(rows, data=None, by="category", **more):
+        caplog.clear()
+        found = read_examples(rows, SOURCE, data or DataConfig(path="x"), by, "the file", **more)
+        return found, [record.getMessage() for record in caplog.records]
+
+    return reading
 
 
-def test_rows_without_an_answer_are_counted_and_columns_are_told():
+def test_rows_without_an_answer_are_counted_and_columns_are_told(read):
     rows = [
         {"question": "a", "answer": "1", "lang": "py"},
         {"question": "b", "answer": "  "},
@@ -164,7 +171,7 @@ def test_rows_without_an_answer_are_counted_and_columns_are_told():
     assert [e.category for e in read(rows, by="lang")[0].examples] == ["py", "c"]
 
 
-def test_the_recipe_s_own_columns_come_first():
+def test_the_recipe_s_own_columns_come_first(read):
     rows = [{"question": "a", "answer": "1", "other": "2", "context": "i"}]
     data = DataConfig(path="x", columns={"output": "other", "input": "context"})
     reading, told = read(rows, data)
@@ -172,7 +179,7 @@ def test_the_recipe_s_own_columns_come_first():
     assert told == ["made-up: reading instruction from 'question' (data.columns says otherwise)"]
 
 
-def test_what_is_missing_is_a_sentence():
+def test_what_is_missing_is_a_sentence(read):
     good = [{"question": "a", "answer": "1"}]
     with pytest.raises(UserError, match="the file has no rows"):
         read([])
