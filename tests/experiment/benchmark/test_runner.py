@@ -248,7 +248,7 @@ def test_a_cell_that_fails_is_a_row(declared, tmp_path):
         ),
         ({"axes": {"a": {"b": "fedavg"}}}, None, "axes.a.b is 'fedavg': a point is a mapping"),
         ({"axes": {"a": {"b": {"pilot": {"train.lr": 1e-3}}}}}, None, "axes.a.b.pilot is .* a list of values"),
-        ({"pilot": {"train.lr": []}}, None, "pilot.train.lr: List should have at least 1 item"),
+        ({"pilot": {"train.lr": []}}, None, "pilot.train.lr: list should have at least 1 item"),
         ({"pilot": {"train.lr": [1, 2]}, "pilot_values": {"rounds": 1}}, None, "mine, own/global: .*rounds"),
         ({"sead": [1]}, None, "sead"),
         ({"seeds": []}, None, "seeds"),
