@@ -252,7 +252,7 @@ def test_the_scale_is_the_true_one_of_a_known_distribution():
         TrainConfig(steps=50, lr=1e-3),
         first_step=0,
         total_steps=50,
-        hooks=hooks.fit(model, model.grad, None),
+        hooks=hooks.fit(model, model.grad),
     )
     hook.fit_end(None)
     assert hook.numbers["noise"] == pytest.approx(sigma**2 * numel, rel=0.03)

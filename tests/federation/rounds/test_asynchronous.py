@@ -66,7 +66,7 @@ def in_flight(
     algorithm: Any = SimpleNamespace(
         own_initial=False, initial_payload=lambda client: Payload(), round_payload=lambda client: Payload()
     )
-    channel: Any = SimpleNamespace(sent=lambda assignment, own: assignment, opened=lambda outcome: outcome)
+    channel: Any = SimpleNamespace(encode=lambda assignment, own: assignment, decode=lambda outcome: outcome)
     terms, virtual = Terms({}, 9, 1, score=False), VirtualTime(pace) if pace else None
     dispatcher = Dispatcher(algorithm, runtime, terms, channel, None, lambda *told: None, virtual)
     return AsynchronousRounds(dispatcher, schedule(clients, slots, seed), buffer, folder / "in-flight")

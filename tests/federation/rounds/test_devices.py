@@ -178,7 +178,7 @@ def dispatcher(runtime: Any, pace: Any = None) -> Dispatcher:
         initial_payload=lambda client: Payload(meta={"start": 1}),
         round_payload=lambda client: Payload(),
     )
-    channel: Any = SimpleNamespace(sent=lambda assignment, own: assignment, opened=lambda outcome: outcome)
+    channel: Any = SimpleNamespace(encode=lambda assignment, own: assignment, decode=lambda outcome: outcome)
     terms, virtual = Terms({"name": "r"}, 9, 1, score=False), VirtualTime(pace) if pace else None
     return Dispatcher(algorithm, runtime, terms, channel, None, lambda *told: None, virtual)
 

@@ -116,7 +116,7 @@ def test_a_plain_schedule():
     plan = made(evaluation={"every": 4})
     assert (plan.training, plan.testing, plan.measuring) == (CLIENTS[:-1], CLIENTS[1:], CLIENTS[1:])
     assert (plan.steps, plan.every, plan.seed, plan.sampled()) == (5, 4, 9, 3)
-    assert (plan.independent, plan.secret, plan.there) == (False, False, None)
+    assert (plan.sampling.independent, plan.sampling.secret, plan.sampling.there) == (False, False, None)
     assert len(made(evaluation={"clients": 2}).measuring) == 2
 
 
@@ -132,10 +132,10 @@ PRIVACY = {"noise": 1.0, "delta": 1e-5}
 def test_a_private_schedule_samples_as_the_accountant_counts():
     """Independently and secretly at a trusted server; nobody has to come. With everybody in each round there is no sample."""
     plan = made(privacy=PRIVACY)
-    assert (plan.independent, plan.secret, plan.federation.min_clients, plan.sampled()) == (True, True, 0, 3)
+    assert (plan.sampling.independent, plan.sampling.secret, plan.federation.min_clients, plan.sampled()) == (True, True, 0, 3)
     seeded = made(privacy={**PRIVACY, "seeded": True})
-    assert (seeded.independent, seeded.secret) == (True, False)
+    assert (seeded.sampling.independent, seeded.sampling.secret) == (True, False)
     for everybody in (made(clients=None, privacy=PRIVACY), made(clients=7, privacy=PRIVACY)):
-        assert (everybody.independent, everybody.secret, everybody.federation.min_clients) == (False, True, 1)
+        assert (everybody.sampling.independent, everybody.sampling.secret, everybody.federation.min_clients) == (False, True, 1)
     at_clients = made(privacy={**PRIVACY, "where": "client"})
-    assert (at_clients.independent, at_clients.secret, at_clients.federation.min_clients) == (False, True, 1)
+    assert (at_clients.sampling.independent, at_clients.sampling.secret, at_clients.federation.min_clients) == (False, True, 1)

@@ -55,7 +55,7 @@ class Timed:
 
     def __init__(self, runtime: Any, pace: Any):
         time = VirtualTime(pace)
-        channel: Any = SimpleNamespace(opened=lambda outcome: outcome)
+        channel: Any = SimpleNamespace(decode=lambda outcome: outcome)
         terms = Terms({}, 9, None, score=False)
         self.took, self.deadline = time.took, time.deadline
         self.dispatcher = Dispatcher(None, runtime, terms, channel, None, lambda *told: None, time)
