@@ -204,7 +204,7 @@ def test_algorithms_that_work_on_base_weights_refuse_it(tiny_recipe):
 
 @pytest.mark.parametrize("adapter", [{"method": "full"}, {"bias": "all"}, {"dora": True}], ids=str)
 def test_adapters_that_train_or_measure_base_weights_refuse_it(adapter):
-    with pytest.raises(UserError, match=r"model\.quantization=int8 keeps them in a few bits"):
+    with pytest.raises(UserError, match=r"model\.quantization=int8 quantises them: leave one of them out"):
         Recipe.parse({"adapter": adapter, "model": {"name": "x", "quantization": "int8"}})
 
 

@@ -18,7 +18,7 @@ from fedloom.common.errors import UserError
 from fedloom.experiment.prepare import prepare
 from fedloom.federation.record.checkpoints import Checkpoints
 from fedloom.federation.record.events import read_events
-from fedloom.federation.rounds.schedule import Schedule
+from fedloom.federation.rounds.schedule import Sampling, Schedule
 from fedloom.federation.watch import Watch
 from fedloom.recipe.recipe import FederationConfig
 from tests.helpers import ROOT
@@ -42,7 +42,8 @@ def finished_rounds(folder):
 def test_clients_are_sampled_independently(secret):
     """The number of clients in a round is binomial, every client comes as often, and no pair avoids each other."""
     clients = tuple(f"c{i}" for i in range(5))
-    schedule = Schedule(clients, (), FederationConfig(clients_per_round=2), 1, 1, 3, independent=True, secret=secret)
+    sampling = Sampling(independent=True, secret=secret)
+    schedule = Schedule(clients, (), FederationConfig(clients_per_round=2), 1, 1, 3, sampling=sampling)
     rounds = 4000
     there = np.array([[c in schedule.sample(r) for c in clients] for r in range(1, rounds + 1)])
     q = 0.4
@@ -177,7 +178,7 @@ def test_without_noise_a_run_says_that_it_promises_nothing(tiny_recipe, tmp_path
     )
     assert any("nothing is promised" in line for line in said)
     assert result.summary["privacy"]["epsilon"] is None
-    assert "so nothing is promised" in result.report.read_text()
+    assert "Updates were clipped without noise, so there is no guarantee." in result.report.read_text()
 
 
 def test_without_privacy_nothing_of_it_is_written(tiny_recipe, tmp_path):

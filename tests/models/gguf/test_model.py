@@ -256,14 +256,14 @@ def test_a_runs_file_is_its_merged_export(finished, tmp_path):
     assert_holds(next(whole.glob("*.gguf")), AutoModelForCausalLM.from_pretrained(merged), "llama")
     half = export_run(finished, "gguf", tmp_path / "half", None)
     assert next(half.glob("*.gguf")).name == "mine%2Ftiny-F16.gguf"
-    with pytest.raises(UserError, match="there already"):
+    with pytest.raises(UserError, match="exists already"):
         export_run(finished, "gguf", half, None)
 
 
 def test_mistakes_are_told_before_anything_is_written(finished, tmp_path):
     for format, dtype, sentence in (
         ("gguf", "q4", "--dtype=q4 is not known.*q8_0"),
-        ("merged", "f16", "--dtype=f16 is for --format gguf"),
+        ("merged", "f16", "--dtype=f16 works only with --format gguf"),
         ("ggfu", None, "did you mean gguf"),
     ):
         with pytest.raises(UserError, match=sentence):
