@@ -197,7 +197,7 @@ def test_a_folder_that_is_not_a_kit_is_said(kits, tmp_path):
     (tmp_path / "x").touch()
     with pytest.raises(UserError, match="is not empty and has no kits"):
         provision(project(), tmp_path)
-    with pytest.raises(UserError, match="where its data lies"):
+    with pytest.raises(UserError, match="has no path to the site's data yet"):
         settle(kits / "b", {})
     with pytest.raises(UserError, match="does not exist on this machine"):
         settle(kits / "b", {"data": str(tmp_path / "none")})
