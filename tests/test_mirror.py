@@ -119,7 +119,6 @@ UNTESTED = [
     "models/base_delta",
     "models/gguf/vocabulary",
     "models/layers",
-    "models/loading",
     "models/random_model",
     "models/saved",
     "models/sharding",

