@@ -88,7 +88,7 @@ def show_checks(found: Iterable[Check]) -> None:
     for check in found:
         bad += check.level == "bad"
         mark = {"good": "[green]ok[/]", "note": "[yellow]note[/]", "bad": "[red]bad[/]"}[check.level]
-        table.add_row(mark, *(escape(text) for text in (check.name, check.found, check.mend)))
+        table.add_row(mark, *(escape(text) for text in (check.name, check.found, check.fix)))
     out.print(table)
     if bad:
         raise RunFailed(f"{bad} check{'s' * (bad != 1)} failed: the last column says how to fix it")

@@ -39,7 +39,7 @@ class Check:
     level: Literal["good", "note", "bad"]
     name: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 def checks() -> Iterator[Check]:
@@ -92,8 +92,8 @@ def machine(folder: Path) -> Iterator[Check]:
     memory = _memory_gb()
     if memory is not None:
         enough = memory >= MEMORY_GB
-        mend = "" if enough else f"close programs, or use a smaller train.batch_size; {MEMORY_GB} GB suit smollm2-135m"
-        yield Check("good" if enough else "note", "free memory", f"{memory:.1f} GB", mend)
+        fix = "" if enough else f"close programs, or use a smaller train.batch_size; {MEMORY_GB} GB suit smollm2-135m"
+        yield Check("good" if enough else "note", "free memory", f"{memory:.1f} GB", fix)
     free = shutil.disk_usage(folder).free / 1e9
     enough = free >= DISK_GB
     yield Check(

@@ -1,4 +1,4 @@
-"""A user's mistakes: exit code 2, one sentence with the value and the mend, and nothing lost or left behind."""
+"""A user's mistakes: exit code 2, one sentence with the value and the fix, and nothing lost or left behind."""
 
 from __future__ import annotations
 

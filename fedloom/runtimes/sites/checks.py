@@ -64,11 +64,11 @@ def _address(host: str, port: int) -> Check:
     try:
         socket.create_connection((host, port), PATIENCE).close()
     except ConnectionRefusedError:
-        mend = "the server listens while `fedloom serve` runs there: if it does, ask whether a firewall refuses this machine"
-        return Check("note", "address", f"{host}:{port} can be reached, but nothing listens there (yet)", mend)
+        fix = "the server listens while `fedloom serve` runs there: if it does, ask whether a firewall refuses this machine"
+        return Check("note", "address", f"{host}:{port} can be reached, but nothing listens there (yet)", fix)
     except OSError as error:
-        mend = "is the server up, and does the firewall let this machine dial out to that port?"
-        return Check("bad", "address", f"{host}:{port} cannot be reached ({error.strerror or error})", mend)
+        fix = "is the server up, and does the firewall let this machine dial out to that port?"
+        return Check("bad", "address", f"{host}:{port} cannot be reached ({error.strerror or error})", fix)
     return Check("good", "address", f"{host}:{port}")
 
 

@@ -225,7 +225,7 @@ def test_the_preflight_names_what_stands_in_the_way(kits, tmp_path, listener):
     with _tls(listener, tmp_path / "foreign" / "server" / "startup"):
         bad = found(kits / "a", rows)
     assert bad["mutual TLS"].level == "bad"
-    assert "ask for a new kit" in bad["mutual TLS"].mend
+    assert "ask for a new kit" in bad["mutual TLS"].fix
     assert bad["versions"].level == "bad"
     assert "torch is" in bad["versions"].found
     (kits / "a" / "kit.yaml").write_text(dump_yaml(about))
